@@ -1,0 +1,222 @@
+"""The configuration of one run: frozen dataclasses read from TOML. Knows no devices, opens no model files.
+
+Read once, passed down; each class takes what it uses. Unknown keys and ill-typed values are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ssd_runtime.errors import ConfigError
+
+Dtype = Literal["fp32", "bf16", "int8"]
+Device = Literal["cpu", "cuda"]
+Mode = Literal["ar", "sd", "sd-colocated", "ssd"]
+MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One role's model and where it runs.
+
+    Attributes:
+        model: path of a Hugging Face directory or GGUF file, or the name of an embedded model.
+        dtype: what the linear layers compute in.
+        device: kind of device; which one follows from the rank (topology.py).
+        threads: compute threads of the rank on a CPU.
+        cores: CPU cores the rank is pinned to; empty means "choose apart from the other rank".
+    """
+
+    model: str = "smollm2-135m-instruct"
+    dtype: Dtype = "bf16"
+    device: Device = "cpu"
+    threads: int = 1
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine, the same for both roles.
+
+    Attributes:
+        max_model_len: most tokens (prompt and output) of one sequence.
+        max_num_seqs: most sequences decoded at once.
+        block_size: KV slots in one block.
+        num_blocks: blocks in the pool; 0 means enough for max_num_seqs sequences of max_model_len.
+        prefill_chunk: most prompt tokens of one forward.
+    """
+
+    max_model_len: int = 2048
+    max_num_seqs: int = 4
+    block_size: int = 16
+    num_blocks: int = 0
+    prefill_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How to speculate.
+
+    Attributes:
+        mode: what a request gets that does not ask for a mode itself.
+        lookahead: K, most draft tokens in one speculation.
+        fan_out: how the budget is spread over the fork positions.
+        budget: B, bonus candidates prepared in one verification (sum of F_k).
+        backup: what speculates after a miss.
+        coupling: how draft and target randomness relate; "shared-noise" is exact and drafter-invariant.
+    """
+
+    mode: Mode = "ssd"
+    lookahead: int = 4
+    fan_out: Literal["uniform", "geometric"] = "geometric"
+    budget: int = 8
+    backup: Literal["draft", "ngram", "none"] = "draft"
+    coupling: Literal["shared-noise"] = "shared-noise"
+
+
+@dataclass(frozen=True)
+class TimeoutConfig:
+    """Deadlines in seconds. Nothing waits without one."""
+
+    load: float = 300.0
+    handshake: float = 60.0
+    link: float = 20.0
+    idle_heartbeat: float = 5.0
+    shutdown: float = 10.0
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The front door. Port 0 takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    target: ModelConfig = field(default_factory=ModelConfig)
+    draft: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="int8"))
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """What both roles must agree on, as 16 hexadecimal digits (models and cores may differ in spelling)."""
+        shared = {"engine": dataclasses.asdict(self.engine), "speculation": dataclasses.asdict(self.speculation)}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read TOML, apply `section.key=value` overrides, validate.
+
+    Raises:
+        ConfigError: unreadable file, unknown section or key, ill-typed value, impossible combination.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(tree, override)
+    return config_from_dict(tree)
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Build and validate a `Config` from nested dicts; raises ConfigError naming the key at fault."""
+    config = _build(Config, tree, "")
+    _validate(config)
+    return config
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise ConfigError(f"--set {text!r}: expected section.key=value, as in speculation.lookahead=3")
+    try:
+        parsed = tomllib.loads(f"x = {value}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string: --set target.model=/path/to/model
+    section = tree.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"--set {text!r}: {parts[0]} is not a section")
+    section[parts[1]] = parsed
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise ConfigError(f"config key {where!r} must be a section, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    defaults = Config() if cls is Config else None
+    arguments = {}
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(hints)}"
+            raise ConfigError(f"unknown config key {name!r}{hint}")
+        if dataclasses.is_dataclass(hints[key]):
+            base = dataclasses.asdict(getattr(defaults, key)) if defaults else {}
+            if isinstance(value, dict):
+                value = {**base, **value}
+            arguments[key] = _build(hints[key], value, name)
+        else:
+            arguments[key] = _typed(value, hints[key], name)
+    return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value in options:
+            return value
+        raise ConfigError(f"config key {name!r} must be one of {', '.join(options)}, not {value!r}")
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, list | tuple):
+            return tuple(_typed(v, item, name) for v in value)
+        raise ConfigError(f"config key {name!r} must be a list, not {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type | types.UnionType) and type(value) is hint:
+        return value
+    raise ConfigError(f"config key {name!r} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _validate(config: Config) -> None:
+    def at_least(section: str, key: str, least: float) -> None:
+        value = getattr(getattr(config, section), key)
+        if value < least:
+            raise ConfigError(f"config key '{section}.{key}' must be at least {least}, not {value}")
+
+    for key, least in (("max_model_len", 2), ("max_num_seqs", 1), ("block_size", 1), ("num_blocks", 0), ("prefill_chunk", 1)):
+        at_least("engine", key, least)
+    at_least("speculation", "lookahead", 0)
+    at_least("speculation", "budget", 1)
+    for role in ("target", "draft"):
+        at_least(role, "threads", 1)
+    for spec in dataclasses.fields(TimeoutConfig):
+        at_least("timeouts", spec.name, 0.01)
+    if not 0 <= config.serve.port <= 65535:
+        raise ConfigError(f"config key 'serve.port' must be between 0 and 65535, not {config.serve.port}")

@@ -1,0 +1,32 @@
+"""What can go wrong, as types. Knows nothing of who raises or who prints.
+
+The command line prints the message of every `SsdError` as one line: exit code 2 for what the user can mend
+(`ConfigError`, `RequestError`), exit code 1 for what broke while running.
+"""
+
+
+class SsdError(Exception):
+    """Base of every error this project raises on purpose. The message says who, what and what to do."""
+
+
+class ConfigError(SsdError):
+    """A configuration, file or set of ranks that cannot work. The message names the remedy."""
+
+
+class RequestError(SsdError):
+    """A request that cannot be served as asked (empty prompt, too long, unknown parameter)."""
+
+
+class PeerLost(SsdError):
+    """A peer that is dead, silent past its deadline, or talking nonsense.
+
+    Args:
+        role: "target", "draft" or "client".
+        rank: the peer's global rank (or -1 for a client).
+        round: the round in which it was missed (or -1 before the first).
+        reason: what was awaited and what came instead.
+    """
+
+    def __init__(self, role: str, rank: int, round: int, reason: str) -> None:
+        super().__init__(f"{role} rank {rank} lost in round {round}: {reason}")
+        self.role, self.rank, self.round, self.reason = role, rank, round, reason

@@ -1,0 +1,107 @@
+"""The words of the algorithm as types. No tensors, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a token is chosen from the target's logits.
+
+    Attributes:
+        temperature: 0 is greedy (no noise).
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
+        min_p: keep tokens at least min_p times as probable as the best; 0 keeps all.
+        seed: key of the shared noise, together with position and token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+class Source(IntEnum):
+    """Where the speculation being verified came from."""
+
+    NONE = 0  # nothing is verified beyond the bonus token
+    DRAFT = 1  # a prefix of the draft's own branch for this outcome: the draft knows the tokens
+    NGRAM = 2  # found in the text so far: the draft must be told the tokens
+    PENDING = 3  # a miss: the target waits for the draft's just-in-time branch; a second frame follows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verification decided for one sequence: (k, t*) of the paper.
+
+    Attributes:
+        num_accepted: k, draft tokens accepted.
+        bonus_token: t*, the token the target itself chose next.
+    """
+
+    num_accepted: int
+    bonus_token: int
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """The 0..K draft tokens that the target verifies in one forward."""
+
+    tokens: tuple[int, ...] = ()
+    source: Source = Source.NONE
+
+
+@dataclass(frozen=True)
+class OutcomeRow:
+    """One sequence's line of an `OutcomeFrame`.
+
+    Attributes:
+        sequence_id: unique for the life of the engine.
+        turn: how many verifications of this sequence came before the one now starting (0: the first after prefill).
+        outcome: of verification `turn - 1`; turn 0 carries Outcome(0, first token).
+        speculation: what verification `turn` verifies. `tokens` is filled only when the draft does not know them
+            (NGRAM); for DRAFT, `length` tokens of the branch for `outcome`.
+        length: speculation length now being verified.
+    """
+
+    sequence_id: int
+    turn: int
+    outcome: Outcome
+    source: Source
+    length: int
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutcomeFrame:
+    """Target -> draft, at the moment a verification starts (or a just-in-time branch is needed)."""
+
+    round: int
+    control_seq: int
+    rows: tuple[OutcomeRow, ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A pre-drafted speculation for one outcome of verification `turn` of a sequence.
+
+    Attributes:
+        turn: the verification whose outcome this branch answers; -1 is the prefill.
+    """
+
+    sequence_id: int
+    turn: int
+    outcome: Outcome
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TreeFrame:
+    """Draft -> target, pushed while the target still computes; later frames supersede earlier ones."""
+
+    round: int
+    branches: tuple[Branch, ...]
