@@ -1,0 +1,71 @@
+# Everything happens in $(VENV); stamps live inside it, so removing it starts afresh.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+CONFIG ?= configs/smollm2_cpu.toml
+PROMPT ?= Explain in a few sentences why the sky is blue.
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PROJECT := $(VENV)/.stamp-project
+TESTING := $(VENV)/.stamp-testing
+EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*)
+
+.PHONY: help demo install ext fetch test lint format clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    install, fetch the default model, stream an answer with SSD, compare AR, SD and SSD"
+	@echo "make test    install what the tests need and run them all"
+	@echo "make lint    ruff, mypy and the import floors"
+	@echo "make ext     rebuild the compiled extension"
+	@echo "make clean   remove build products (distclean: the virtual environment too)"
+
+# torch first, then the project against it: a build without isolation compiles for the torch that will run it.
+$(VENV)/.stamp-torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch==2.13.*" numpy "setuptools>=77" wheel ninja
+	touch $@
+
+$(PROJECT): $(VENV)/.stamp-torch pyproject.toml $(EXT_SOURCES)
+	$(PIP) install --no-build-isolation --editable .
+	touch $@
+
+$(TESTING): $(PROJECT)
+	$(PIP) install --no-build-isolation --editable ".[test]"
+	touch $@
+
+install: $(PROJECT)
+
+ext: $(VENV)/.stamp-torch
+	$(BIN)/python setup.py build_ext --inplace
+
+fetch: $(PROJECT)
+	$(BIN)/ssd fetch --config $(CONFIG)
+
+demo: fetch
+	@echo
+	@echo "== ssd generate: one answer, streamed, in SSD mode"
+	$(BIN)/ssd generate --config $(CONFIG) --mode ssd --max-tokens 96 --prompt "$(PROMPT)"
+	@echo
+	@echo "== ssd bench: the same prompts in every mode"
+	$(BIN)/ssd bench --config $(CONFIG) --modes ar,sd,ssd --limit 3 --max-tokens 64
+
+test: $(TESTING) fetch
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(TESTING)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache cuda_ext/*.so
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs -r rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

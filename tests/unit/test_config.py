@@ -1,0 +1,100 @@
+"""Configuration: what is read, what is refused, and that a refusal names the key and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from ssd_runtime.config import Config, config_from_dict, load_config
+from ssd_runtime.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+def test_the_shipped_default_is_the_built_in_default() -> None:
+    assert load_config(ROOT / "configs/smollm2_cpu.toml") == Config()
+
+
+def test_without_a_file_the_defaults_stand() -> None:
+    assert load_config(None) == Config()
+
+
+def test_a_section_given_in_part_keeps_the_other_defaults() -> None:
+    config = config_from_dict({"draft": {"threads": 2}})
+    assert config.draft.threads == 2
+    assert config.draft.dtype == "int8"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("speculation.lookahead=3", "speculation", "lookahead", 3),
+        ("speculation.mode=sd-colocated", "speculation", "mode", "sd-colocated"),
+        ("target.model=/some/where", "target", "model", "/some/where"),
+        ('target.model="quoted"', "target", "model", "quoted"),
+        ("target.cores=[0, 1]", "target", "cores", (0, 1)),
+        ("timeouts.load=7", "timeouts", "load", 7.0),
+    ],
+)
+def test_an_override_is_parsed_as_toml_or_taken_as_a_word(override: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(load_config(None, [override]), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("speculation.lookahaed=3", "did you mean 'lookahead'"),
+        ("speculaton.lookahead=3", "did you mean 'speculation'"),
+        ("speculation.lookahead=three", "must be int, not 'three'"),
+        ("speculation.lookahead=true", "must be int, not True"),
+        ("speculation.lookahead=-1", "at least 0"),
+        ("speculation.mode=fast", "must be one of ar, sd, sd-colocated, ssd"),
+        ("engine.block_size=0", "at least 1"),
+        ("target.cores=1", "must be a list"),
+        ("target.cores=['a']", "must be int"),
+        ("serve.port=70000", "between 0 and 65535"),
+        ("timeouts.load=0", "at least 0.01"),
+        ("lookahead=3", "expected section.key=value"),
+        ("speculation.lookahead", "expected section.key=value"),
+        ("a.b.c=3", "expected section.key=value"),
+    ],
+)
+def test_a_bad_override_is_refused_with_the_reason(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_a_value_of_an_unhashable_type_is_refused_where_a_name_is_wanted() -> None:
+    with pytest.raises(ConfigError, match="must be one of"):
+        load_config(None, ["speculation.mode=['ssd']"])
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("content", [b"[target", b"\xff\xfe", b"target = 3"])
+def test_a_broken_file_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_an_override_of_a_section_that_is_a_value_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "flat.toml"
+    path.write_text("target = 3")
+    with pytest.raises(ConfigError, match="not a section"):
+        load_config(path, ["target.threads=1"])
+
+
+def test_the_digest_covers_what_both_roles_must_agree_on() -> None:
+    same = load_config(None, ["target.model=/elsewhere", "draft.threads=2"])
+    other = load_config(None, ["speculation.budget=9"])
+    assert same.digest() == Config().digest()
+    assert other.digest() != Config().digest()
