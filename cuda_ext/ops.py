@@ -1,0 +1,88 @@
+"""The operators the runtime calls: the compiled extension where it is built, else plain torch. Picked once, at first use.
+
+Signatures and meanings are those of `cuda_ext.reference`. `SSD_CUDA_EXT=0` in the environment asks for plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from cuda_ext import reference
+from cuda_ext.reference import PackedBf16, PackedInt8
+
+__all__ = [
+    "PackedBf16",
+    "PackedInt8",
+    "add_rms_norm",
+    "backend",
+    "linear_bf16",
+    "linear_int8",
+    "pack_bf16",
+    "pack_int8",
+    "paged_attention",
+    "rms_norm",
+    "rope_write_",
+    "silu_mul",
+]
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return reference
+
+
+def backend() -> Literal["compiled", "plain"]:
+    """Which implementation this process uses."""
+    return "plain" if _kernels() is reference else "compiled"
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return _kernels().rms_norm(x_ND, weight_D, eps)
+
+
+def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _kernels().add_rms_norm(x_ND, residual_ND, weight_D, eps)
+
+
+def silu_mul(gate_up_N2F: Tensor) -> Tensor:
+    return _kernels().silu_mul(gate_up_N2F)
+
+
+def rope_write_(
+    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, cos_ND: Tensor, sin_ND: Tensor, kv_2SGD: Tensor, slots_N: Tensor
+) -> None:
+    _kernels().rope_write_(q_NHD, k_NGD, v_NGD, cos_ND, sin_ND, kv_2SGD, slots_N)
+
+
+def paged_attention(
+    q_NHD: Tensor,
+    kv_2SGD: Tensor,
+    sequence_N: Tensor,
+    tables_SC: Tensor,
+    prefix_N: Tensor,
+    chain_ND: Tensor,
+    scale: float,
+) -> Tensor:
+    return _kernels().paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_ND, scale)
+
+
+def pack_int8(weight_OI: Tensor) -> PackedInt8:
+    return _kernels().pack_int8(weight_OI)
+
+
+def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None = None) -> Tensor:
+    return _kernels().linear_int8(x_NI, packed, bias_O)
+
+
+def pack_bf16(weight_OI: Tensor) -> PackedBf16:
+    return _kernels().pack_bf16(weight_OI)
+
+
+def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None = None) -> Tensor:
+    return _kernels().linear_bf16(x_NI, packed, bias_O)

@@ -1,0 +1,163 @@
+"""Every operator in plain torch: what the compiled kernels are tested against, and what runs where they are not built.
+
+Knows no models and no caches. Shape legend: N rows (tokens), D features, I/O in/out features of a linear layer, F half of
+a gate-up row, H query heads, G key-value heads, S slots, C columns of a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+
+
+@dataclass(frozen=True)
+class PackedInt8:
+    """An int8 linear layer as one backend wants it; never mixed between backends.
+
+    Attributes:
+        data: the weights, in the backend's layout.
+        scales_O: float32, one per output channel: weight = scale * integer.
+        in_features, out_features: the shape before packing.
+    """
+
+    data: Tensor
+    scales_O: Tensor
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class PackedBf16:
+    """A bfloat16 linear layer as one backend wants it; never mixed between backends."""
+
+    data: Tensor
+    in_features: int
+    out_features: int
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32, as Hugging Face's LlamaRMSNorm."""
+    x32_ND = x_ND.float()
+    normed_ND = x32_ND * torch.rsqrt(x32_ND.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight_D.float() * normed_ND.to(x_ND.dtype).float()).to(x_ND.dtype)
+
+
+def add_rms_norm(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add, then norm: returns (rms_norm(x + residual), x + residual)."""
+    total_ND = x_ND + residual_ND
+    return rms_norm(total_ND, weight_D, eps), total_ND
+
+
+def silu_mul(gate_up_N2F: Tensor) -> Tensor:
+    """silu(gate) * up in float32, rounded once; the gate is the first half of a row."""
+    gate_NF, up_NF = gate_up_N2F.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate_NF) * up_NF).to(gate_up_N2F.dtype)
+
+
+def rope_write_(
+    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, cos_ND: Tensor, sin_ND: Tensor, kv_2SGD: Tensor, slots_N: Tensor
+) -> None:
+    """Rotate queries and keys in place, then write keys and values into their slots.
+
+    The rotation pairs feature i with i + D/2 (Hugging Face's half rotation), in float32, rounded once. Inputs may be
+    views of one fused projection (features of a head contiguous). The cache may have another dtype.
+    """
+    cos_N1D, sin_N1D = cos_ND.float()[:, None], sin_ND.float()[:, None]
+    for heads in (q_NHD, k_NGD):
+        heads32 = heads.float()
+        first, second = heads32.chunk(2, dim=-1)
+        heads.copy_(heads32 * cos_N1D + torch.cat((-second, first), -1) * sin_N1D)
+    kv_2SGD[0, slots_N] = k_NGD.to(kv_2SGD.dtype)
+    kv_2SGD[1, slots_N] = v_NGD.to(kv_2SGD.dtype)
+
+
+def paged_attention(
+    q_NHD: Tensor,
+    kv_2SGD: Tensor,
+    sequence_N: Tensor,
+    tables_SC: Tensor,
+    prefix_N: Tensor,
+    chain_ND: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of each row over its sequence's prefix and its own chain of slots, in float32.
+
+    Args:
+        q_NHD: queries; head h reads key-value head h // (H // G).
+        kv_2SGD: one layer's keys and values by slot.
+        sequence_N: which row of the tables a query belongs to.
+        tables_SC: slots of each sequence in order.
+        prefix_N: how many of them a query sees.
+        chain_ND: further slots, one list a query, -1 for none.
+        scale: factor on the scores.
+
+    Returns: NHD in the queries' dtype; a row that sees nothing is zero.
+    """
+    num_rows, num_heads, head_dim = q_NHD.shape
+    num_groups = kv_2SGD.shape[2]
+    if num_rows == 0:
+        return torch.empty_like(q_NHD)
+    width = int(prefix_N.max())
+    slots_NT = torch.cat((tables_SC[sequence_N, :width], chain_ND), dim=1)
+    visible_NT = torch.cat((torch.arange(width, device=q_NHD.device) < prefix_N[:, None], chain_ND >= 0), dim=1)
+    slots_NT = slots_NT.where(visible_NT, 0)
+    keys_NTGD, values_NTGD = kv_2SGD[0, slots_NT].float(), kv_2SGD[1, slots_NT].float()
+    hidden_NT11 = ~visible_NT[:, :, None, None]
+    values_NTGD = values_NTGD.masked_fill(hidden_NT11, 0.0)  # a hidden slot may hold anything, even NaN
+    q_NGRD = q_NHD.float().reshape(num_rows, num_groups, num_heads // num_groups, head_dim) * scale
+    scores_NGRT = torch.einsum("ngrd,ntgd->ngrt", q_NGRD, keys_NTGD)
+    scores_NGRT = scores_NGRT.masked_fill(~visible_NT[:, None, None, :], float("-inf"))
+    weights_NGRT = torch.softmax(scores_NGRT, -1).masked_fill(~visible_NT.any(1)[:, None, None, None], 0.0)
+    return torch.einsum("ngrt,ntgd->ngrd", weights_NGRT, values_NTGD).reshape(q_NHD.shape).to(q_NHD.dtype)
+
+
+def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 by row: absmax becomes 127, halves round to even. Returns integers NI and float32 scales N."""
+    x32_NI = x_NI.float()
+    absmax_N = x32_NI.abs().amax(-1) if x32_NI.shape[-1] else x32_NI.new_zeros(x32_NI.shape[0])
+    inverse_N = torch.where(absmax_N > 0, INT8_MAX / absmax_N, 0.0)
+    return torch.round(x32_NI * inverse_N[:, None]).to(torch.int8), absmax_N / INT8_MAX
+
+
+def pack_int8(weight_OI: Tensor) -> PackedInt8:
+    """Quantize a weight matrix per output channel (absmax / 127, symmetric)."""
+    integers_OI, scales_O = quantize_rows(weight_OI)
+    return PackedInt8(integers_OI.contiguous(), scales_O, weight_OI.shape[1], weight_OI.shape[0])
+
+
+def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tensor:
+    """x W^T + bias with rows of x quantized as they come: exact integers, then one scale a row and one a channel."""
+    integers_NI, scales_N = quantize_rows(x_NI)
+    if x_NI.shape[0] == 0:
+        return x_NI.new_empty(0, packed.out_features)
+    sums_NO = torch._int_mm(integers_NI, packed.data.t())
+    out_NO = sums_NO.float() * scales_N[:, None] * packed.scales_O
+    if bias_O is not None:
+        out_NO += bias_O
+    return out_NO.to(x_NI.dtype)
+
+
+def pack_bf16(weight_OI: Tensor) -> PackedBf16:
+    """Round a weight matrix to bfloat16 and lay it out for oneDNN (as it is on other devices than the CPU)."""
+    weight_OI = weight_OI.to(torch.bfloat16).contiguous()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI) if _onednn(weight_OI) else weight_OI
+    return PackedBf16(packed, weight_OI.shape[1], weight_OI.shape[0])
+
+
+def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tensor:
+    """x W^T + bias in bfloat16, accumulated in float32; the result has x's dtype."""
+    if x_NI.shape[0] == 0:
+        return x_NI.new_empty(0, packed.out_features)
+    x16_NI = x_NI.to(torch.bfloat16)
+    bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
+    if packed.data.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x16_NI, packed.data, bias_O, "none", [], "").to(x_NI.dtype)
+    return torch.nn.functional.linear(x16_NI, packed.data, bias_O).to(x_NI.dtype)
+
+
+def _onednn(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
