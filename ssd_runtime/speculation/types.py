@@ -101,7 +101,15 @@ class Branch:
 
 @dataclass(frozen=True)
 class TreeFrame:
-    """Draft -> target, pushed while the target still computes; later frames supersede earlier ones."""
+    """Draft -> target, pushed while the target still computes; later frames supersede earlier ones.
+
+    Attributes:
+        round: of the newest outcome frame the tree knows of.
+        step_us: microseconds of the drafting step that grew the tree last.
+        step_rows: rows of that step's forward.
+    """
 
     round: int
     branches: tuple[Branch, ...]
+    step_us: int = 0
+    step_rows: int = 0

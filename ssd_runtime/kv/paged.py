@@ -1,0 +1,116 @@
+"""Rows of the paged KV cache: block tables of sequences, rollback, moves between slots, scratch slots of a tree.
+
+`kv[layer, 2, slot, head, dim]`; slot = block * block_size + offset. Knows no models and no schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssd_runtime.kv.blocks import BlockAllocator
+
+
+class BlockTable:
+    """The KV rows of one sequence, in order of position.
+
+    Args:
+        allocator: where blocks come from and go back to.
+        block_size: slots in one block.
+        max_length: most rows the sequence may ever hold.
+        device: where `slots` lives.
+
+    Attributes:
+        slots: int64 [max_length]; entry p is the slot of position p, valid for p < `capacity`.
+        length: rows that hold a token of the sequence.
+    """
+
+    def __init__(self, allocator: BlockAllocator, block_size: int, max_length: int, device: torch.device) -> None:
+        self._allocator = allocator
+        self._block_size = block_size
+        self._blocks: list[int] = []
+        padded = -(-max_length // block_size) * block_size
+        self.slots = torch.zeros(padded, dtype=torch.int64, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return len(self._blocks) * self._block_size
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(self._blocks)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows up to `length`, without changing `length`."""
+        while self.capacity < length:
+            block = self._allocator.allocate()
+            start = block * self._block_size
+            self.slots[self.capacity : self.capacity + self._block_size] = torch.arange(
+                start, start + self._block_size, device=self.slots.device
+            )
+            self._blocks.append(block)
+
+    def slot(self, position: int) -> int:
+        """The slot of a position inside the capacity, computed on the host."""
+        return self._blocks[position // self._block_size] * self._block_size + position % self._block_size
+
+    def rollback(self, length: int) -> None:
+        """Keep the first `length` rows and give back every whole block behind them."""
+        self.length = length
+        needed = -(-length // self._block_size)
+        while len(self._blocks) > needed:
+            self._allocator.release(self._blocks.pop())
+
+    def release(self) -> None:
+        """Give everything back."""
+        self.rollback(0)
+
+
+class ScratchSlots:
+    """Slots for the rows of a tree, taken from the same pool in whole blocks and given back when none is in use."""
+
+    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+        self._allocator = allocator
+        self._block_size = block_size
+        self._blocks: list[int] = []
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        if not self._free:
+            block = self._allocator.allocate()
+            self._blocks.append(block)
+            self._free.extend(range((block + 1) * self._block_size - 1, block * self._block_size - 1, -1))
+        return self._free.pop()
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        self._free.extend(slots)
+
+    def release(self) -> None:
+        """Give every block back, whatever is still taken."""
+        for block in self._blocks:
+            self._allocator.release(block)
+        self._blocks, self._free = [], []
+
+
+def copy_branch(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+    """Move rows between slots, keys and values of all layers; safe when sources and targets overlap.
+
+    Args:
+        kv: [layer, 2, slot, head, dim], changed in place.
+        source_slots, target_slots: of equal length; targets distinct.
+    """
+    if not source_slots:
+        return
+    source = torch.tensor(source_slots, dtype=torch.int64, device=kv.device)
+    target = torch.tensor(target_slots, dtype=torch.int64, device=kv.device)
+    kv.index_copy_(2, target, kv.index_select(2, source))
+
+
+def copy_branch_oracle(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
+    """`copy_branch` by definition: remember every source row, then write row by row."""
+    rows = [kv[:, :, slot].clone() for slot in source_slots]
+    for slot, row in zip(target_slots, rows, strict=True):
+        kv[:, :, slot] = row

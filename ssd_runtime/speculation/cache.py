@@ -1,0 +1,54 @@
+"""The speculation cache: outcome -> branch. Knows no ranks, no I/O.
+
+It lives at the leader, so a lookup is local and a hit costs no round trip. Trees arrive while the target computes;
+a later tree supersedes an earlier one, which for one outcome means a longer branch.
+"""
+
+from __future__ import annotations
+
+from ssd_runtime.speculation.types import Branch, Outcome, TreeFrame
+
+
+class SpeculationCache:
+    """Branches of the latest turn of each sequence."""
+
+    def __init__(self) -> None:
+        self._turn: dict[int, int] = {}
+        self._branches: dict[int, dict[Outcome, tuple[int, ...]]] = {}
+
+    def admit(self, sequence_id: int) -> None:
+        """Start to keep branches of a sequence; those of unknown sequences are dropped."""
+        self._turn[sequence_id] = -1
+        self._branches[sequence_id] = {}
+
+    def finish(self, sequence_id: int) -> None:
+        """Forget a sequence. Late trees for it are dropped."""
+        self._turn.pop(sequence_id, None)
+        self._branches.pop(sequence_id, None)
+
+    def advance(self, sequence_id: int, turn: int) -> None:
+        """Verification `turn` of the sequence starts: only its own outcomes matter from now on."""
+        if self._turn.get(sequence_id, turn) != turn:
+            self._turn[sequence_id] = turn
+            self._branches[sequence_id] = {}
+
+    def store(self, tree: TreeFrame) -> None:
+        """Take in what the draft has pushed; stale turns are dropped."""
+        for branch in tree.branches:
+            self._store(branch)
+
+    def _store(self, branch: Branch) -> None:
+        if self._turn.get(branch.sequence_id) != branch.turn:
+            return
+        known = self._branches[branch.sequence_id]
+        if len(branch.tokens) >= len(known.get(branch.outcome, ())):
+            known[branch.outcome] = branch.tokens
+
+    def lookup(self, sequence_id: int, turn: int, outcome: Outcome) -> tuple[int, ...] | None:
+        """The branch for `outcome` of verification `turn`, or None: a miss."""
+        if self._turn.get(sequence_id) != turn:
+            return None
+        return self._branches[sequence_id].get(outcome)
+
+    def __len__(self) -> int:
+        return sum(len(branches) for branches in self._branches.values())

@@ -1,0 +1,148 @@
+"""From logits to tokens: the logits processors and the noised argmax of shared-noise sampling.
+
+    y_i = argmax_v [ z_v + g(seed, i, v) ],  z = processed logits / temperature  (temperature 0: g = 0)
+
+Knows no models and no ranks. The target calls `choose_tokens`, the draft `rank_tokens`: the same expression on its own
+logits, so the draft's best token is its best guess of what the target will choose. `rank_tokens_oracle` is the plain
+definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance.
+
+Processors in order: temperature, top-k, top-p, min-p (each on what the one before left).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_runtime.errors import RequestError
+from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key
+from ssd_runtime.speculation.types import SamplingParams
+
+_HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
+_NUCLEUS = 1024  # most nucleus sets are smaller than this; sorting the whole vocabulary is the slow way out
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to be chosen: by which parameters, at which absolute position."""
+
+    params: SamplingParams
+    position: int
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Raise RequestError, naming the parameter, unless every value is one the sampler honours."""
+    if not 0.0 <= params.temperature <= 100.0:
+        raise RequestError(f"temperature must be between 0 and 100, not {params.temperature}")
+    if params.top_k < 0:
+        raise RequestError(f"top_k must be 0 (off) or more, not {params.top_k}")
+    if not 0.0 < params.top_p <= 1.0:
+        raise RequestError(f"top_p must be above 0 and at most 1, not {params.top_p}")
+    if not 0.0 <= params.min_p <= 1.0:
+        raise RequestError(f"min_p must be between 0 and 1, not {params.min_p}")
+    if not -(1 << 63) <= params.seed < 1 << 64:
+        raise RequestError(f"seed must fit in 64 bits, not {params.seed}")
+
+
+def process_logits(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """Logits after temperature, top-k, top-p and min-p, float32 [V]; excluded tokens are -inf.
+
+    Tokens that tie with the last one kept are kept too, so the result does not depend on an order of sorting.
+    """
+    z_V = logits_V.float()
+    if params.temperature == 0.0:
+        return z_V
+    z_V = z_V / params.temperature
+    floor = -torch.inf
+    if 0 < params.top_k < z_V.numel():
+        floor = float(z_V.topk(params.top_k).values[-1])
+        z_V = z_V.masked_fill(z_V < floor, -torch.inf)
+    if params.top_p < 1.0:
+        floor = max(floor, _nucleus_floor(z_V, params.top_p))
+    if params.min_p > 0.0:
+        floor = max(floor, float(z_V.max() + torch.log(torch.tensor(params.min_p))))
+    return z_V if floor == -torch.inf else z_V.masked_fill(z_V < floor, -torch.inf)
+
+
+def _nucleus_floor(z_V: Tensor, top_p: float) -> float:
+    """The smallest processed logit inside the nucleus: the least set of best tokens with probability >= top_p."""
+    total = torch.logsumexp(z_V.double(), dim=0)
+    for size in (_NUCLEUS, z_V.numel()):
+        best = z_V.topk(min(size, z_V.numel())).values
+        reached = torch.exp(best.double() - total).cumsum(0) >= top_p
+        if bool(reached[-1]) or best.numel() == z_V.numel():
+            last = int(reached.int().argmax()) if bool(reached[-1]) else best.numel() - 1
+            return float(best[last])
+    raise AssertionError("the second size is the whole vocabulary")
+
+
+def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[list[int]]:
+    """`rank_tokens` by definition: noise for the whole vocabulary, then a stable sort."""
+    ranked = []
+    tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    for logits_V, draw in zip(logits_RV, draws, strict=True):
+        score_V = process_logits(logits_V, draw.params).double()
+        if draw.params.temperature > 0.0:
+            score_V = score_V + gumbel_noise(noise_key(draw.params.seed, draw.position), tokens_V)
+        order = torch.sort(score_V, descending=True, stable=True).indices[:count]
+        ranked.append([int(token) for token in order if score_V[token] > -torch.inf])
+    return ranked
+
+
+def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[list[int]]:
+    """The `count` tokens most likely to be chosen at each row, best first (fewer where processors leave fewer).
+
+    Args:
+        logits_RV: logits of R rows, any float dtype.
+        draws: the R draws.
+        count: how many, at least 1.
+    """
+    count = min(count, logits_RV.shape[1])
+    greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
+    ranked: list[list[int]] = [[] for _ in draws]
+    if greedy:
+        rows_RV = logits_RV if len(greedy) == len(draws) else logits_RV[greedy]
+        for row, tokens in zip(greedy, _best_tokens(rows_RV, count), strict=True):
+            ranked[row] = tokens
+    for row, draw in enumerate(draws):
+        if draw.params.temperature > 0.0:
+            ranked[row] = _rank_noised(logits_RV[row], draw, count)
+    return ranked
+
+
+def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The token chosen at each row: the first of `rank_tokens`."""
+    return [tokens[0] for tokens in rank_tokens(logits_RV, draws, 1)]
+
+
+def _best_tokens(logits_RV: Tensor, count: int) -> list[list[int]]:
+    """Greedy ranking; ties go to the lower token id in the first place (argmax), as in the oracle."""
+    first_R = logits_RV.argmax(dim=-1, keepdim=True)
+    if count == 1:
+        return first_R.tolist()
+    best_RF = logits_RV.topk(count, dim=-1).indices.tolist()
+    return [
+        [first, *[token for token in best if token != first][: count - 1]]
+        for (first,), best in zip(first_R.tolist(), best_RF, strict=True)
+    ]
+
+
+def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> list[int]:
+    z_V = process_logits(logits_V, draw.params)
+    key = noise_key(draw.params.seed, draw.position)
+    head = z_V.topk(min(max(_HEAD, count), z_V.numel()))
+    head_score = head.values.double() + gumbel_noise(key, head.indices)
+    # Whatever is below this bound even with the largest noise cannot be among the first `count`.
+    bound = float(head_score.topk(count).values[-1])
+    if bound == -torch.inf:  # fewer than `count` tokens are left: all of them are in the head
+        tokens, score = head.indices, head_score
+    else:
+        # One part in 10^6 of slack, since z is float32 and the comparison must never drop a winner.
+        tokens = (z_V >= bound - MAX_NOISE - 1e-6 * (abs(bound) + MAX_NOISE)).nonzero().squeeze(1)
+        score = z_V[tokens].double() + gumbel_noise(key, tokens)
+    best = score.topk(min(count, tokens.numel()))
+    kept = best.values > -torch.inf
+    return tokens[best.indices[kept]].tolist()

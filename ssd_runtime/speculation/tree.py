@@ -1,0 +1,199 @@
+"""The draft's token tree of one sequence: what is drafted, what to draft next, what survives an outcome.
+
+Knows tokens and KV slots as numbers; no tensors, no model, no I/O.
+
+The root is the newest committed token. The speculation being verified hangs from it as a chain ("trunk"); forks leave
+the trunk at position k with a bonus candidate t*, and what follows t* along the best children is the branch for the
+outcome (k, t*). A node is *forwarded* once the draft's model has run on it: then its KV row exists and its successors
+are ranked. Hence no glue pass: when a branch is adopted its nodes keep their rows and their rankings, and only its last
+token has still to be forwarded, together with the first tokens of the new forks. A miss is the same tree with a trunk
+that is still being drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ssd_runtime.speculation.fanout import FanOut
+from ssd_runtime.speculation.types import Branch, Outcome
+
+NO_SLOT = -1
+
+
+class Node:
+    """One drafted token.
+
+    Attributes:
+        token, position: the token and its absolute position in the sequence.
+        slot: KV slot of its row, NO_SLOT until forwarded.
+        ranking: tokens most likely to follow, best first; None until forwarded.
+    """
+
+    __slots__ = ("children", "parent", "position", "ranking", "slot", "token")
+
+    def __init__(self, token: int, position: int, parent: Node | None) -> None:
+        self.token = token
+        self.position = position
+        self.parent = parent
+        self.slot = NO_SLOT
+        self.ranking: list[int] | None = None
+        self.children: dict[int, Node] = {}
+
+    def child(self, token: int) -> Node:
+        """The child of that token, made if it is not there yet."""
+        node = self.children.get(token)
+        if node is None:
+            node = self.children[token] = Node(token, self.position + 1, self)
+        return node
+
+    def best_child(self) -> Node:
+        """The likeliest successor. Only of a forwarded node."""
+        assert self.ranking
+        return self.child(self.ranking[0])
+
+    def ancestors(self) -> list[Node]:
+        """From the root of the tree down to this node, itself included."""
+        path: list[Node] = []
+        node: Node | None = self
+        while node is not None:
+            path.append(node)
+            node = node.parent
+        return path[::-1]
+
+    def walk(self) -> Iterator[Node]:
+        """This node and everything below it."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What an outcome did to a tree.
+
+    Attributes:
+        committed: the old root and the accepted nodes, in order of position; their rows belong to the sequence now.
+        dropped_slots: KV slots of everything that was drafted in vain.
+    """
+
+    committed: tuple[Node, ...]
+    dropped_slots: tuple[int, ...]
+
+
+class TokenTree:
+    """The tree of one sequence.
+
+    Args:
+        root_token, position: the newest committed token and its absolute position.
+        lookahead: K, most tokens of a branch.
+        max_position: tokens at this position or beyond are not drafted (the end of the sequence).
+        fan_out: policy that spreads a budget over the positions.
+        predraft: whether outcomes are drafted for ahead of time (SSD) or only when asked for (SD).
+    """
+
+    def __init__(
+        self, root_token: int, position: int, *, lookahead: int, max_position: int, fan_out: FanOut, predraft: bool
+    ) -> None:
+        self.root = Node(root_token, position, None)
+        self.turn = -1
+        self.outcome = Outcome(0, root_token)
+        self.trunk: list[Node] | None = []  # None: a miss, the just-in-time branch is wanted
+        self._lookahead = lookahead
+        self._max_position = max_position
+        self._fan_out = fan_out
+        self._predraft = predraft
+
+    # -- outcomes ------------------------------------------------------------------------------------------------
+
+    def advance(self, outcome: Outcome) -> Advance:
+        """Verification `turn` came out as `outcome`: its subtree becomes the tree, the rest is dropped."""
+        assert self.trunk is not None, "an outcome before the speculation it is the outcome of"
+        committed = (self.root, *self.trunk[: outcome.num_accepted])
+        root = committed[-1].child(outcome.bonus_token)
+        committed[-1].children.pop(root.token)
+        gone = [node.slot for node in self.root.walk() if node.slot != NO_SLOT]
+        kept = {node.slot for node in committed}
+        root.parent = None
+        self.root, self.trunk = root, None
+        self.turn, self.outcome = self.turn + 1, outcome
+        return Advance(committed, tuple(slot for slot in gone if slot not in kept))
+
+    def resolve(self, length: int, tokens: Sequence[int] = ()) -> None:
+        """Verification `turn` starts: of `tokens` if given, else of the first `length` tokens of the best chain."""
+        self.trunk = []
+        node = self.root
+        for index in range(length):
+            node = node.child(tokens[index]) if tokens else node.best_child()
+            self.trunk.append(node)
+
+    # -- growth --------------------------------------------------------------------------------------------------
+
+    def frontier(self, budget: int, acceptance: float) -> list[Node]:
+        """The nodes the next forward should run on, parents before children; empty when there is nothing to gain."""
+        if self.trunk is None:
+            tip = self._tip(self.root)
+            return [] if tip is None else [tip]
+        if not self._predraft:
+            return []
+        rows = [node for node in (self.root, *self.trunk) if node.ranking is None and self._allowed(node)]
+        for fork in self._forks(budget, acceptance):
+            tip = self._tip(fork)
+            if tip is not None:
+                rows.append(tip)
+        return rows
+
+    def _forks(self, budget: int, acceptance: float) -> Iterator[Node]:
+        """The first tokens t* of the branches worth drafting, at every trunk position whose ranking is known."""
+        assert self.trunk is not None
+        fan_out = self._fan_out(budget, len(self.trunk), acceptance)
+        for k, node in enumerate((self.root, *self.trunk)):
+            if node.ranking is None:
+                continue
+            accepted = self.trunk[k].token if k < len(self.trunk) else None
+            candidates = [token for token in node.ranking if token != accepted]
+            for token in candidates[: fan_out[k]]:
+                yield node.child(token)
+
+    def _tip(self, start: Node) -> Node | None:
+        """The node to forward for one more token on the branch that starts below `start`; None if it is complete."""
+        node = start
+        for _ in range(self._lookahead):
+            if node.ranking is None:
+                return node if self._allowed(node) else None
+            node = node.best_child()
+        return None
+
+    def _allowed(self, node: Node) -> bool:
+        return node.position < self._max_position - 1
+
+    # -- what the target gets ------------------------------------------------------------------------------------
+
+    def branches(self, sequence_id: int) -> list[Branch]:
+        """Every branch with at least one drafted token: the just-in-time one on a miss, else one an outcome."""
+        if self.trunk is None:
+            found = [(self.turn - 1, self.outcome, self.root)]
+        elif not self._predraft:
+            found = []
+        else:
+            found = [
+                (self.turn, Outcome(k, child.token), child)
+                for k, node in enumerate((self.root, *self.trunk))
+                for child in node.children.values()
+                if child.ranking is not None and not (k < len(self.trunk) and child is self.trunk[k])
+            ]
+        return [
+            Branch(sequence_id, turn, outcome, tokens)
+            for turn, outcome, start in found
+            if (tokens := self._branch_tokens(start))
+        ]
+
+    def _branch_tokens(self, start: Node) -> tuple[int, ...]:
+        tokens: list[int] = []
+        node = start
+        while node.ranking is not None and len(tokens) < self._lookahead:
+            node = node.best_child()
+            tokens.append(node.token)
+        return tuple(tokens)
