@@ -1,0 +1,59 @@
+"""Prompt sets: JSON lines of id, set and prompt. Knows no models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from ssd_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a benchmark.
+
+    Attributes:
+        id: unique in its set.
+        set: the kind of prompt, to report by.
+        prompt: what the user says; the chat template is put around it.
+    """
+
+    id: str
+    set: str
+    prompt: str
+
+
+def read_prompts(path: str | Path | None = None, limit: int | None = None) -> list[Prompt]:
+    """Read a prompt file, or the embedded set when `path` is None; the first `limit` of it.
+
+    Raises:
+        ConfigError: unreadable, empty, or a line that is not what a prompt is; names the line.
+    """
+    name = "the embedded prompt set" if path is None else str(path)
+    try:
+        if path is None:
+            text = resources.files("launcher").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+        else:
+            text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read prompts {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"prompts {name} are not UTF-8: {error.reason} at byte {error.start}") from None
+    lines = enumerate(text.split("\n"), 1)
+    prompts = [_parse(line, number, name) for number, line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompts {name}: there is no prompt in it")
+    return prompts[:limit]
+
+
+def _parse(line: str, number: int, name: str) -> Prompt:
+    where = f"prompts {name}, line {number}"
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise ConfigError(f'{where}: expected {{"id": ..., "set": ..., "prompt": "some text"}}')
+    return Prompt(str(entry.get("id", number)), str(entry.get("set", "")), entry["prompt"])
