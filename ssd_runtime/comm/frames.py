@@ -1,0 +1,175 @@
+"""`OutcomeFrame` and `TreeFrame` as fixed-shape int64 tensors, and back. Knows no ranks, no I/O.
+
+    header   magic, kind, round, control_seq, rows used, checksum of everything behind the header
+    row      outcome: sequence_id, turn, num_accepted, bonus_token, source, length, tokens[K]
+             tree:    sequence_id, turn, num_accepted, bonus_token, length, tokens[K]
+
+Tokens that are absent are -1; unused rows are zero. A signal (keepalive, goodbye) is a header alone, padded to the
+same size. Decoding checks every range: what passes is a frame, whatever the peer was.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Generic, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from ssd_runtime.comm.protocol import FrameShape as FrameShape
+from ssd_runtime.comm.protocol import ProtocolError as ProtocolError
+from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
+
+MAGIC = 0x5353_4431  # "SSD1"
+HEADER = 6  # words
+MAX_TOKEN = 2**31
+
+Frame = TypeVar("Frame", OutcomeFrame, TreeFrame)
+
+
+class Kind(IntEnum):
+    """What a frame is, readable without decoding the rest."""
+
+    OUTCOMES = 1
+    TREE = 2
+    KEEPALIVE = 3
+    GOODBYE = 4
+
+
+def kind_of(words: Tensor) -> Kind:
+    """The kind in a received header; raises ProtocolError if it is none."""
+    magic, kind = words[:2].tolist()
+    if magic != MAGIC or not 1 <= kind <= 4:
+        raise ProtocolError(f"frame starts with {magic:#x} {kind}: not a frame of this protocol")
+    return Kind(kind)
+
+
+class FrameCodec(Generic[Frame]):
+    """Encodes and decodes one direction's frames; every tensor it makes has `num_words` int64."""
+
+    kind: Kind
+    row_words: int
+    max_rows: int
+
+    def __init__(self, shape: FrameShape, max_rows: int, row_words: int) -> None:
+        self.shape = shape
+        self.max_rows, self.row_words = max_rows, row_words
+        self.num_words = HEADER + max_rows * row_words
+
+    def signal(self, kind: Kind) -> Tensor:
+        """A keepalive or goodbye of this direction's size."""
+        return self._tensor(kind, 0, 0, 0, [])
+
+    def encode(self, frame: Frame) -> Tensor:
+        """The frame as int64 words; raises ValueError if it is larger than the agreed shape."""
+        raise NotImplementedError
+
+    def decode(self, words: Tensor) -> Frame:
+        """The frame in `words` (on the CPU); raises ProtocolError on garbage."""
+        raise NotImplementedError
+
+    def _tensor(self, kind: Kind, round: int, control_seq: int, rows: int, body: list[int]) -> Tensor:
+        if rows > self.max_rows:
+            raise ValueError(f"{rows} rows do not fit a frame of {self.max_rows}")
+        content = array("q", body)
+        content.frombytes(bytes(8 * (self.max_rows * self.row_words - len(content))))
+        words = array("q", (MAGIC, kind, round, control_seq, rows, zlib.crc32(content)))
+        words.extend(content)
+        return torch.frombuffer(words, dtype=torch.int64)
+
+    def _tokens(self, tokens: Sequence[int]) -> list[int]:
+        absent: int = self.shape.lookahead - len(tokens)
+        if absent < 0:
+            raise ValueError(f"{len(tokens)} tokens do not fit a lookahead of {self.shape.lookahead}")
+        return [*tokens, *[-1] * absent]
+
+    def _rows(self, words: Tensor) -> tuple[int, int, list[list[int]]]:
+        if words.dtype != torch.int64 or words.shape != (self.num_words,):
+            raise ProtocolError(f"frame of {tuple(words.shape)} {words.dtype}, expected {self.num_words} int64")
+        kind = kind_of(words)
+        if kind != self.kind:
+            raise ProtocolError(f"expected a frame of kind {self.kind.name}, got {kind.name}")
+        _, _, round, control_seq, used, checksum = words[:HEADER].tolist()
+        if zlib.crc32(words[HEADER:].numpy()) != checksum:
+            raise ProtocolError(f"frame of round {round} has a wrong checksum")
+        if round < 0 or control_seq < 0 or not 0 <= used <= self.max_rows:
+            raise ProtocolError(f"frame header out of range: round {round}, control_seq {control_seq}, rows {used}")
+        width = self.row_words
+        flat = words[HEADER : HEADER + used * width].tolist()
+        return round, control_seq, [flat[i : i + width] for i in range(0, used * width, width)]
+
+    def _check(self, row: list[int], length: int, tokens: list[int]) -> tuple[int, ...]:
+        """Check the four common words and the tokens of a row; returns the tokens that are present."""
+        sequence_id, turn, num_accepted, bonus_token = row[:4]
+        lookahead = self.shape.lookahead
+        if sequence_id < 0 or turn < -1 or not 0 <= num_accepted <= lookahead or not 0 <= bonus_token < MAX_TOKEN:
+            self._garbage(row)
+        if not 0 <= length <= lookahead or not -1 <= min(tokens, default=-1) <= max(tokens, default=-1) < MAX_TOKEN:
+            self._garbage(row)
+        present = tokens.index(-1) if -1 in tokens else lookahead
+        if any(token != -1 for token in tokens[present:]):
+            self._garbage(row)
+        return tuple(tokens[:present])
+
+    def _garbage(self, row: list[int]) -> NoReturn:
+        raise ProtocolError(f"row out of range in a frame of kind {self.kind.name}: {row}")
+
+
+class OutcomeCodec(FrameCodec[OutcomeFrame]):
+    """Target -> draft."""
+
+    kind = Kind.OUTCOMES
+
+    def __init__(self, shape: FrameShape) -> None:
+        super().__init__(shape, shape.max_sequences, 6 + shape.lookahead)
+
+    def encode(self, frame: OutcomeFrame) -> Tensor:
+        body: list[int] = []
+        for row in frame.rows:
+            assert len(row.tokens) in (0, row.length), row
+            outcome = row.outcome
+            body += (row.sequence_id, row.turn, outcome.num_accepted, outcome.bonus_token, row.source, row.length)
+            body += self._tokens(row.tokens)
+        return self._tensor(self.kind, frame.round, frame.control_seq, len(frame.rows), body)
+
+    def decode(self, words: Tensor) -> OutcomeFrame:
+        round, control_seq, rows = self._rows(words)
+        return OutcomeFrame(round, control_seq, tuple(map(self._row, rows)))
+
+    def _row(self, row: list[int]) -> OutcomeRow:
+        sequence_id, turn, num_accepted, bonus_token, source, length = row[:6]
+        tokens = self._check(row, length, row[6:])
+        if turn < 0 or not 0 <= source < len(Source) or len(tokens) not in (0, length):
+            self._garbage(row)
+        return OutcomeRow(sequence_id, turn, Outcome(num_accepted, bonus_token), Source(source), length, tokens)
+
+
+class TreeCodec(FrameCodec[TreeFrame]):
+    """Draft -> target."""
+
+    kind = Kind.TREE
+
+    def __init__(self, shape: FrameShape) -> None:
+        super().__init__(shape, shape.max_branches, 5 + shape.lookahead)
+
+    def encode(self, frame: TreeFrame) -> Tensor:
+        body: list[int] = []
+        for branch in frame.branches:
+            outcome, tokens = branch.outcome, branch.tokens
+            body += (branch.sequence_id, branch.turn, outcome.num_accepted, outcome.bonus_token, len(tokens))
+            body += self._tokens(tokens)
+        return self._tensor(self.kind, frame.round, 0, len(frame.branches), body)
+
+    def decode(self, words: Tensor) -> TreeFrame:
+        round, _, rows = self._rows(words)
+        return TreeFrame(round, tuple(map(self._branch, rows)))
+
+    def _branch(self, row: list[int]) -> Branch:
+        sequence_id, turn, num_accepted, bonus_token, length = row[:5]
+        tokens = self._check(row, length, row[5:])
+        if len(tokens) != length:
+            self._garbage(row)
+        return Branch(sequence_id, turn, Outcome(num_accepted, bonus_token), tokens)
