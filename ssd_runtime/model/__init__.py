@@ -1,0 +1,1 @@
+"""The models: architecture, weights, tokenizer and the one decoder. Knows no ranks, no requests."""

@@ -1,0 +1,35 @@
+"""What one forward computes, as tensors. Knows no sequences, no scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """N rows for one forward; int64 tensors on the model's device.
+
+    A row sees the first `prefix` slots of its sequence's table and the non-negative slots of its chain. Its own slot is
+    among them: a trunk row at position p has prefix p + 1, a tree row ends its chain with its own slot.
+
+    Attributes:
+        tokens_N: token ids.
+        positions_N: positions in the text, for the rotary embedding.
+        slots_N: KV slot each row is written to, all different.
+        sequence_N: which row of the tables a row belongs to.
+        tables_SC: slots of each sequence in order (C may exceed what is used).
+        prefix_N: how many slots of its table a row sees.
+        chain_ND: further slots a row sees, -1 for none; D may be 0.
+        logit_rows_R: rows whose logits are wanted; None for all.
+    """
+
+    tokens_N: Tensor
+    positions_N: Tensor
+    slots_N: Tensor
+    sequence_N: Tensor
+    tables_SC: Tensor
+    prefix_N: Tensor
+    chain_ND: Tensor
+    logit_rows_R: Tensor | None = None

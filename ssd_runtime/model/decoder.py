@@ -1,0 +1,88 @@
+"""The decoder of the Llama family over a paged KV cache. Knows no sequences, no sampling, no files.
+
+Shape legend: N rows, R rows whose logits are wanted, V vocabulary, E hidden features, H query heads, G key-value heads,
+D features of a head, L layers, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cuda_ext import ops
+from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.batch import ForwardBatch
+from ssd_runtime.model.layers import Layer, Linear
+
+
+class Decoder:
+    """One loaded model.
+
+    Args:
+        embedding_VE: the embedding table, in the dtype of the activations.
+        layers: from first to last.
+        norm_E: weight of the last norm.
+        lm_head: hidden features to logits.
+        frequencies_P: of the rotary embedding, on the CPU or the device.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        embedding_VE: Tensor,
+        layers: Sequence[Layer],
+        norm_E: Tensor,
+        lm_head: Linear,
+        frequencies_P: Tensor,
+    ) -> None:
+        self.arch = arch
+        self.device = embedding_VE.device
+        self.dtype = embedding_VE.dtype
+        self._embedding_VE = embedding_VE
+        self._layers = tuple(layers)
+        self._norm_E = norm_E
+        self._lm_head = lm_head
+        self._frequencies_D = torch.cat((frequencies_P, frequencies_P)).to(self.device)
+        self._scale = arch.head_dim**-0.5
+
+    def new_kv(self, num_slots: int) -> Tensor:
+        """An empty KV pool: [layer, 2, slot, kv_head, dim] in the activations' dtype, zeros."""
+        arch = self.arch
+        shape = (arch.num_layers, 2, num_slots, arch.num_kv_heads, arch.head_dim)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor:
+        """Logits of the wanted rows, float32 (RV). Writes keys and values of every row into its slot."""
+        arch, eps = self.arch, self.arch.rms_norm_eps
+        num_heads, num_kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
+        num_rows, last = len(batch.tokens_N), len(self._layers) - 1
+        angles_ND = batch.positions_N.float()[:, None] * self._frequencies_D
+        cos_ND, sin_ND = angles_ND.cos(), angles_ND.sin()
+
+        residual_NE = self._embedding_VE.index_select(0, batch.tokens_N)
+        x_NE = ops.rms_norm(residual_NE, self._layers[0].input_norm_I, eps)
+        for index, (layer, kv_2SGD) in enumerate(zip(self._layers, kv_L2SGD.unbind(0), strict=True)):
+            if index:
+                x_NE, residual_NE = ops.add_rms_norm(x_NE, residual_NE, layer.input_norm_I, eps)
+            qkv_NHD = layer.qkv(x_NE).view(num_rows, num_heads + 2 * num_kv_heads, head_dim)
+            q_NHD, k_NGD, v_NGD = qkv_NHD.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+            if layer.q_norm_D is not None and layer.k_norm_D is not None:
+                q_NHD = ops.rms_norm(q_NHD.reshape(-1, head_dim), layer.q_norm_D, eps).view(q_NHD.shape)
+                k_NGD = ops.rms_norm(k_NGD.reshape(-1, head_dim), layer.k_norm_D, eps).view(k_NGD.shape)
+            ops.rope_write_(q_NHD, k_NGD, v_NGD, cos_ND, sin_ND, kv_2SGD, batch.slots_N)
+            attended_NHD = ops.paged_attention(
+                q_NHD, kv_2SGD, batch.sequence_N, batch.tables_SC, batch.prefix_N, batch.chain_ND, self._scale
+            )
+            x_NE = attended_NHD.reshape(num_rows, num_heads * head_dim)
+            if index == last and batch.logit_rows_R is not None:  # the other rows have left their keys and values
+                if len(batch.logit_rows_R) == 0:
+                    return torch.empty(0, arch.vocab_size, device=self.device)
+                x_NE = x_NE.index_select(0, batch.logit_rows_R)
+                residual_NE = residual_NE.index_select(0, batch.logit_rows_R)
+            x_NE, residual_NE = ops.add_rms_norm(layer.attention_out(x_NE), residual_NE, layer.mlp_norm_I, eps)
+            x_NE = layer.down(ops.silu_mul(layer.gate_up(x_NE)))
+        x_RE, _ = ops.add_rms_norm(x_NE, residual_NE, self._norm_E, eps)
+        return self._lm_head(x_RE).float()

@@ -1,0 +1,44 @@
+"""Linear layers in the three dtypes a model can be loaded in. Knows no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cuda_ext import ops
+from ssd_runtime.config import Dtype
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.layers import Linear
+
+
+def check_dtype(dtype: Dtype, device: torch.device) -> None:
+    """Raise ConfigError when this dtype does not run on this device."""
+    if dtype == "int8" and device.type != "cpu":
+        raise ConfigError(f"dtype int8 runs on the CPU only, not on {device.type}; use bf16 there")
+
+
+def activation_dtype(dtype: Dtype) -> torch.dtype:
+    """What flows between the layers, and what the KV cache holds."""
+    return torch.float32 if dtype == "fp32" else torch.bfloat16
+
+
+def make_linear(weight_OI: Tensor, bias_O: Tensor | None, dtype: Dtype, device: torch.device) -> Linear:
+    """A linear layer that computes in `dtype`: NI -> NO in the activations' dtype.
+
+    fp32 and everything on a GPU is F.linear. bf16 on the CPU is packed for oneDNN; int8 has one scale per output channel
+    and quantizes its input by row.
+    """
+    check_dtype(dtype, device)
+    if dtype == "fp32" or device.type != "cpu":
+        kind = activation_dtype(dtype)
+        weight_OI = weight_OI.to(device, kind).contiguous()
+        bias_O = None if bias_O is None else bias_O.to(device, kind)
+        return lambda x_NI: functional.linear(x_NI, weight_OI, bias_O)
+    if dtype == "bf16":
+        packed = ops.pack_bf16(weight_OI)
+        bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
+        return lambda x_NI: ops.linear_bf16(x_NI, packed, bias_O)
+    packed_int8 = ops.pack_int8(weight_OI.float())
+    bias_O = None if bias_O is None else bias_O.float()
+    return lambda x_NI: ops.linear_int8(x_NI, packed_int8, bias_O)
