@@ -61,6 +61,11 @@ class EngineConfig:
     num_blocks: int = 0
     prefill_chunk: int = 256
 
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks in a pool of KV rows of sequences."""
+        return self.num_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
+
 
 @dataclass(frozen=True)
 class SpeculationConfig:

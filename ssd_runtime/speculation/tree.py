@@ -104,7 +104,7 @@ class TokenTree:
         self._lookahead = lookahead
         self._max_position = max_position
         self._fan_out = fan_out
-        self._predraft = predraft
+        self.predraft = predraft
 
     # -- outcomes ------------------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class TokenTree:
         if self.trunk is None:
             tip = self._tip(self.root)
             return [] if tip is None else [tip]
-        if not self._predraft:
+        if not self.predraft:
             return []
         rows = [node for node in (self.root, *self.trunk) if node.ranking is None and self._allowed(node)]
         for fork in self._forks(budget, acceptance):
@@ -175,7 +175,7 @@ class TokenTree:
         """Every branch with at least one drafted token: the just-in-time one on a miss, else one an outcome."""
         if self.trunk is None:
             found = [(self.turn - 1, self.outcome, self.root)]
-        elif not self._predraft:
+        elif not self.predraft:
             found = []
         else:
             found = [

@@ -1,0 +1,208 @@
+"""The draft: one model, the trees of all sequences, their KV rows. Knows no ranks and no links.
+
+`draft/loop.py` drives it on a rank of its own; in mode `sd-colocated` the target's process drives it directly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.protocol import ProtocolError
+from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.engine.rows import RowBuilder
+from ssd_runtime.kv.blocks import BlockAllocator
+from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch
+from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.fanout import AcceptanceEstimate, fan_out_policy
+from ssd_runtime.speculation.sampling import Draw, rank_tokens
+from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
+from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """One forward of the draft: when it ran (`time.monotonic_ns`) and how many rows it had."""
+
+    start_ns: int
+    end_ns: int
+    rows: int
+
+
+class _Sequence:
+    """What the draft keeps of one sequence. Committed tokens without a KV row yet are caught up in the next forward."""
+
+    def __init__(self, request: Admit, table: BlockTable, tree: TokenTree) -> None:
+        self.sequence_id = request.sequence_id
+        self.params: SamplingParams = request.params
+        self.tokens = list(request.prompt_tokens)
+        self.table = table
+        self.tree = tree
+
+    @property
+    def missing(self) -> int:
+        """Committed tokens before the root that have no KV row."""
+        return len(self.tokens) - 1 - self.table.length
+
+
+class Drafter:
+    """Drafts for every admitted sequence at once.
+
+    Args:
+        decoder: the draft model.
+        engine, speculation: sizes and policies.
+    """
+
+    def __init__(self, decoder: Decoder, engine: EngineConfig, speculation: SpeculationConfig) -> None:
+        self._decoder = decoder
+        self._engine = engine
+        self._speculation = speculation
+        self._fan_out = fan_out_policy(speculation.fan_out)
+        self.allocator = BlockAllocator(draft_blocks(engine, speculation))
+        self._scratch = ScratchSlots(self.allocator, engine.block_size)
+        self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
+        self._sequences: dict[int, _Sequence] = {}
+        self.acceptance = AcceptanceEstimate()
+        self._round = 0
+        self._last_step: DraftStep | None = None
+
+    # -- control -------------------------------------------------------------------------------------------------
+
+    def admit(self, request: Admit) -> None:
+        """A sequence begins; its prompt is computed in the next steps."""
+        if request.lookahead > self._speculation.lookahead:
+            raise ProtocolError(f"lookahead {request.lookahead} is above the agreed {self._speculation.lookahead}")
+        prompt = request.prompt_tokens
+        table = BlockTable(self.allocator, self._engine.block_size, self._engine.max_model_len, self._decoder.device)
+        tree = TokenTree(
+            prompt[-1],
+            len(prompt) - 1,
+            lookahead=request.lookahead,
+            max_position=min(len(prompt) + request.max_tokens, self._engine.max_model_len),
+            fan_out=self._fan_out,
+            predraft=request.mode == "ssd",
+        )
+        self._sequences[request.sequence_id] = _Sequence(request, table, tree)
+
+    def finish(self, sequence_id: int) -> None:
+        """A sequence is over: its rows go back to the pool."""
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is not None:
+            self._scratch.give_back([node.slot for node in sequence.tree.root.walk() if node.slot != NO_SLOT])
+            sequence.table.release()
+        if not self._sequences:
+            self._scratch.release()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    # -- rounds --------------------------------------------------------------------------------------------------
+
+    def advance(self, frame: OutcomeFrame) -> None:
+        """Take in outcomes: adopt branches that hit, roll back where none did, restart from t*.
+
+        Raises:
+            ProtocolError: an outcome that cannot follow what was known before.
+        """
+        self._round = frame.round
+        sources: list[int] = []
+        targets: list[int] = []
+        freed: list[int] = []
+        for row in frame.rows:
+            sequence = self._sequences.get(row.sequence_id)
+            if sequence is None:  # finished meanwhile
+                continue
+            if row.turn == sequence.tree.turn + 1:
+                committed, dropped = self._commit(sequence, row)
+                sources += [node.slot for node in committed]
+                targets += [sequence.table.slot(node.position) for node in committed]
+                freed += dropped
+            elif row.turn != sequence.tree.turn:
+                raise ProtocolError(f"sequence {row.sequence_id}: turn {row.turn} after turn {sequence.tree.turn}")
+            if row.source != Source.PENDING and sequence.tree.trunk is None:
+                sequence.tree.resolve(row.length, row.tokens)
+        copy_branch(self._kv, sources, targets)
+        self._scratch.give_back(sources + freed)
+
+    def _commit(self, sequence: _Sequence, row: OutcomeRow) -> tuple[list[Node], list[int]]:
+        """Apply one outcome. Returns the committed nodes whose rows move into the trunk, and the slots set free."""
+        tree = sequence.tree
+        if tree.trunk is None or row.outcome.num_accepted > len(tree.trunk):
+            raise ProtocolError(f"sequence {row.sequence_id}: {row.outcome} without a speculation that long")
+        self.acceptance.observe(row.outcome.num_accepted, len(tree.trunk))
+        advance = tree.advance(row.outcome)
+        forwarded = [node for node in advance.committed if node.slot != NO_SLOT]
+        if forwarded:
+            assert sequence.table.length == forwarded[0].position, "the root is forwarded after what comes before it"
+            sequence.table.length += len(forwarded)
+            sequence.table.reserve(sequence.table.length)
+        sequence.tokens += [node.token for node in advance.committed[1:]]
+        sequence.tokens.append(row.outcome.bonus_token)
+        return forwarded, list(advance.dropped_slots)
+
+    def grow(self) -> DraftStep | None:
+        """One forward over what every sequence wants most; None when nothing is left to draft."""
+        start_ns = time.monotonic_ns()
+        rows = RowBuilder(self._decoder.device)
+        nodes: list[tuple[_Sequence, Node]] = []
+        room = self._engine.prefill_chunk
+        budget = max(1, self._speculation.budget // max(1, len(self._sequences)))
+        for sequence in self._sequences.values():
+            frontier = sequence.tree.frontier(budget, self.acceptance.rate)
+            catch_up = min(sequence.missing, room)
+            if not frontier and (sequence.tree.turn >= 0 or not catch_up):
+                continue
+            rows.begin_sequence(sequence.table)
+            if catch_up:
+                room -= catch_up
+                start = sequence.table.length
+                sequence.table.reserve(start + catch_up)
+                sequence.table.length += catch_up
+                rows.add_trunk(sequence.tokens[start : start + catch_up], start)
+            if not sequence.missing:
+                self._add_frontier(rows, sequence, frontier)
+                nodes += [(sequence, node) for node in frontier]
+        if not len(rows):
+            return None
+        logits_RV = self._decoder.forward(rows.build(), self._kv)
+        if nodes:
+            self._rank(logits_RV, nodes, budget)
+        self._last_step = DraftStep(start_ns, time.monotonic_ns(), len(rows))
+        return self._last_step
+
+    def _add_frontier(self, rows: RowBuilder, sequence: _Sequence, frontier: Sequence[Node]) -> None:
+        prefix = sequence.tree.root.position
+        for node in frontier:
+            node.slot = self._scratch.take()
+            rows.add_branch_row(node.token, node.position, prefix, [above.slot for above in node.ancestors()])
+            rows.want_logits()
+
+    def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[_Sequence, Node]], budget: int) -> None:
+        draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
+        # One more than can be forked: at a position inside the speculation its own token is left out.
+        count = budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
+        for (_, node), ranking in zip(nodes, rank_tokens(logits_RV, draws, count), strict=True):
+            node.ranking = ranking
+
+    def tree(self) -> TreeFrame:
+        """All branches that are ready, of all sequences."""
+        branches = [
+            branch
+            for sequence in self._sequences.values()
+            for branch in sequence.tree.branches(sequence.sequence_id)[: self._speculation.budget + 1]
+        ]
+        step = self._last_step
+        step_us = (step.end_ns - step.start_ns) // 1000 if step else 0
+        return TreeFrame(self._round, tuple(branches), step_us, step.rows if step else 0)
+
+
+def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:
+    """Blocks of the draft's pool: as many as the target's for the sequences, and scratch for two generations of trees."""
+    nodes = 2 * (speculation.budget + 1) * (speculation.lookahead + 1)
+    scratch = engine.max_num_seqs * -(-nodes // engine.block_size) + 1
+    return engine.pool_blocks + scratch

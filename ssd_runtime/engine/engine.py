@@ -1,0 +1,250 @@
+"""The engine: one target model, many requests, one decode path for AR, SD and SSD. Knows no sockets and no ranks.
+
+`step` is one round. How it speculates is the business of the speculators it is given, one a mode.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssd_runtime.config import EngineConfig, Mode
+from ssd_runtime.engine.rows import RowBuilder
+from ssd_runtime.engine.scheduler import Scheduler
+from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
+from ssd_runtime.engine.speculator import Proposals, Speculator
+from ssd_runtime.errors import RequestError
+from ssd_runtime.kv.blocks import BlockAllocator
+from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
+from ssd_runtime.speculation.types import Outcome, Speculation
+from ssd_runtime.speculation.verify import verify
+from ssd_runtime.trace import Tracer
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """A sequence got tokens in this round, or ended."""
+
+    sequence: Sequence
+    delta: Delta
+
+
+class Engine:
+    """Decodes requests.
+
+    Args:
+        decoder: the target model.
+        config: sizes.
+        max_lookahead: the longest speculation a request may ask for.
+        speculators: how each mode speculates; a request in another mode is refused.
+        tracer: where rounds are recorded.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        max_lookahead: int,
+        speculators: Mapping[Mode, Speculator],
+        tracer: Tracer,
+    ) -> None:
+        self._decoder = decoder
+        self._config = config
+        self._max_lookahead = max_lookahead
+        self._speculators = dict(speculators)
+        self._tracer = tracer
+        self.allocator = BlockAllocator(config.pool_blocks)
+        self._kv = decoder.new_kv(config.pool_blocks * config.block_size)
+        self.scheduler = Scheduler(config)
+        self._next_id = 0
+        self._round = 0
+        self._last_verify: dict[int, tuple[int, float]] = {}  # sequence -> start of its last verification, its seconds
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, text: TextStream | None = None) -> Sequence:
+        """Queue a request.
+
+        Raises:
+            RequestError: it could never be served as asked; the message names what to change.
+        """
+        self._check(request)
+        table = BlockTable(self.allocator, self._config.block_size, self._config.max_model_len, self._decoder.device)
+        sequence = Sequence(self._next_id, request, table, text or NoText(), self._config.max_model_len)
+        self._next_id += 1
+        self.scheduler.add(sequence)
+        return sequence
+
+    def _check(self, request: Request) -> None:
+        check_sampling(request.params)
+        length, longest = len(request.prompt_tokens), self._config.max_model_len
+        if length == 0:
+            raise RequestError("the prompt is empty: give at least one token")
+        if length >= longest:
+            raise RequestError(
+                f"the prompt has {length} tokens and engine.max_model_len is {longest}: "
+                "shorten the prompt or raise engine.max_model_len"
+            )
+        vocab_size = self._decoder.arch.vocab_size
+        if not all(0 <= token < vocab_size for token in request.prompt_tokens):
+            raise RequestError(f"the prompt has token ids outside the vocabulary of {vocab_size} tokens")
+        if request.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if "" in request.stop:
+            raise RequestError("a stop string is empty: every text would stop at once")
+        if request.mode not in self._speculators:
+            raise RequestError(
+                f"mode {request.mode!r} is not served by this engine, which has {', '.join(self._speculators)}"
+            )
+        if not 0 <= request.lookahead <= self._max_lookahead:
+            raise RequestError(
+                f"lookahead must be between 0 and speculation.lookahead = {self._max_lookahead}, "
+                f"not {request.lookahead}"
+            )
+
+    def cancel(self, request_id: str) -> Sequence | None:
+        """Stop a request; returns its sequence if it was there."""
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            if sequence.request.request_id == request_id:
+                running = sequence in self.scheduler.running
+                sequence.finish_reason = "abort"
+                self._end(sequence, running)
+                return sequence
+        return None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    # -- one round -----------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Progressed]:
+        """Admit, prefill a chunk, verify one speculation of every running sequence."""
+        for sequence in self.scheduler.admit():
+            self._speculators[sequence.request.mode].admit(sequence)
+        progressed = self._prefill_chunk()
+        batch = self.scheduler.next_batch()
+        for mode, speculator in self._speculators.items():
+            members = [sequence for sequence in batch if sequence.request.mode == mode and not sequence.finish_reason]
+            if members:
+                progressed += self._verify_round(members, speculator)
+        for item in progressed:
+            if item.sequence.finish_reason:
+                self._end(item.sequence, running=True)
+        return progressed
+
+    def _prefill_chunk(self) -> list[Progressed]:
+        sequence = self.scheduler.prefilling()
+        if sequence is None:
+            return []
+        start_ns = time.monotonic_ns()
+        start = sequence.table.length
+        end = min(start + self._config.prefill_chunk, sequence.num_prompt)
+        sequence.table.reserve(end)
+        rows = RowBuilder(self._decoder.device)
+        rows.begin_sequence(sequence.table)
+        rows.add_trunk(sequence.tokens[start:end], start)
+        logits_RV = self._decoder.forward(rows.build(), self._kv)
+        sequence.table.length = end
+        progressed = []
+        if end == sequence.num_prompt:
+            (token,) = choose_tokens(logits_RV, [Draw(sequence.request.params, end)])
+            progressed = [Progressed(sequence, sequence.commit(Outcome(0, token), Speculation()))]
+        end_ns = time.monotonic_ns()
+        sequence.measured.prefill_seconds += (end_ns - start_ns) / 1e9
+        self._tracer.complete("prefill", start_ns, end_ns, arguments={"tokens": end - start})
+        return progressed
+
+    def _verify_round(self, batch: list[Sequence], speculator: Speculator) -> list[Progressed]:
+        self._round += 1
+        propose_ns = time.monotonic_ns()
+        proposals = speculator.propose(batch, self._round)
+        start_ns = time.monotonic_ns()
+        self._measure_last_round(batch, proposals, start_ns)
+        logits_RV = self._forward(batch, proposals.speculations)
+        forward_ns = time.monotonic_ns()
+        outcomes = self._outcomes(batch, proposals.speculations, logits_RV)
+        progressed = []
+        for sequence, speculation, outcome in zip(batch, proposals.speculations, outcomes, strict=True):
+            # The bonus token has no row yet; rejected rows go back.
+            sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
+            progressed.append(Progressed(sequence, sequence.commit(outcome, speculation)))
+            sequence.measured.verify_ms.append((forward_ns - start_ns) / 1e6)
+            self._last_verify[sequence.sequence_id] = (start_ns, (forward_ns - start_ns) / 1e6)
+        speculator.observe(proposals.speculations, outcomes, (forward_ns - start_ns) / 1e9)
+        self._trace_round(proposals, outcomes, propose_ns, start_ns, forward_ns)
+        return progressed
+
+    def _forward(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> Tensor:
+        """One forward of 1 + len(speculation) rows a sequence."""
+        rows = RowBuilder(self._decoder.device)
+        for sequence, speculation in zip(batch, speculations, strict=True):
+            start = len(sequence.tokens) - 1
+            fresh = (sequence.tokens[-1], *speculation.tokens)
+            sequence.table.reserve(start + len(fresh))
+            sequence.table.length = start + len(fresh)
+            rows.begin_sequence(sequence.table)
+            rows.add_trunk(fresh, start)
+            rows.want_logits(len(fresh))
+        return self._decoder.forward(rows.build(), self._kv)
+
+    def _outcomes(
+        self, batch: Sequences[Sequence], speculations: Sequences[Speculation], logits_RV: Tensor
+    ) -> list[Outcome]:
+        draws = [
+            Draw(sequence.request.params, len(sequence.tokens) + offset)
+            for sequence, speculation in zip(batch, speculations, strict=True)
+            for offset in range(len(speculation.tokens) + 1)
+        ]
+        chosen = choose_tokens(logits_RV, draws)
+        outcomes = []
+        for speculation in speculations:
+            count = len(speculation.tokens) + 1
+            outcomes.append(verify(chosen[:count], speculation.tokens))
+            chosen = chosen[count:]
+        return outcomes
+
+    # -- endings and measures ------------------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, running: bool) -> None:
+        self._last_verify.pop(sequence.sequence_id, None)
+        self.scheduler.remove(sequence)
+        if running:
+            self._speculators[sequence.request.mode].finish(sequence)
+
+    def _measure_last_round(self, batch: Sequences[Sequence], proposals: Proposals, start_ns: int) -> None:
+        """A round lasts from the start of one verification to the start of the next: the last one ends now."""
+        wait_ms = proposals.wait_seconds * 1e3
+        for sequence, hit in zip(batch, proposals.hits, strict=True):
+            measured = sequence.measured
+            measured.hits += hit is True
+            measured.misses += hit is False
+            measured.draft_step_ms += [milliseconds for milliseconds, _ in proposals.draft_steps]
+            measured.draft_step_width += [rows for _, rows in proposals.draft_steps]
+            measured.wait_ms.append(wait_ms)
+            if sequence.sequence_id not in self._last_verify:
+                continue
+            last_start_ns, last_verify_ms = self._last_verify[sequence.sequence_id]
+            round_ms = (start_ns - last_start_ns) / 1e6
+            measured.other_ms.append(round_ms - last_verify_ms - wait_ms)
+            if hit is not False:
+                measured.round_ms.append(round_ms)
+
+    def _trace_round(
+        self, proposals: Proposals, outcomes: Sequences[Outcome], propose_ns: int, start_ns: int, forward_ns: int
+    ) -> None:
+        if not self._tracer.enabled:
+            return
+        hits = sum(hit is True for hit in proposals.hits)
+        lengths = [len(speculation.tokens) for speculation in proposals.speculations]
+        accepted = [outcome.num_accepted for outcome in outcomes]
+        about = {"round": self._round, "hits": hits, "speculated": lengths, "accepted": accepted}
+        self._tracer.complete("propose", propose_ns, start_ns, arguments={"wait_ms": proposals.wait_seconds * 1e3})
+        self._tracer.complete("verify", start_ns, forward_ns, arguments=about)
+        self._tracer.complete("commit", forward_ns, time.monotonic_ns())

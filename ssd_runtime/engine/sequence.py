@@ -1,0 +1,227 @@
+"""One request while it is decoded: its tokens, its place in the KV pool, what was streamed, what was measured.
+
+Knows no model and no link. `commit` is where EOS, stop strings and the length limit cut an accepted run exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from ssd_runtime.comm.messages import RequestStatistics
+from ssd_runtime.config import Mode
+from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.speculation.backup import NgramIndex
+from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class TextStream(Protocol):
+    """Turns tokens into text as they come (model/tokenizer.py: Detokenizer)."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class NoText:
+    """For models without a tokenizer: tokens only."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, checked and tokenized.
+
+    Attributes:
+        stop: stop strings; the text ends before the first of them.
+        eos_token_ids: tokens that end the sequence; empty to go on regardless.
+    """
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    params: SamplingParams
+    mode: Mode
+    lookahead: int
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one round added to what the user has."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+class StopStrings:
+    """Lets text through up to the first stop string; holds back what may become one."""
+
+    def __init__(self, stop: Tokens[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """The text that is now certain, and whether a stop string was met."""
+        if not self._stop:
+            return text, False
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            certain, self._held = self._held[: min(found)], ""
+            return certain, True
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        cut = len(self._held) - keep
+        certain, self._held = self._held[:cut], self._held[cut:]
+        return certain, False
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class Measurements:
+    """Counters and timings of one sequence; `freeze` makes a `RequestStatistics` of them."""
+
+    def __init__(self) -> None:
+        self.arrived = time.monotonic()
+        self.first_token = 0.0
+        self.last_token = 0.0
+        self.prefill_seconds = 0.0
+        self.rounds = 0
+        self.drafted = 0
+        self.accepted = 0
+        self.accepted_per_position: list[int] = []
+        self.hits = 0
+        self.misses = 0
+        self.round_ms: list[float] = []
+        self.verify_ms: list[float] = []
+        self.wait_ms: list[float] = []
+        self.other_ms: list[float] = []
+        self.draft_step_ms: list[float] = []
+        self.draft_step_width: list[int] = []
+
+    def count_round(self, drafted: int, accepted: int) -> None:
+        """One verification, of which `accepted` tokens reached the user."""
+        self.rounds += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        missing = accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * missing
+        for k in range(accepted):
+            self.accepted_per_position[k] += 1
+
+    def freeze(self, mode: Mode, num_tokens: int) -> RequestStatistics:
+        return RequestStatistics(
+            mode=mode,
+            rounds=self.rounds,
+            num_tokens=num_tokens,
+            num_draft_tokens=self.drafted,
+            num_accepted_tokens=self.accepted,
+            accepted_per_position=tuple(self.accepted_per_position),
+            lookups=self.hits + self.misses,
+            hits=self.hits,
+            ttft_seconds=max(0.0, self.first_token - self.arrived),
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=max(0.0, self.last_token - self.first_token),
+            round_ms=tuple(self.round_ms),
+            verify_ms=tuple(self.verify_ms),
+            wait_ms=tuple(self.wait_ms),
+            other_ms=tuple(self.other_ms),
+            draft_step_ms=tuple(self.draft_step_ms),
+            draft_step_width=tuple(self.draft_step_width),
+        )
+
+
+class Sequence:
+    """A request being decoded.
+
+    Attributes:
+        sequence_id: unique for the life of the engine.
+        tokens: prompt and output. The last one has no KV row yet: it is the first row of the next forward.
+        turn: verifications so far; -1 until the prefill has chosen the first token.
+        outcome: of the last verification (of the prefill: no draft token, the first token).
+    """
+
+    def __init__(self, sequence_id: int, request: Request, table: BlockTable, text: TextStream, max_length: int) -> None:
+        self.sequence_id = sequence_id
+        self.request = request
+        self.table = table
+        self.tokens = list(request.prompt_tokens)
+        self.max_tokens = min(request.max_tokens, max_length - len(request.prompt_tokens))
+        self.turn = -1
+        self.outcome: Outcome | None = None
+        self.finish_reason: FinishReason | None = None
+        self.measured = Measurements()
+        self.ngrams = NgramIndex()
+        self._text = text
+        self._stop = StopStrings(request.stop)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def prefilled(self) -> bool:
+        return self.turn >= 0
+
+    @property
+    def most_speculated(self) -> int:
+        """The longest speculation worth verifying: no longer than what may still be emitted besides the bonus token."""
+        return max(0, min(self.request.lookahead, self.max_tokens - self.num_output - 1))
+
+    def commit(self, outcome: Outcome, speculation: Speculation) -> Delta:
+        """Append what a verification decided, token by token, and stop exactly where the request says."""
+        run = (*speculation.tokens[: outcome.num_accepted], outcome.bonus_token)
+        emitted: list[int] = []
+        text = ""
+        for token in run:
+            emitted.append(token)
+            piece, reason = self._emit(token)
+            text += piece
+            if reason:
+                self.finish_reason = reason
+                break
+        now = time.monotonic()
+        if self.turn < 0:
+            self.measured.first_token = now
+        else:
+            self.measured.count_round(len(speculation.tokens), min(len(emitted), outcome.num_accepted))
+        self.measured.last_token = now
+        self.turn += 1
+        self.outcome = outcome
+        return Delta(text, tuple(emitted), self.finish_reason)
+
+    def _emit(self, token: int) -> tuple[str, FinishReason | None]:
+        self.tokens.append(token)
+        if token in self.request.eos_token_ids:
+            return self._last_text(), "stop"
+        certain, stopped = self._stop.push(self._text.push(token))
+        if stopped:
+            return certain, "stop"
+        if self.num_output >= self.max_tokens:
+            return certain + self._last_text(), "length"
+        return certain, None
+
+    def _last_text(self) -> str:
+        """What the detokenizer and the stop strings still hold back, at the end."""
+        certain, stopped = self._stop.push(self._text.flush())
+        return certain if stopped else certain + self._stop.flush()
+
+    def statistics(self) -> RequestStatistics:
+        return self.measured.freeze(self.request.mode, self.num_output)
