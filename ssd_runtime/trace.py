@@ -85,6 +85,11 @@ def part_path(path: str | Path, rank: int) -> Path:
     return Path(f"{path}.rank{rank}")
 
 
+def part_paths(path: str | Path, num_ranks: int) -> list[Path]:
+    """The parts of all ranks."""
+    return [part_path(path, rank) for rank in range(num_ranks)]
+
+
 def merge_parts(path: str | Path, parts: Sequence[str | Path]) -> int:
     """Join the parts of several processes into `path`, the earliest event at 0, and remove them.
 

@@ -1,13 +1,11 @@
 """Percentiles and ratios, against numpy and at the edges."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.metrics import Percentiles, RequestStatistics, percentile, percentiles, ratio
+from ssd_runtime.metrics import Percentiles, percentile, percentiles, ratio
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 
@@ -35,29 +33,3 @@ def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
 def test_a_ratio_of_nothing_is_none_and_not_zero() -> None:
     assert ratio(0, 0) is None
     assert ratio(0, 4) == 0.0
-
-
-def test_the_first_token_is_the_prefills_and_not_decoding_speed() -> None:
-    statistics = RequestStatistics(tokens=31, rounds=10, decode_seconds=1.5)
-    assert statistics.tokens_per_second == 20.0
-    assert statistics.tokens_per_round == 3.0
-
-
-def test_statistics_of_nothing_are_none() -> None:
-    nothing = RequestStatistics()
-    assert (nothing.tokens_per_second, nothing.tokens_per_round, nothing.acceptance, nothing.hit_rate) == (None,) * 4
-
-
-def test_joined_statistics_count_every_request() -> None:
-    one = RequestStatistics(tokens=5, rounds=2, accepted_per_position=(2, 1), round_ms=(1.0, 2.0), hits=1, misses=1)
-    other = RequestStatistics(tokens=3, rounds=1, accepted_per_position=(1,), round_ms=(3.0,), hits=1)
-    joined = one + other
-    assert (joined.requests, joined.decoded, joined.rounds) == (2, 6, 3)
-    assert joined.accepted_per_position == (3, 1)
-    assert joined.round_ms == (1.0, 2.0, 3.0)
-    assert joined.hit_rate == pytest.approx(2 / 3)
-
-
-def test_statistics_survive_the_wire() -> None:
-    statistics = RequestStatistics(tokens=3, accepted_per_position=(2, 1), verify_ms=(1.5, 2.5))
-    assert RequestStatistics.from_dict(json.loads(json.dumps(statistics.to_dict()))) == statistics

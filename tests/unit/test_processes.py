@@ -19,9 +19,20 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_ne
 print("started", flush=True)
 time.sleep(60)
 """
-DEAF = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('started', flush=True); time.sleep(60)"
-)
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("started", flush=True)
+time.sleep(60)
+"""
+STARTS_A_CHILD = """
+import os, sys, time
+from launcher.processes import start
+code = "import time; print('started', flush=True); time.sleep(60)"
+with open(sys.argv[1], "wb") as log:
+    start([sys.executable, "-c", code], log, os.environ)
+time.sleep(60)
+"""
 
 
 def started(code: str, log: Path) -> subprocess.Popen[bytes]:
@@ -60,17 +71,8 @@ def test_end_of_a_process_that_is_gone_is_nothing(tmp_path: Path) -> None:
 
 def test_a_child_dies_when_its_parent_is_killed(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import os, sys, time; from launcher.processes import start\n"
-            f"with open({str(log)!r}, 'wb') as log:\n"
-            "    start([sys.executable, '-c', \"import time; print('started', flush=True); time.sleep(60)\"], log, os.environ)\n"
-            "time.sleep(60)",
-        ],
-        cwd=Path(__file__).parents[2],
-    )
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", STARTS_A_CHILD, str(log)], cwd=root)
     eventually(lambda: log.exists() and b"started" in log.read_bytes())
     members = family(parent.pid)
     assert len(members) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime.trace import Tracer, merge_parts, part_path, write_events
+from ssd_runtime.trace import Tracer, merge_parts, part_path, part_paths, write_events
 
 
 def spans(path: Path) -> list[dict]:
@@ -50,7 +50,7 @@ def test_parts_are_joined_on_one_clock_and_removed(tmp_path: Path) -> None:
     draft.complete("grow", 3_000_000, 4_000_000)
     target.write(part_path(path, 0))
     draft.write(part_path(path, 1))
-    assert merge_parts(path, [part_path(path, rank) for rank in range(3)]) == 2
+    assert merge_parts(path, part_paths(path, 3)) == 2
     verify, grow = spans(path)
     assert (verify["ts"], grow["ts"]) == (0.0, 1000.0)
     assert verify["pid"] != grow["pid"]

@@ -1,0 +1,379 @@
+"""The command line `ssd`. Parses, checks, hands over, prints; every error is one line and an exit code.
+
+Exit codes: 0 done, 1 something broke, 2 something the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ssd_runtime import __version__
+from ssd_runtime.config import MODES, Config, Mode, load_config
+from ssd_runtime.errors import ConfigError, RequestError, SsdError
+from ssd_runtime.speculation.types import SamplingParams
+
+if TYPE_CHECKING:
+    from launcher.session import Session
+    from ssd_runtime.comm.messages import Generate
+
+CONNECT_TIMEOUT_S = 60.0
+UP_POLL_S = 0.5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    debug = os.environ.get("SSD_LOG", "").lower() == "debug"
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="ssd: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = ssd.main(args=arguments, prog_name="ssd", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except SsdError as error:
+        if debug:
+            logging.exception("traceback")
+        return _fail(str(error), 2 if isinstance(error, ConfigError | RequestError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: keep the flush at exit quiet
+        return 1
+    except Exception as error:  # the last resort: a traceback is not for users
+        if debug:
+            logging.exception("traceback")
+        hint = "" if debug else " (this is a bug; SSD_LOG=debug shows the traceback)"
+        return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"ssd: error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_config_options = _options(
+    click.option(
+        "--config", "config_path", type=click.Path(path_type=Path), help="TOML file; the defaults without it."
+    ),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key."
+    ),
+)
+_sampling_options = _options(
+    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
+    click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+)
+_connect_option = click.option("--connect", metavar="ADDRESS", help="Use the engine that runs there (see ssd up).")
+_trace_option = click.option(
+    "--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a Perfetto/Chrome trace of both roles."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ssd")
+def ssd() -> None:
+    """Speculative speculative decoding: the draft prepares the next speculation while the target verifies this one."""
+
+
+@ssd.command()
+@_config_options
+@click.option("--prompt", "-p", required=True, help="What to answer; - reads standard input.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@_sampling_options
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--mode", type=click.Choice(MODES), help="Default: speculation.mode.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end, nothing else.")
+@_connect_option
+@_trace_option
+def generate(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    prompt: str,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    mode: Mode | None,
+    raw: bool,
+    as_json: bool,
+    connect: str | None,
+    trace: Path | None,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt."""
+    from launcher import bench, preflight
+
+    if mode is not None:
+        overrides = (*overrides, f"speculation.mode={mode}")
+    config = load_config(config_path, overrides)
+    if prompt == "-":
+        prompt = click.get_text_stream("stdin").read()
+    request = _request(prompt, raw, max_tokens, stop, mode, SamplingParams(**sampling))
+    preflight.check_not_empty(request)
+    with _session(config, config_path, overrides, connect, trace, request) as session:
+        generation = bench.generate(session.client, request, _nothing if as_json else _stream)
+    if as_json:
+        click.echo(json.dumps(_generation_json(generation)))
+    else:
+        click.echo()
+        click.echo(_generation_line(generation, session.cores), err=True)
+
+
+@ssd.command(name="bench")
+@_config_options
+@click.option("--modes", default="ar,sd,ssd", show_default=True, help=f"Which of {', '.join(MODES)}.")
+@click.option("--lookahead", "lookaheads", multiple=True, metavar="MODE=K[,K...]", help="Try these K for that mode.")
+@click.option("--prompts", "prompts_path", type=click.Path(path_type=Path), help="JSON lines of id, set and prompt.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
+@click.option("--max-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@_sampling_options
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
+@_connect_option
+@_trace_option
+def bench_command(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    modes: str,
+    lookaheads: tuple[str, ...],
+    prompts_path: Path | None,
+    limit: int | None,
+    max_tokens: int,
+    repeat: int,
+    out: Path | None,
+    connect: str | None,
+    trace: Path | None,
+    **sampling: Any,
+) -> None:
+    """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
+    from launcher import bench, screen
+    from launcher.prompts import read_prompts
+
+    config = load_config(config_path, overrides)
+    runs = bench.plan_runs([mode.strip() for mode in modes.split(",")], lookaheads, config.speculation.lookahead)
+    prompts = tuple(read_prompts(prompts_path, limit))
+    overrides = (*overrides, *_overrides_for(runs, config))
+    config = load_config(config_path, overrides)
+    _check_writable(out)
+    workload = bench.Workload(prompts, SamplingParams(**sampling), max_tokens, repeat)
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
+    request = _request(longest, False, max_tokens, (), None, workload.params)
+    with _session(config, config_path, overrides, connect, trace, request) as session:
+        steps = len(runs) * (1 + repeat * len(prompts))
+        with screen.counting("benchmark", steps) as advance:
+            report = bench.measure(session.client, runs, workload, advance)
+    report["machine"] = _machine(session.cores)
+    report["workload"] = {
+        "prompts": str(prompts_path or "embedded"),
+        "num_prompts": len(prompts),
+        "max_tokens": max_tokens,
+        "repeat": repeat,
+        "sampling": sampling,
+        "config": config.to_dict(),
+    }
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    console = screen.console()
+    console.print(screen.bench_table(report))
+    console.print(screen.bench_verdict(report), markup=False)
+    console.print(screen.cores_line(session.cores), markup=False)
+
+
+@ssd.command()
+@_config_options
+@_trace_option
+def up(config_path: Path | None, overrides: tuple[str, ...], trace: Path | None) -> None:
+    """Keep an engine running for `ssd generate --connect` until Ctrl-C or SIGTERM."""
+    config = load_config(config_path, overrides)
+    try:
+        with _session(config, config_path, overrides, None, trace, None) as session:
+            from launcher import screen
+
+            click.echo(f"address: {session.address}")
+            click.echo(f"cores: {screen.cores_line(session.cores)}")
+            click.echo(f"use it: ssd generate --connect {session.address} --prompt 'Hello'  (Ctrl-C ends it)")
+            assert session.ranks is not None, "up starts its own ranks"
+            while session.ranks.is_running():
+                time.sleep(UP_POLL_S)
+            session.ranks.raise_unless_ended_well()
+    except KeyboardInterrupt:
+        click.echo("engine stopped", err=True)
+
+
+@ssd.command()
+@_config_options
+def doctor(config_path: Path | None, overrides: tuple[str, ...]) -> int:
+    """Say whether this machine can run the configuration."""
+    from launcher import doctor as physician
+    from launcher import screen
+
+    findings = list(physician.examine(load_config(config_path, overrides)))
+    screen.console().print(screen.findings_table(findings))
+    failed = [finding.subject for finding in findings if not finding.ok]
+    click.echo(f"FAIL: {', '.join(failed)}" if failed else "OK: this configuration can run here")
+    return 1 if failed else 0
+
+
+@ssd.command()
+@click.argument("names", nargs=-1)
+@_config_options
+def fetch(names: tuple[str, ...], config_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """Bring embedded models into the cache: NAMES, or those the configuration uses."""
+    from launcher import screen
+    from ssd_runtime.model.catalogue import CATALOGUE, resolve
+    from ssd_runtime.model.fetch import fetch as fetch_model
+
+    config = load_config(config_path, overrides)
+    for name in names or dict.fromkeys([config.target.model, config.draft.model]):
+        if not names and name not in CATALOGUE:
+            click.echo(f"{name}: {resolve(name)}")  # the user's own file: there, or an error
+            continue
+        with screen.fetching(f"fetch {name}") as progress:
+            path = fetch_model(name, progress)
+        click.echo(f"{name}: {path}")
+
+
+def _session(
+    config: Config,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    connect: str | None,
+    trace: Path | None,
+    request: Generate | None,
+) -> AbstractContextManager[Session]:
+    """The engine at `connect`, or one of our own after everything that can be checked beforehand has been."""
+    from launcher import preflight, screen, session
+    from launcher.torchrun import Launch
+
+    if connect is not None:
+        if trace is not None:
+            raise click.UsageError("--trace is the engine's own: give it to ssd up, not together with --connect")
+        return session.connected(connect, CONNECT_TIMEOUT_S)
+    _check_writable(trace)
+    preflight.check_engine(config)
+    if request is not None:
+        preflight.check_request(request, config)
+    return session.started(Launch(config, config_path, overrides, trace), screen.loading)
+
+
+def _request(
+    prompt: str, raw: bool, max_tokens: int, stop: tuple[str, ...], mode: Mode | None, params: SamplingParams
+) -> Generate:
+    from ssd_runtime.comm.messages import ChatMessage, Generate
+
+    request = Generate(request_id=uuid.uuid4().hex, params=params, max_tokens=max_tokens, stop=stop, mode=mode)
+    if raw:
+        return replace(request, prompt=prompt)
+    return replace(request, messages=(ChatMessage("user", prompt),))
+
+
+def _overrides_for(runs: Sequence[Any], config: Config) -> list[str]:
+    """What the engine must be started with so that every run can take place in it."""
+    needed = []
+    deepest = max(run.lookahead for run in runs)
+    if deepest > config.speculation.lookahead:
+        needed.append(f"speculation.lookahead={deepest}")
+    modes = {run.mode for run in runs}
+    widest = next(mode for mode in ("ssd", "sd", "sd-colocated", "ar") if mode in modes)
+    if widest != config.speculation.mode:
+        needed.append(f"speculation.mode={widest}")
+    return needed
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"cannot write {path}: {path.parent} is not a directory one may write to")
+
+
+def _stream(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _nothing(text: str) -> None:
+    pass
+
+
+def _generation_json(generation: Any) -> dict[str, Any]:
+    from launcher.report import summarise
+
+    finished = generation.finished
+    return {
+        "text": generation.text,
+        "token_ids": list(generation.token_ids),
+        "finish_reason": finished.finish_reason,
+        "usage": asdict(finished.usage),
+        "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
+    }
+
+
+def _generation_line(generation: Any, cores: dict[str, tuple[int, ...]]) -> str:
+    from launcher import screen
+    from launcher.report import summarise
+
+    found = summarise([generation.finished])
+    parts = [
+        f"{generation.finished.statistics.mode}: {found['tokens']} tokens ({generation.finished.finish_reason})",
+        f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
+        f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
+        f"hit rate {screen.share(found['hit_rate'])}",
+        f"acceptance {screen.share(found['acceptance'])}",
+    ]
+    return ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
+
+
+def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    import torch
+
+    from cuda_ext import ops
+
+    return {
+        "host": platform.node(),
+        "processor": _processor(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "operators": ops.backend(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "cores": {role: list(numbers) for role, numbers in cores.items()},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

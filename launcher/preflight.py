@@ -1,0 +1,75 @@
+"""What can be told before ranks are started: models, vocabularies, the port, the prompt. Reads headers, no weights."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from ssd_runtime.comm.messages import Generate
+from ssd_runtime.config import Config
+from ssd_runtime.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from ssd_runtime.model.load import ModelCard
+    from ssd_runtime.model.tokenizer import Tokenizer
+
+
+def check_engine(config: Config) -> None:
+    """Raise ConfigError for what would keep the engine from starting."""
+    check_port(config)
+    target, draft = inspect(config)
+    reason = target.vocabulary.difference(draft.vocabulary)
+    if reason is not None and config.speculation.mode != "ar":
+        raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
+
+
+def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
+    """The cards of target and draft."""
+    from ssd_runtime.model.catalogue import resolve
+    from ssd_runtime.model.load import inspect_model
+
+    target = inspect_model(resolve(config.target.model))
+    same = config.draft.model == config.target.model
+    return target, target if same else inspect_model(resolve(config.draft.model))
+
+
+def check_port(config: Config) -> None:
+    """Raise ConfigError if the configured port is taken or the host is not ours."""
+    host, port = config.serve.host, config.serve.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        remedy = "set serve.port to another, or to 0 for any free one"
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
+
+
+def check_request(request: Generate, config: Config) -> None:
+    """Raise RequestError or ConfigError for a request that the engine of `config` would refuse."""
+    from ssd_runtime.model.catalogue import resolve
+    from ssd_runtime.model.tokenizer import Tokenizer
+
+    check_not_empty(request)
+    length = count_tokens(request, Tokenizer.from_model(resolve(config.target.model)))
+    limit = config.engine.max_model_len
+    if length >= limit:
+        raise RequestError(
+            f"the prompt has {length} tokens, which leaves no room for an answer in engine.max_model_len = {limit}"
+        )
+
+
+def check_not_empty(request: Generate) -> None:
+    """Raise RequestError for a request that says nothing."""
+    said = request.prompt if request.messages is None else "".join(m.content for m in request.messages).strip()
+    if not said:
+        raise RequestError("the prompt is empty; give one with --prompt, or --prompt - to read standard input")
+
+
+def count_tokens(request: Generate, tokenizer: Tokenizer) -> int:
+    """Tokens of the prompt as the engine will see it."""
+    if request.messages is None:
+        return len(tokenizer.encode(request.prompt or ""))
+    chat = tokenizer.chat([{"role": m.role, "content": m.content} for m in request.messages])
+    return len(tokenizer.encode(chat, add_special=False))

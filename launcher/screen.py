@@ -1,0 +1,130 @@
+"""What the user sees: progress on standard error, tables on standard output. Knows no engine."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launcher.doctor import Finding
+from ssd_runtime.comm import messages
+
+WIDTH_OF_A_FILE = 120
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that does not fold tables to 80 columns when it writes to a file or pipe."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH_OF_A_FILE)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[Callable[[messages.Progress], None]]:
+    """One bar for each rank; without a terminal, a line at the end."""
+    begin, out = time.monotonic(), console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    tasks: dict[int, TaskID] = {}
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+
+        def show(message: messages.Progress) -> None:
+            if message.rank not in tasks:
+                tasks[message.rank] = progress.add_task("", total=1.0)
+            description = escape(f"{message.role} {message.phase}")
+            progress.update(tasks[message.rank], description=f"{description:<28}", completed=message.fraction)
+
+        yield show
+    out.print(f"engine ready after {time.monotonic() - begin:.1f} s", style="dim")
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over `total` steps; the callback takes what was done last."""
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.update(task, advance=1, description=f"{title} {escape(done):<14}")
+
+
+@contextlib.contextmanager
+def fetching(title: str) -> Iterator[Callable[[float], None]]:
+    """A bar from 0 to 1."""
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(escape(title), total=1.0)
+        yield lambda fraction: progress.update(task, completed=fraction)
+
+
+def bench_table(report: dict[str, Any]) -> Table:
+    """The runs of a benchmark, one a row; the best lookahead of each mode is marked."""
+    several = any("@" in row["name"] for row in report["runs"])
+    table = Table(caption="* the best lookahead of its mode" if several else None)
+    table.add_column("mode")
+    heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
+    for name in heads:
+        table.add_column(name, justify="right")
+    for row in report["runs"]:
+        marked = several and row["best"]
+        table.add_row(
+            row["mode"] + (" *" if marked else ""),
+            str(row["lookahead"] or "-"),
+            number(row["tokens_per_second"], 1),
+            number(row["speedup"], 2, "x"),
+            number(row["tokens_per_round"], 2),
+            share(row["hit_rate"]),
+            share(row["acceptance"]),
+            number(row["round_ms"]["p50"], 1),
+            number(row["verify_ms"]["p50"], 1),
+            number(row["prefill_seconds"], 1),
+            style="bold" if marked else None,
+        )
+    return table
+
+
+def bench_verdict(report: dict[str, Any]) -> str:
+    """Whether all runs gave the same tokens, and else where they part."""
+    if report["identical_tokens"]:
+        if not report["compared_outputs"]:
+            return "one run only: nothing to compare its tokens with"
+        return f"tokens: identical in all runs ({report['compared_outputs']} outputs compared)"
+    where = report["first_divergence"]
+    return (
+        f"tokens: {report['differing_outputs']} of {report['compared_outputs']} outputs differ; the first: "
+        f"{where['prompt']} at token {where['position']} ({where['runs'][1]} against {where['runs'][0]})\n"
+        "(in bf16 and int8, rounding may turn a near-tie; in fp32 this would be a bug)"
+    )
+
+
+def cores_line(cores: dict[str, Iterable[int]] | dict[str, tuple[int, ...]]) -> str:
+    """Which role runs where, as "target on core 0, draft on core 1"."""
+    parts = []
+    for role, numbers in cores.items():
+        listed = [str(core) for core in numbers]
+        parts.append(f"{role} on core{'s' if len(listed) > 1 else ''} {', '.join(listed) or '(not pinned)'}")
+    return ", ".join(parts)
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """The doctor's report."""
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        mark = "[green]OK[/green]" if finding.ok else "[bold red]FAIL[/bold red]"
+        table.add_row(mark, finding.subject, escape(finding.detail))
+    return table
+
+
+def number(value: float | None, digits: int, unit: str = "") -> str:
+    """A number for people; a dash for one that was not measured."""
+    return "-" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def share(value: float | None) -> str:
+    """A fraction as a percentage."""
+    return "-" if value is None else f"{100 * value:.0f}%"

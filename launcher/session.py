@@ -1,0 +1,106 @@
+"""An engine to talk to: started here and ended with the block, or one that runs already. Knows no requests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from launcher.torchrun import Launch, Ranks, num_ranks
+from ssd_runtime import trace
+from ssd_runtime.comm.messages import Progress
+from ssd_runtime.engine.client import Client
+from ssd_runtime.errors import ConfigError, RequestError, SsdError
+
+log = logging.getLogger(__name__)
+
+Loading = Callable[[], contextlib.AbstractContextManager[Callable[[Progress], None]]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A client of a running engine.
+
+    Attributes:
+        client: takes requests.
+        address: of the engine, for other clients.
+        cores: role -> CPU cores it is pinned to.
+        ranks: of an engine started here.
+    """
+
+    client: Client
+    address: str
+    cores: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks: Ranks | None = None
+
+
+@contextlib.contextmanager
+def connected(address: str, timeout_s: float) -> Iterator[Session]:
+    """A session with an engine that runs already, and goes on running."""
+    with contextlib.closing(Client(address, timeout_s)) as client:
+        yield Session(client, address, client.status().cores)
+
+
+@contextlib.contextmanager
+def started(launch: Launch, loading: Loading) -> Iterator[Session]:
+    """Start the ranks, wait for them, and end them with the block, whatever ends it.
+
+    Args:
+        launch: what to start.
+        loading: shows how the ranks come up, for as long as they do.
+
+    Raises:
+        ConfigError: the ranks found something that the user can mend.
+        SsdError: the ranks broke; the message names their log.
+    """
+    ranks = Ranks(launch)
+    client: Client | None = None
+    try:
+        ranks.start()
+        with loading() as on_progress:
+            ready = ranks.wait_ready(on_progress)
+        client = Client(ready.address, launch.config.timeouts.load)
+        yield Session(client, ready.address, ready.cores, ranks)
+    except (ConfigError, RequestError):
+        raise
+    except SsdError as error:
+        with uninterrupted():
+            ranks.raise_if_failed()  # the ranks know better than the client what happened
+        raise SsdError(f"{error}; log: {ranks.keep_log()}") from error
+    except Exception:
+        log.error("the log of the ranks is %s", ranks.keep_log())
+        raise
+    finally:
+        with uninterrupted():
+            _end(ranks, client)
+            if launch.trace is not None:
+                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, num_ranks(launch.config)))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM from cutting a (bounded) clean-up short."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _end(ranks: Ranks, client: Client | None) -> None:
+    """Ask the leader to end both roles; then see to it."""
+    grace = ranks.launch.config.timeouts.shutdown
+    deadline = time.monotonic() + grace
+    if client is not None:
+        try:
+            if ranks.is_running():
+                client.shutdown()
+                ranks.wait(grace)
+        except SsdError as error:
+            log.debug("the engine does not answer to shutdown: %s", error)
+        client.close()
+    ranks.stop(max(deadline - time.monotonic(), 1.0))

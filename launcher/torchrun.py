@@ -1,0 +1,173 @@
+"""The ranks of one engine: starts them with torchrun, hears how they come up, ends them. Knows no requests.
+
+Everything of one start lives in a run directory of its own, so two engines on one host share no name and no port.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from launcher import processes
+from ssd_runtime.comm import messages
+from ssd_runtime.config import Config
+from ssd_runtime.errors import ConfigError, SsdError
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the ranks are started with.
+
+    Attributes:
+        config: the parsed configuration, for sizes and deadlines.
+        config_path: the TOML file the ranks read; None for the defaults.
+        overrides: `section.key=value`, as given on the command line.
+        trace: where the ranks leave their parts of a trace; None for no trace.
+    """
+
+    config: Config
+    config_path: Path | None = None
+    overrides: tuple[str, ...] = ()
+    trace: Path | None = None
+
+
+def num_ranks(config: Config) -> int:
+    """One rank for each role in use: plain and colocated decoding need no draft rank."""
+    return 1 if config.speculation.mode in ("ar", "sd-colocated") else 2
+
+
+class Ranks:
+    """One torchrun and everything under it, from `start` to `stop`."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.directory = Path(tempfile.mkdtemp(prefix="ssd-"))
+        self.log_path = self.directory / "ranks.log"
+        self._context = zmq.Context()
+        self._announcements = self._context.socket(zmq.PULL)
+        self._announcements.linger = 0
+        self._announcements.bind("tcp://127.0.0.1:*")
+        self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failed = False
+
+    def start(self) -> None:
+        """Start torchrun; returns at once."""
+        with self.log_path.open("wb") as log:
+            self._process = processes.start(self.command(), log, {**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def command(self) -> list[str]:
+        """The command line, which works by hand too."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1"]
+        torchrun += ["--nproc-per-node", str(num_ranks(self.launch.config)), "--max-restarts", "0"]
+        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", uuid.uuid4().hex]
+        torchrun += ["--local-addr", "127.0.0.1"]
+        worker = ["-m", "launcher.worker", "--announce", self._endpoint]
+        if self.launch.config_path is not None:
+            worker += ["--config", str(self.launch.config_path.resolve())]
+        for override in self.launch.overrides:
+            worker += ["--set", override]
+        if self.launch.trace is not None:
+            worker += ["--trace", str(self.launch.trace.resolve())]
+        return torchrun + worker
+
+    def wait_ready(self, on_progress: Callable[[messages.Progress], None]) -> messages.Ready:
+        """Wait until the leader takes requests.
+
+        Raises:
+            ConfigError: a rank found something the user can mend.
+            SsdError: a rank broke, ended, or is not ready by `timeouts.load` + `timeouts.handshake`.
+        """
+        timeouts = self.launch.config.timeouts
+        deadline = time.monotonic() + timeouts.load + timeouts.handshake
+        while time.monotonic() < deadline:
+            for message in self._heard(POLL_S):
+                if isinstance(message, messages.Ready):
+                    return message
+                if isinstance(message, messages.Progress):
+                    on_progress(message)
+            if self._ended():
+                self.raise_if_failed()
+        self._failed = True
+        waited = timeouts.load + timeouts.handshake
+        raise SsdError(
+            f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self._see()}"
+        )
+
+    def raise_if_failed(self) -> None:
+        """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
+        list(self._heard(0.0))
+        if self._ended():
+            list(self._heard(POLL_S))  # the last words may still be on their way
+            self._failed = True
+            code = self._process.returncode if self._process else None
+            raise SsdError(f"the ranks ended (exit code {code}){self._last_words()}; {self._see()}")
+
+    def raise_unless_ended_well(self) -> None:
+        """Raise why the ranks ended, if it was not because they were asked to."""
+        if self._process is None or self._process.returncode != 0:
+            self.raise_if_failed()
+
+    def is_running(self) -> bool:
+        """Whether torchrun is there; it leaves when a rank breaks."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, grace_s: float) -> None:
+        """End torchrun and all it started; remove the run directory unless something went wrong.
+
+        torchrun passes SIGTERM on, and its ranks then have `grace_s` seconds to say goodbye.
+        """
+        if self._process is not None:
+            processes.end(self._process, grace_s)
+        self._announcements.close()
+        self._context.term()
+        if not self._failed:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Give the ranks time to end by themselves after a shutdown request; whether they did, and well."""
+        assert self._process is not None, "not started"
+        try:
+            return self._process.wait(timeout_s) == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+    def keep_log(self) -> Path:
+        """Keep the run directory after `stop`; returns the log's path."""
+        self._failed = True
+        return self.log_path
+
+    def _heard(self, timeout_s: float) -> Sequence[messages.Message]:
+        heard = []
+        while self._announcements.poll(int(timeout_s * 1000)):
+            message = messages.decode(self._announcements.recv())
+            if isinstance(message, messages.WorkerFailed):
+                self._failed = True
+                raise (ConfigError if message.kind == "config" else SsdError)(message.reason)
+            heard.append(message)
+            timeout_s = 0.0
+        return heard
+
+    def _ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def _see(self) -> str:
+        return f"log: {self.log_path}"
+
+    def _last_words(self) -> str:
+        """The last line of the log that names an error, for the one line the user sees."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        errors = [line.strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
+        return f": {errors[-1][:300]}" if errors else ""

@@ -1,0 +1,134 @@
+"""The benchmark's arithmetic and its comparison of tokens, with a client that plays back what it is told."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.bench import Run, Workload, divergence, measure, plan_runs
+from launcher.prompts import Prompt
+from launcher.report import summarise
+from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.speculation.types import SamplingParams
+
+PROMPTS = (Prompt("a", "s", "first"), Prompt("b", "s", "second"))
+
+
+class Player:
+    """Answers with tokens counted from the seed; SSD four times as fast; `broken` changes one token of one mode."""
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.broken, self.requests = broken, []
+
+    def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
+        self.requests.append(request)
+        tokens = [request.params.seed + i for i in range(request.max_tokens)]
+        if request.mode == self.broken and request.messages[0].content == "second":
+            tokens[3] = -1
+        yield Chunk(request.request_id, "x", tuple(tokens[:2]))
+        yield Chunk(request.request_id, "y", tuple(tokens[2:]))
+        yield Finished(request.request_id, "length", Usage(5, len(tokens)), statistics(request.mode, len(tokens)))
+
+
+def statistics(mode: str, tokens: int) -> RequestStatistics:
+    per_round = 1 if mode == "ar" else 3
+    rounds = (tokens - 1) // per_round
+    return RequestStatistics(
+        mode=mode,
+        rounds=rounds,
+        num_tokens=tokens,
+        num_draft_tokens=4 * rounds if mode != "ar" else 0,
+        num_accepted_tokens=2 * rounds if mode != "ar" else 0,
+        accepted_per_position=() if mode == "ar" else (rounds, rounds, 0, 0),
+        lookups=rounds if mode == "ssd" else 0,
+        hits=rounds // 2 if mode == "ssd" else 0,
+        prefill_seconds=0.5,
+        decode_seconds=(tokens - 1) / (400 if mode == "ssd" else 100),
+        verify_ms=(10.0,) * rounds,
+    )
+
+
+def measured(client: Player, runs: list[Run], repeat: int = 1) -> dict:
+    return measure(client, runs, Workload(PROMPTS, SamplingParams(seed=7), 13, repeat), lambda name: None)
+
+
+def test_prefill_and_first_token_are_kept_out_of_the_speed() -> None:
+    report = measured(Player(), plan_runs(["ar", "ssd"], [], 4))
+    ar, ssd = report["runs"]
+    assert (ar["tokens"], ar["tokens_per_second"], ar["prefill_seconds"]) == (26, 100.0, 1.0)
+    assert (ssd["tokens_per_second"], ssd["speedup"]) == (400.0, 4.0)
+    assert (ar["tokens_per_round"], ssd["tokens_per_round"]) == (1.0, 3.0)
+    assert (ssd["hit_rate"], ssd["acceptance"], ssd["accepted_per_position"]) == (0.5, 0.5, [8, 8, 0, 0])
+    assert (ar["hit_rate"], ar["acceptance"]) == (None, None)
+    assert ar["verify_ms"] == {"p50": 10.0, "p95": 10.0}
+    assert ar["round_ms"] == {"p50": None, "p95": None}
+
+
+def test_warm_ups_are_not_counted() -> None:
+    client = Player()
+    report = measured(client, plan_runs(["ar", "sd"], [], 4), repeat=2)
+    assert [row["requests"] for row in report["runs"]] == [4, 4]
+    assert len(client.requests) == 2 + 8
+
+
+def test_modes_take_turns_at_each_prompt_with_the_same_seed() -> None:
+    client = Player()
+    measured(client, plan_runs(["ar", "sd", "ssd"], [], 4))
+    first, second = client.requests[3:6], client.requests[6:]
+    assert {r.mode for r in first} == {r.mode for r in second} == {"ar", "sd", "ssd"}
+    assert {r.params.seed for r in first} == {7}
+    assert {r.params.seed for r in second} == {8}
+    assert first[0].mode != second[0].mode
+
+
+def test_same_tokens_are_reported_as_identical() -> None:
+    report = measured(Player(), plan_runs(["ar", "sd", "ssd"], [], 4))
+    assert report["identical_tokens"] is True
+    assert report["first_divergence"] is None
+    assert report["compared_outputs"] == 4
+
+
+def test_the_first_divergence_is_named() -> None:
+    report = measured(Player(broken="ssd"), plan_runs(["ar", "sd", "ssd"], [], 4))
+    assert report["identical_tokens"] is False
+    assert report["differing_outputs"] == 1
+    assert report["first_divergence"] == {"prompt": "b", "position": 3, "runs": ["ar", "ssd"]}
+
+
+def test_several_lookaheads_of_a_mode_are_several_runs_and_one_is_best() -> None:
+    runs = plan_runs(["ar", "sd", "ssd"], ["sd=3,1", "ssd=2"], 4)
+    assert runs == [Run("ar", "ar", 0), Run("sd@1", "sd", 1), Run("sd@3", "sd", 3), Run("ssd", "ssd", 2)]
+    report = measured(Player(), runs)
+    assert sum(row["best"] for row in report["runs"] if row["mode"] == "sd") == 1
+
+
+@pytest.mark.parametrize(
+    ("modes", "lookaheads", "message"),
+    [
+        (["fast"], [], "unknown mode 'fast'"),
+        (["ar", "ar"], [], "twice"),
+        (["ar"], ["ssd=2"], "not among the modes"),
+        (["ar"], ["ar=2"], "not among the modes"),
+        (["ssd"], ["ssd"], "expected MODE=K"),
+        (["ssd"], ["ssd=0"], "expected MODE=K"),
+        (["ssd"], ["ssd=2,"], "expected MODE=K"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(modes: list[str], lookaheads: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(modes, lookaheads, 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "others", "position"),
+    [((), (), None), ((1, 2), (1, 2), None), ((1, 2), (1, 3), 1), ((1, 2), (1, 2, 3), 2), ((), (1,), 0)],
+)
+def test_divergence(tokens: tuple[int, ...], others: tuple[int, ...], position: int | None) -> None:
+    assert divergence(tokens, others) == position
+
+
+def test_a_summary_of_nothing_has_no_rates() -> None:
+    summary = summarise([])
+    assert summary["tokens"] == 0
+    assert summary["tokens_per_second"] is None
+    assert summary["accepted_per_position"] == []

@@ -1,0 +1,237 @@
+"""The command line from outside: one clear line and the right exit code, and never a traceback."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launcher import cli, preflight
+from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.config import Config
+from ssd_runtime.errors import ConfigError, PeerLost, RequestError
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
+    """Run `ssd`, expect an exit code and exactly one line on standard error; return the line."""
+    assert cli.main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("ssd: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "--prompt"),
+        (["generate", "-p", ""], "prompt is empty"),
+        (["generate", "-p", "  \n"], "prompt is empty"),
+        (["generate", "-p", "x", "--raw", "--prompt", ""], "prompt is empty"),
+        (["generate", "-p", "x", "--config", "/nope.toml"], "cannot read config /nope.toml"),
+        (["generate", "-p", "x", "--set", "speculation.lookahaed=3"], "did you mean 'lookahead'"),
+        (["generate", "-p", "x", "--set", "speculation.lookahead=many"], "must be int"),
+        (["generate", "-p", "x", "--set", "target.model=/nope"], "model /nope does not exist"),
+        (["generate", "-p", "x", "--set", "draft.model=/nope"], "does not exist"),
+        (["generate", "-p", "x", "--set", "serve.host=192.0.2.1"], "cannot listen on 192.0.2.1"),
+        (["generate", "-p", "x", "--temperature", "-1"], "--temperature"),
+        (["generate", "-p", "x", "--top-p", "0"], "--top-p"),
+        (["generate", "-p", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "-p", "x", "--mode", "fast"], "--mode"),
+        (["generate", "-p", "x", "--connect", "tcp://127.0.0.1:9", "--trace", "t.json"], "--trace is the engine's own"),
+        (["generate", "-p", "x", "--trace", "/nope/t.json"], "cannot write /nope/t.json"),
+        (["bench", "--modes", "ar,fast"], "unknown mode 'fast'"),
+        (["bench", "--lookahead", "ssd=x"], "expected MODE=K"),
+        (["bench", "--prompts", "/nope.jsonl"], "cannot read prompts /nope.jsonl"),
+        (["bench", "--json", "/nope/out.json"], "cannot write /nope/out.json"),
+        (["fetch", "nope"], "no embedded model 'nope'"),
+        (["nope"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], fetched: None, arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, arguments)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model seems to be there; other paths are looked at for real."""
+    from ssd_runtime.model import load
+
+    real = load.inspect_model
+    monkeypatch.setattr(load, "inspect_model", lambda path: real(path) if "smollm2" not in path else None)
+    monkeypatch.setattr("ssd_runtime.model.catalogue.CATALOGUE", _embedded_is_here())
+
+
+def _embedded_is_here() -> dict:
+    from dataclasses import replace
+
+    from ssd_runtime.model.catalogue import CATALOGUE
+
+    return {name: replace(model, file="/") for name, model in CATALOGUE.items()}
+
+
+def test_a_model_that_was_not_fetched_names_the_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSD_CACHE", str(tmp_path))
+    assert "run `ssd fetch smollm2-135m-instruct`" in fails(capsys, ["generate", "-p", "x"])
+
+
+def test_a_damaged_model_file_is_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 20)
+    assert str(path) in fails(capsys, ["generate", "-p", "x", "--set", f"target.model={path}"])
+
+
+def test_vocabularies_that_differ_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Card:
+        def __init__(self, reason: str | None) -> None:
+            self.vocabulary = self
+            self.reason = reason
+
+        def difference(self, other: object) -> str | None:
+            return self.reason
+
+    monkeypatch.setattr(preflight, "inspect", lambda config: (Card("token 7 is 'a' and 'b'"), Card(None)))
+    with pytest.raises(ConfigError, match="do not fit: token 7 is 'a' and 'b'"):
+        preflight.check_engine(Config())
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = fails(capsys, ["up", "--set", f"serve.port={port}"])
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; set serve.port" in line
+
+
+# ---- with an engine that is played ------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Answers every request with two chunks, or raises what it is told to."""
+
+    error: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.requests: list[Generate] = []
+
+    def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
+        self.requests.append(request)
+        yield Chunk(request.request_id, "Hello", (1, 2))
+        if self.error is not None:
+            raise self.error
+        yield Chunk(request.request_id, " you", (3,))
+        statistics = RequestStatistics(mode="ssd", rounds=1, num_tokens=3, decode_seconds=0.5, lookups=1, hits=1)
+        yield Finished(request.request_id, "stop", Usage(4, 3), statistics)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    played = Engine()
+
+    class Session:
+        client, address, cores, ranks = played, "tcp://127.0.0.1:9", {"target": (0,), "draft": (1,)}, None
+
+    @contextmanager
+    def session(*arguments: object) -> Iterator[Session]:
+        yield Session()
+
+    monkeypatch.setattr(cli, "_session", session)
+    return played
+
+
+def test_generate_streams_text_and_tells_the_rates_beside_it(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "-p", "Hi", "--temperature", "0.7", "--seed", "3", "--stop", "a", "--stop", "b"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hello you\n"
+    assert "ssd: 3 tokens (stop), 4.0 tokens/s" in captured.err
+    assert "target on core 0, draft on core 1" in captured.err
+    (request,) = engine.requests
+    assert (request.params.temperature, request.params.seed, request.stop) == (0.7, 3, ("a", "b"))
+    assert request.messages is not None
+    assert request.messages[0].content == "Hi"
+
+
+def test_generate_json_is_one_line(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "-p", "Hi", "--json", "--raw"]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    answer = json.loads(line)
+    assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "statistics"}
+    assert (answer["text"], answer["token_ids"], answer["finish_reason"]) == ("Hello you", [1, 2, 3], "stop")
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 3}
+    assert answer["statistics"]["tokens_per_second"] == 4.0
+    assert captured.err == ""
+    assert engine.requests[0].prompt == "Hi"
+
+
+def test_a_prompt_comes_from_standard_input(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße\n".encode()), encoding="utf-8"))
+    assert cli.main(["generate", "-p", "-", "--raw"]) == 0
+    assert engine.requests[0].prompt == "Grüße\n"
+
+
+def test_bench_writes_the_report_and_prints_the_table(
+    engine: Engine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    assert cli.main(["bench", "--modes", "ar,ssd", "--limit", "2", "--lookahead", "ssd=2,3", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["runs"]] == ["ar", "ssd@2", "ssd@3"]
+    wanted = {"mode", "lookahead", "tokens", "decode_seconds", "tokens_per_second", "rounds", "tokens_per_round"}
+    wanted |= {"acceptance", "hit_rate", "prefill_seconds", "accepted_per_position"}
+    wanted |= {"round_ms", "verify_ms", "wait_ms", "other_ms", "draft_step_ms"}
+    assert wanted <= set(report["runs"][0])
+    assert report["machine"]["cores"] == {"target": [0], "draft": [1]}
+    assert report["identical_tokens"] is True
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "identical in all runs" in printed
+    assert "target on core 0, draft on core 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RequestError("no such thing"), 2, "no such thing"),
+        (PeerLost("target", 0, 7, "silent for 5 s"), 1, "target rank 0 lost in round 7: silent for 5 s"),
+        (KeyError("odd"), 1, "unexpected KeyError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_breaks_while_running_is_one_line(
+    engine: Engine, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    engine.error = error
+    assert cli.main(["generate", "-p", "x"]) == code
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [line for line in captured.err.splitlines() if message in line]
+    assert "Traceback" not in captured.err
+
+
+def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
+    from launcher.bench import plan_runs
+
+    runs = plan_runs(["ar", "sd", "ssd"], ["ssd=3,7"], 4)
+    assert cli._overrides_for(runs, Config()) == ["speculation.lookahead=7"]
+    assert cli._overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from launcher.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,120 @@
+"""The ranks of an engine as the launcher sees them, played by one small real process."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.processes import family, is_alive
+from launcher.torchrun import Launch, Ranks, num_ranks
+from ssd_runtime.comm.messages import Progress
+from ssd_runtime.config import load_config
+from ssd_runtime.errors import ConfigError, SsdError
+
+PRELUDE = """
+import sys, time, zmq
+from ssd_runtime.comm.messages import Progress, Ready, WorkerFailed, encode
+socket = zmq.Context().socket(zmq.PUSH)
+socket.connect(sys.argv[1])
+say = lambda message: socket.send(encode(message))
+"""
+
+
+class PlayedRanks(Ranks):
+    """Ranks whose command is a script instead of torchrun."""
+
+    script = ""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", PRELUDE + self.script, self._endpoint]
+
+
+@pytest.fixture
+def play() -> Iterator:
+    made = []
+
+    def start(script: str, *overrides: str) -> Ranks:
+        ranks = PlayedRanks(Launch(load_config(None, ["timeouts.load=20", *overrides])))
+        ranks.script = script
+        made.append(ranks)
+        ranks.start()
+        return ranks
+
+    yield start
+    for ranks in made:
+        ranks.stop(0.5)
+
+
+def test_progress_is_passed_on_until_ready(play) -> None:
+    script = """
+say(Progress("target", 0, "load", 0.5))
+say(Ready("tcp://127.0.0.1:9", {"target": (0,), "draft": (1,)}))
+time.sleep(60)
+"""
+    seen: list[Progress] = []
+    ready = play(script).wait_ready(seen.append)
+    assert (ready.address, ready.cores) == ("tcp://127.0.0.1:9", {"target": (0,), "draft": (1,)})
+    assert seen == [Progress("target", 0, "load", 0.5)]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("config", ConfigError), ("runtime", SsdError)])
+def test_a_ranks_last_words_become_the_error(play, kind: str, error: type[Exception]) -> None:
+    ranks = play(f"say(WorkerFailed('draft', 1, {kind!r}, 'no such luck')); time.sleep(0.1); sys.exit(1)")
+    with pytest.raises(SsdError, match="no such luck") as caught:
+        ranks.wait_ready(lambda message: None)
+    assert type(caught.value) is error
+
+
+def test_ranks_that_end_without_a_word_are_reported_with_their_log(play) -> None:
+    ranks = play("raise ValueError('out of cheese')")
+    with pytest.raises(SsdError, match=r"exit code 1.*ValueError: out of cheese.*ranks.log") as caught:
+        ranks.wait_ready(lambda message: None)
+    assert "\n" not in str(caught.value)
+    ranks.stop(0.5)
+    assert "out of cheese" in ranks.log_path.read_text()
+
+
+def test_ranks_that_never_come_are_not_waited_for(play) -> None:
+    ranks = play("time.sleep(60)", "timeouts.load=0.3", "timeouts.handshake=0.2")
+    begin = time.monotonic()
+    with pytest.raises(SsdError, match="the engine is not ready after"):
+        ranks.wait_ready(lambda message: None)
+    assert time.monotonic() - begin < 5
+
+
+def test_stop_leaves_no_process_and_no_directory(play) -> None:
+    ranks = play("say(Ready('a', {})); time.sleep(60)")
+    ranks.wait_ready(lambda message: None)
+    members = family(ranks._process.pid)
+    assert members
+    ranks.stop(2.0)
+    assert not any(is_alive(member) for member in members)
+    assert not ranks.directory.exists()
+
+
+def test_an_end_after_a_shutdown_request_is_no_failure(play) -> None:
+    ranks = play("say(Ready('a', {}))")
+    ranks.wait_ready(lambda message: None)
+    assert ranks.wait(10)
+    ranks.raise_unless_ended_well()
+
+
+@pytest.mark.parametrize(("mode", "count"), [("ar", 1), ("sd-colocated", 1), ("sd", 2), ("ssd", 2)])
+def test_a_draft_rank_is_started_where_one_is_used(mode: str, count: int) -> None:
+    assert num_ranks(load_config(None, [f"speculation.mode={mode}"])) == count
+
+
+def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
+    launch = Launch(load_config(None), Path("x.toml"), ("speculation.lookahead=3",), tmp_path / "trace.json")
+    one, other = Ranks(launch), Ranks(launch)
+    try:
+        assert one.directory != other.directory
+        differing = [a for a, b in zip(one.command(), other.command(), strict=True) if a != b]
+        assert len(differing) == 2  # the rendezvous id and where to announce
+        tail = " ".join(one.command()).partition("--config ")[2]
+        assert tail == f"{Path('x.toml').resolve()} --set speculation.lookahead=3 --trace {tmp_path}/trace.json"
+    finally:
+        one.stop(0.1)
+        other.stop(0.1)
