@@ -1,0 +1,278 @@
+"""The control plane's sockets: a ZeroMQ ROUTER that serves, DEALERs that connect. Knows messages, not what they mean.
+
+Each object has a ZeroMQ context of its own and is used by one thread. ZeroMQ's heartbeats run in its own thread, so a
+peer that computes is alive and a peer that is stopped or cut off is not. Nothing here blocks longer than it is told to.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import socket
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ssd_runtime.comm.messages import (
+    MAX_MESSAGE_BYTES,
+    Heartbeat,
+    Message,
+    ProtocolError,
+    Refused,
+    decode,
+    encode,
+)
+from ssd_runtime.errors import ConfigError, PeerLost
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0  # between ZeroMQ's own pings; a peer silent for three of them is lost
+LINGER_MS = 1000  # longest that close() waits for what was sent last
+QUEUE = 10_000  # messages a slow reader may leave unread before it counts as lost
+BATCH = 256  # most messages of one poll, so that a flood does not starve the caller
+
+
+class _Socket:
+    """What the two ends share: a context, a socket with our options, bounded closing."""
+
+    def __init__(self, kind: int, heartbeat_s: float) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(kind)
+        beat = max(1, int(heartbeat_s * 1000))
+        for option, value in (
+            (zmq.LINGER, LINGER_MS),
+            (zmq.SNDHWM, QUEUE),
+            (zmq.RCVHWM, QUEUE),
+            (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
+            (zmq.HEARTBEAT_IVL, beat),
+            (zmq.HEARTBEAT_TIMEOUT, 3 * beat),
+            (zmq.HEARTBEAT_TTL, 3 * beat),
+        ):
+            self._socket.setsockopt(option, value)
+
+    def close(self) -> None:
+        """Send what is queued (for at most a second) and close. May be repeated."""
+        self._socket.close()
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class ControlServer(_Socket):
+    """The leader's (or launcher's) end. Peers are known by the identity their messages come with.
+
+    Args:
+        host: address to bind; "0.0.0.0" for all.
+        port: 0 takes a free one.
+        heartbeat_s: between pings.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+
+    def __init__(self, host: str, port: int, *, heartbeat_s: float = HEARTBEAT_S) -> None:
+        super().__init__(zmq.ROUTER, heartbeat_s)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self._socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(_bind_failure(host, port, error)) from None
+        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
+        self._address = f"tcp://{_reachable(host)}:{bound[2]}"
+
+    @property
+    def address(self) -> str:
+        """Where peers connect, as tcp://host:port."""
+        return self._address
+
+    def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
+        """What has arrived, in order; waits at most `timeout_s` for the first. Nonsense is answered by Refused."""
+        if timeout_s > 0 and not self._socket.poll(_milliseconds(timeout_s)):
+            return []
+        arrived: list[tuple[bytes, Message]] = []
+        for _ in range(BATCH):
+            try:
+                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                message = _decode_parts(parts)
+            except ProtocolError as error:
+                log.warning("peer %s sent nonsense: %s", identity.hex(), error)
+                self.send(identity, Refused(str(error)))
+                continue
+            if not isinstance(message, Heartbeat):
+                arrived.append((identity, message))
+        return arrived
+
+    def send(self, identity: bytes, message: Message) -> bool:
+        """Send without waiting; False if this peer is gone or has stopped reading."""
+        try:
+            self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        return True
+
+    def alive(self, identity: bytes) -> bool:
+        """Whether this peer is still connected (a heartbeat is sent to find out)."""
+        return self.send(identity, Heartbeat())
+
+
+class ControlPeer(_Socket):
+    """A draft's, client's or worker's end. A connection that was lost stays lost: make a new peer.
+
+    Args:
+        address: of the server, tcp://host:port or host:port. It may come up later.
+        role, rank: who the server is, for error messages.
+        heartbeat_s: between pings.
+
+    Raises:
+        ConfigError: `address` is not an address.
+    """
+
+    def __init__(self, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> None:
+        super().__init__(zmq.DEALER, heartbeat_s)
+        self.address = address if "://" in address else f"tcp://{address}"
+        self._role, self._rank = role, rank
+        self._waiting: deque[Message] = deque()  # arrived while wait_for awaited something else
+        self._connected, self._lost = False, False
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        try:
+            self._socket.connect(self.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(
+                f"{address!r} is not an address; expected host:port ({os.strerror(error.errno or 0)})"
+            ) from None
+
+    def close(self) -> None:
+        if not self._monitor.closed:
+            self.alive()
+            if not self._connected or self._lost:
+                self._socket.setsockopt(zmq.LINGER, 0)  # nobody to wait for
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+        super().close()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; raises PeerLost if the server is gone."""
+        if not self.alive():
+            raise self._gone(f"not connected to {self.address} any more")
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise self._gone(f"{self.address} has not read {QUEUE} messages") from None
+
+    def poll(self, timeout_s: float) -> list[Message]:
+        """What has arrived, in order; waits at most `timeout_s` for the first.
+
+        Bytes this side does not understand count as a Refused with the reason. Raises PeerLost if the server is gone
+        and all it sent has been read.
+        """
+        arrived = list(self._waiting)
+        self._waiting.clear()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            arrived += self._receive()
+            if arrived:
+                return arrived
+            if not self.alive():
+                arrived = self._receive()  # what came just before the end
+                if arrived:
+                    return arrived
+                raise self._gone(f"connection to {self.address} lost")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return []
+            self._poller.poll(_milliseconds(left))
+
+    def wait_for(self, *kinds: type[Message], timeout_s: float) -> Message:
+        """The first message of one of these types; others wait for the next poll. Raises PeerLost at the deadline."""
+        names = " or ".join(kind.__name__ for kind in kinds)
+        deadline = time.monotonic() + timeout_s
+        others: list[Message] = []
+        try:
+            while (left := deadline - time.monotonic()) > 0 or timeout_s <= 0:
+                arrived = self.poll(max(left, 0))
+                for i, message in enumerate(arrived):
+                    if isinstance(message, kinds):
+                        others += arrived[i + 1 :]
+                        return message
+                    others.append(message)
+                if timeout_s <= 0:
+                    break
+        finally:
+            self._waiting.extendleft(reversed(others))
+        connected = "connected" if self._connected else "never connected"
+        raise self._gone(f"no {names} within {timeout_s:g} s from {self.address} ({connected})")
+
+    def alive(self) -> bool:
+        """False once an established connection was lost; True before it is established."""
+        while not self._lost and self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected = True
+            elif self._connected:
+                self._lost = True
+        return not self._lost
+
+    def _receive(self) -> list[Message]:
+        arrived: list[Message] = []
+        for _ in range(BATCH):
+            try:
+                message = _decode_parts(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+            except ProtocolError as error:
+                log.warning("%s sent nonsense: %s", self.address, error)
+                message = Refused(f"{self.address} sent nonsense: {error}")
+            if not isinstance(message, Heartbeat):
+                arrived.append(message)
+        return arrived
+
+    def _gone(self, reason: str) -> PeerLost:
+        return PeerLost(self._role, self._rank, -1, reason)
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(seconds * 1000)
+
+
+def _decode_parts(parts: list[bytes]) -> Message:
+    if len(parts) != 1:
+        raise ProtocolError(f"a message has one part, not {len(parts)}")
+    return decode(parts[0])
+
+
+def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; choose another with --set serve.port=N, or 0 for any free one"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} needs privileges; choose one above 1023 with --set serve.port=N"
+    return f"cannot serve on {host}:{port}: {os.strerror(error.errno or 0)}; is serve.host an address of this machine?"
+
+
+def _reachable(host: str) -> str:
+    """The host to tell others: a wildcard is not an address."""
+    if host not in ("*", "0.0.0.0"):
+        return host
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"

@@ -1,0 +1,465 @@
+"""The data plane between two processes: fixed-shape frames over torch.distributed, one process group a direction.
+
+A link is built for one epoch and never repaired: when the peer dies, falls silent or talks nonsense, every call raises
+PeerLost, and the caller builds the next one. Knows frames, not what they mean; knows no control messages.
+
+Sending happens at once in the caller's thread if nothing is in flight; a thread waits for its completion, sends what
+had to queue, and sends keepalives when there is nothing to say. Another thread owns the receives. Facts this rests on
+(torch 2.13, Gloo): a receive completes only in a wait; a wait that times out closes every connection of its group,
+which also frees whoever else waits there - that is how a deadline ends a link and how close() ends a blocked receive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_runtime.comm.frames import FrameCodec, FrameShape, Kind, OutcomeCodec, ProtocolError, TreeCodec, kind_of
+from ssd_runtime.comm.messages import LinkAddress
+from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
+
+log = logging.getLogger(__name__)
+
+TARGET, DRAFT = 0, 1  # ranks inside a link's groups
+UNREAD = 1024  # frames a slow reader may leave unread, or a slow wire unsent, before the link counts as lost
+UNREAD_TREES = 64  # older trees than these are forgotten: later ones supersede them
+
+
+class TargetLink(Protocol):
+    """The target's face. Every call raises PeerLost once the draft is gone and all it sent has been read."""
+
+    def send_outcomes(self, frame: OutcomeFrame) -> None: ...
+    def poll_trees(self) -> list[TreeFrame]: ...
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]: ...
+    def close(self) -> None: ...
+
+
+class DraftLink(Protocol):
+    """The draft's face. Of trees that could not be sent yet only the newest is kept; outcomes are never dropped."""
+
+    def push_tree(self, frame: TreeFrame) -> None: ...
+    def poll_outcomes(self) -> list[OutcomeFrame]: ...
+    def wait_outcomes(self, timeout_s: float) -> list[OutcomeFrame]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LinkTiming:
+    """Seconds. Both sides must use the same heartbeat.
+
+    Attributes:
+        build: longest wait for the other side to come.
+        heartbeat: a side with nothing to send says so this often.
+        silence: longest wait for anything at all, several heartbeats.
+        close: longest wait for the goodbye to leave.
+    """
+
+    build: float = 20.0
+    heartbeat: float = 5.0
+    silence: float = 15.0
+    close: float = 1.0
+
+
+class LinkHost:
+    """The target's meeting place: a TCPStore on a free port, and the count of links made there.
+
+    Args:
+        host: address of this machine that the draft can reach.
+        timeout_s: for operations of the store.
+    """
+
+    def __init__(self, host: str, *, timeout_s: float = 20.0) -> None:
+        try:
+            self._store: Any = dist.TCPStore(
+                host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"cannot serve a store on {host}: {_first_line(error)}") from None
+        self._host, self._session, self._epoch = host, secrets.token_hex(8), 0
+
+    def next_address(self, shape: FrameShape) -> LinkAddress:
+        """A new link's name: to be sent to the draft and opened on both sides."""
+        self._epoch += 1
+        return LinkAddress(self._host, self._store.port, self._session, self._epoch, shape)
+
+    def close(self) -> None:
+        """Stop serving; links that are open stay so."""
+        self._store = None
+
+
+def open_target_link(
+    address: LinkAddress, timing: LinkTiming, *, device: torch.device | None = None, backend: str = "gloo"
+) -> GroupTargetLink:
+    """Meet the draft at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come."""
+    outcomes, trees = _meet(address, TARGET, timing, device, backend)
+    return GroupTargetLink(
+        _Endpoint("draft", 1, outcomes, trees, OutcomeCodec(address.shape), TreeCodec(address.shape), timing)
+    )
+
+
+def open_draft_link(
+    address: LinkAddress, timing: LinkTiming, *, device: torch.device | None = None, backend: str = "gloo"
+) -> GroupDraftLink:
+    """Meet the target at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come."""
+    outcomes, trees = _meet(address, DRAFT, timing, device, backend)
+    return GroupDraftLink(
+        _Endpoint("target", 0, trees, outcomes, TreeCodec(address.shape), OutcomeCodec(address.shape), timing)
+    )
+
+
+class GroupTargetLink:
+    """`TargetLink` over two process groups."""
+
+    def __init__(self, endpoint: _Endpoint[OutcomeFrame, TreeFrame]) -> None:
+        self._endpoint = endpoint
+        endpoint.start()
+
+    def send_outcomes(self, frame: OutcomeFrame) -> None:
+        self._endpoint.send(frame)
+
+    def poll_trees(self) -> list[TreeFrame]:
+        return self._endpoint.take(0)
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        return self._endpoint.take(timeout_s)
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+
+class GroupDraftLink:
+    """`DraftLink` over two process groups."""
+
+    def __init__(self, endpoint: _Endpoint[TreeFrame, OutcomeFrame]) -> None:
+        self._endpoint = endpoint
+        endpoint.start()
+
+    def push_tree(self, frame: TreeFrame) -> None:
+        self._endpoint.send(frame)
+
+    def poll_outcomes(self) -> list[OutcomeFrame]:
+        return self._endpoint.take(0)
+
+    def wait_outcomes(self, timeout_s: float) -> list[OutcomeFrame]:
+        return self._endpoint.take(timeout_s)
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+
+# ---- one side of a link ----------------------------------------------------------------------------------------------
+
+Sent = TypeVar("Sent", OutcomeFrame, TreeFrame)
+Got = TypeVar("Got", OutcomeFrame, TreeFrame)
+
+
+class _Endpoint(Generic[Sent, Got]):
+    """Two pipes, two threads and what they share with the caller.
+
+    Args:
+        peer_role, peer_rank: who is at the other end, for errors.
+        sending, receiving: the two directions.
+        encoder, decoder: their frames.
+        timing: deadlines.
+    """
+
+    def __init__(
+        self,
+        peer_role: str,
+        peer_rank: int,
+        sending: _Pipe,
+        receiving: _Pipe,
+        encoder: FrameCodec[Sent],
+        decoder: FrameCodec[Got],
+        timing: LinkTiming,
+    ) -> None:
+        self._peer_role, self._peer_rank, self._timing = peer_role, peer_rank, timing
+        self._sending, self._receiving = sending, receiving
+        self._encoder: FrameCodec[Sent] = encoder
+        self._decoder: FrameCodec[Got] = decoder
+        self._newest_only = encoder.kind is Kind.TREE
+        self._round = -1
+        lock = threading.Lock()  # guards everything below
+        self._readable = threading.Condition(lock)  # for the caller: a frame arrived, or the end
+        self._sendable = threading.Condition(lock)  # for the sender thread: something is in flight, or the end
+        self._arrived: deque[Tensor] = deque(maxlen=UNREAD_TREES if decoder.kind is Kind.TREE else None)
+        self._unsent: deque[Tensor] = deque()
+        self._in_flight: Any = None
+        self._lost: str | None = None
+        self._closing = False
+        self._sender = threading.Thread(target=self._send_loop, name="link-send", daemon=True)
+        self._receiver = threading.Thread(target=self._receive_loop, name="link-receive", daemon=True)
+
+    def start(self) -> None:
+        self._sender.start()
+        self._receiver.start()
+
+    def send(self, frame: Sent) -> None:
+        """Put the frame on the wire, or in the queue if an earlier one is not gone yet. Never waits."""
+        words = self._encoder.encode(frame)
+        with self._sendable:
+            self._round = frame.round
+            self._raise_if_over()
+            if self._in_flight is None:
+                self._post(words)
+                self._raise_if_over()
+                return
+            if self._newest_only:
+                self._unsent.clear()
+            self._unsent.append(words)
+            if len(self._unsent) > UNREAD:
+                self._lose(f"{UNREAD} frames could not be sent")
+
+    def take(self, timeout_s: float) -> list[Got]:
+        """All frames that arrived, in order; waits at most `timeout_s` for the first."""
+        with self._readable:
+            if timeout_s > 0:
+                self._readable.wait_for(lambda: self._arrived or self._lost or self._closing, timeout_s)
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            if not arrived:
+                self._raise_if_over()
+                return []
+        try:
+            return [self._decoder.decode(words) for words in arrived]
+        except ProtocolError as error:
+            with self._readable:
+                self._lose(str(error))
+            raise self._peer_lost(str(error)) from error
+
+    def close(self) -> None:
+        """Say goodbye and end both threads, whatever state the peer is in. May be repeated."""
+        with self._sendable:
+            if self._closing:
+                return
+            self._closing = True
+            self._sendable.notify_all()
+            self._readable.notify_all()
+        self._sender.join(self._timing.close)
+        if self._sender.is_alive():
+            self._sending.cancel()
+            self._sender.join()
+        self._receiving.cancel()
+        self._receiver.join()
+        self._sending.close()
+        self._receiving.close()
+
+    def _send_loop(self) -> None:
+        """Complete what is in flight; when nothing is, send a keepalive now and then, and a goodbye at the end."""
+        goodbye = False
+        while not goodbye:
+            with self._sendable:
+                self._sendable.wait_for(
+                    lambda: self._in_flight is not None or self._closing or self._lost, self._timing.heartbeat
+                )
+                if self._lost:
+                    return
+                if self._in_flight is None:
+                    goodbye = self._closing
+                    self._post(self._encoder.signal(Kind.GOODBYE if goodbye else Kind.KEEPALIVE))
+                    if self._lost:
+                        return
+                in_flight = self._in_flight
+            try:
+                self._sending.finish(in_flight, self._timing.silence)
+            except RuntimeError as error:
+                with self._sendable:
+                    self._lose(f"sending failed: {_first_line(error)}")
+                return
+            with self._sendable:
+                self._in_flight = None
+                if self._unsent and not self._lost:
+                    self._post(self._unsent.popleft())
+
+    def _receive_loop(self) -> None:
+        while True:
+            try:
+                words = self._receiving.receive(self._decoder.num_words, self._timing.silence)
+                kind = kind_of(words)
+            except (RuntimeError, ProtocolError) as error:
+                with self._readable:
+                    self._lose(f"receiving failed: {_first_line(error)}")
+                return
+            if kind is Kind.KEEPALIVE:
+                continue
+            with self._readable:
+                if kind is Kind.GOODBYE:
+                    self._lost = None  # a goodbye explains a reset that the sender saw first
+                    self._lose("it closed the link")
+                    return
+                self._arrived.append(words)
+                if len(self._arrived) > UNREAD:
+                    self._lose(f"{UNREAD} of its frames were never read")
+                    return
+                self._readable.notify_all()
+
+    # The four below are called with the lock held.
+
+    def _post(self, words: Tensor) -> None:
+        try:
+            self._in_flight = self._sending.post(words)
+        except RuntimeError as error:
+            self._lose(f"sending failed: {_first_line(error)}")
+        self._sendable.notify_all()
+
+    def _lose(self, reason: str) -> None:
+        if self._lost is None and not self._closing:
+            self._lost = reason
+            log.debug("link to %s rank %d is over: %s", self._peer_role, self._peer_rank, reason)
+        self._readable.notify_all()
+        self._sendable.notify_all()
+
+    def _raise_if_over(self) -> None:
+        if self._lost or self._closing:
+            raise self._peer_lost(self._lost or "this side closed the link")
+
+    def _peer_lost(self, reason: str) -> PeerLost:
+        return PeerLost(self._peer_role, self._peer_rank, self._round, reason)
+
+
+# ---- one direction over one process group ----------------------------------------------------------------------------
+
+
+class _Pipe(Protocol):
+    """All but `receive` and `finish` return at once. Whatever fails or times out is a RuntimeError, and final."""
+
+    def post(self, words: Tensor) -> Any: ...
+    def finish(self, in_flight: Any, timeout_s: float) -> None: ...
+    def receive(self, num_words: int, timeout_s: float) -> Tensor: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _GlooPipe:
+    """Frames between CPUs.
+
+    Args:
+        group: a ProcessGroupGloo of two.
+        peer: the other one's rank in it.
+    """
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+
+    def post(self, words: Tensor) -> Any:
+        return self._group.send([words], self._peer, 0), words  # the words must outlive the work
+
+    def finish(self, in_flight: Any, timeout_s: float) -> None:
+        in_flight[0].wait(timedelta(seconds=timeout_s))
+
+    def receive(self, num_words: int, timeout_s: float) -> Tensor:
+        words = torch.empty(num_words, dtype=torch.int64)
+        self._group.recv([words], self._peer, 0).wait(timedelta(seconds=timeout_s))
+        return words
+
+    def cancel(self) -> None:
+        """Fail whoever waits in this group: a wait that times out closes its connections."""
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.int64)
+            self._group.recv([nothing], self._peer, 1).wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        self._group = None
+
+
+class _NcclPipe:
+    """Frames between GPUs, in device memory. Written by reading torch's source; it has not run yet.
+
+    Args:
+        group: a ProcessGroupNCCL of two with a non-blocking communicator.
+        peer: the other one's rank in it.
+        device: of this rank.
+    """
+
+    def __init__(self, group: Any, peer: int, device: torch.device) -> None:
+        self._group, self._peer, self._device = group, peer, device
+
+    def post(self, words: Tensor) -> Any:
+        with torch.cuda.device(self._device):
+            on_device = words.to(self._device)
+            return self._group.send([on_device], self._peer, 0), on_device
+
+    def finish(self, in_flight: Any, timeout_s: float) -> None:
+        work, deadline = in_flight[0], time.monotonic() + timeout_s
+        while not work.is_completed():  # wait() would block the stream, not this thread
+            if time.monotonic() > deadline:
+                self._group.abort()
+                raise RuntimeError(f"no completion within {timeout_s:g} s")
+            time.sleep(50e-6)
+        work.wait()
+
+    def receive(self, num_words: int, timeout_s: float) -> Tensor:
+        with torch.cuda.device(self._device):
+            on_device = torch.empty(num_words, dtype=torch.int64, device=self._device)
+            self.finish((self._group.recv([on_device], self._peer, 0),), timeout_s)
+            return on_device.cpu()
+
+    def cancel(self) -> None:
+        self._group.abort()
+
+    def close(self) -> None:
+        self._group = None
+
+
+def _meet(
+    address: LinkAddress, rank: int, timing: LinkTiming, device: torch.device | None, backend: str
+) -> tuple[_Pipe, _Pipe]:
+    """The pipes of both directions, outcomes first; both sides must call this for the same address."""
+    build = timedelta(seconds=timing.build)
+    peer = 1 - rank
+    role = ("target", "draft")[peer]
+    try:
+        store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=build)
+        local_host = _own_address(address.host, address.port)
+
+        def pipe(direction: str) -> _Pipe:
+            prefix = dist.PrefixStore(f"link/{address.session}/{address.epoch}/{direction}", store)
+            if backend == "nccl":
+                assert device is not None, "NCCL needs a device"
+                return _NcclPipe(_nccl_group(prefix, rank, device, build), peer, device)
+            return _GlooPipe(_gloo_group(prefix, rank, local_host, build), peer)
+
+        return pipe("outcomes"), pipe("trees")
+    except (RuntimeError, OSError) as error:
+        met = f"did not meet at {address.host}:{address.port} (epoch {address.epoch}) within {timing.build:g} s"
+        raise PeerLost(role, peer, -1, f"{met}: {_first_line(error)}") from error
+
+
+def _gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_host)]
+    options._timeout, options._threads = timeout, 1
+    return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+def _nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout, options.config.blocking = timeout, 0
+    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+def _own_address(host: str, port: int) -> str:
+    """Which of this machine's addresses leads to `host`: nothing is sent, the kernel only looks up the route."""
+    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(there)
+        return str(probe.getsockname()[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
