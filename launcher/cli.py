@@ -140,15 +140,17 @@ def generate(
         overrides = (*overrides, f"speculation.mode={mode}")
     config = load_config(config_path, overrides)
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     request = _request(prompt, raw, max_tokens, stop, mode, SamplingParams(**sampling))
     preflight.check_not_empty(request)
     with _session(config, config_path, overrides, connect, trace, request) as session:
-        generation = bench.generate(session.client, request, _nothing if as_json else _stream)
+        try:
+            generation = bench.generate(session.client, request, _nothing if as_json else _stream)
+        finally:
+            _end_line(as_json)
     if as_json:
         click.echo(json.dumps(_generation_json(generation)))
     else:
-        click.echo()
         click.echo(_generation_line(generation, session.cores), err=True)
 
 
@@ -275,17 +277,21 @@ def _session(
     request: Generate | None,
 ) -> AbstractContextManager[Session]:
     """The engine at `connect`, or one of our own after everything that can be checked beforehand has been."""
-    from launcher import preflight, screen, session
-    from launcher.torchrun import Launch
+    from launcher import preflight
 
     if connect is not None:
         if trace is not None:
             raise click.UsageError("--trace is the engine's own: give it to ssd up, not together with --connect")
+        from launcher import session
+
         return session.connected(connect, CONNECT_TIMEOUT_S)
     _check_writable(trace)
     preflight.check_engine(config)
     if request is not None:
         preflight.check_request(request, config)
+    from launcher import screen, session  # after the checks, which are to answer at once
+    from launcher.torchrun import Launch
+
     return session.started(Launch(config, config_path, overrides, trace), screen.loading)
 
 
@@ -320,6 +326,11 @@ def _check_writable(path: Path | None) -> None:
 
 def _stream(text: str) -> None:
     click.echo(text, nl=False)
+
+
+def _end_line(as_json: bool) -> None:
+    if not as_json:
+        click.echo()
 
 
 def _nothing(text: str) -> None:

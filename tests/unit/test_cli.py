@@ -64,7 +64,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     from ssd_runtime.model import load
 
     real = load.inspect_model
-    monkeypatch.setattr(load, "inspect_model", lambda path: real(path) if "smollm2" not in path else None)
+    monkeypatch.setattr(load, "inspect_model", lambda path: real(path) if path != "/" else None)
     monkeypatch.setattr("ssd_runtime.model.catalogue.CATALOGUE", _embedded_is_here())
 
 
@@ -114,7 +114,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(capsys: pytest.CaptureF
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; set serve.port" in line
 
 
-# ---- with an engine that is played ------------------------------------------------------------------------------------
+# ---- with an engine that is played -----------------------------------------------------------------------------------
 
 
 class Engine:
@@ -150,9 +150,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return played
 
 
-def test_generate_streams_text_and_tells_the_rates_beside_it(
-    engine: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_streams_text_and_tells_its_rates(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "-p", "Hi", "--temperature", "0.7", "--seed", "3", "--stop", "a", "--stop", "b"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "Hello you\n"
@@ -219,7 +217,8 @@ def test_what_breaks_while_running_is_one_line(
     engine.error = error
     assert cli.main(["generate", "-p", "x"]) == code
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == [line for line in captured.err.splitlines() if message in line]
+    (line,) = filter(None, captured.err.splitlines())  # click ends the line of a ^C with an empty one
+    assert message in line
     assert "Traceback" not in captured.err
 
 
