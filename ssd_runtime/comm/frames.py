@@ -1,6 +1,7 @@
 """`OutcomeFrame` and `TreeFrame` as fixed-shape int64 tensors, and back. Knows no ranks, no I/O.
 
-    header   magic, kind, round, control_seq, rows used, checksum of everything behind the header
+    header   magic, kind, round, two words about the frame, rows used, checksum of everything behind the header
+             (outcome: control_seq, 0; tree: microseconds and rows of the drafting step that grew it)
     row      outcome: sequence_id, turn, num_accepted, bonus_token, source, length, tokens[K]
              tree:    sequence_id, turn, num_accepted, bonus_token, length, tokens[K]
 
@@ -24,7 +25,7 @@ from ssd_runtime.comm.protocol import ProtocolError as ProtocolError
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
 
 MAGIC = 0x5353_4431  # "SSD1"
-HEADER = 6  # words
+HEADER = 7  # words
 MAX_TOKEN = 2**31
 
 Frame = TypeVar("Frame", OutcomeFrame, TreeFrame)
@@ -61,7 +62,7 @@ class FrameCodec(Generic[Frame]):
 
     def signal(self, kind: Kind) -> Tensor:
         """A keepalive or goodbye of this direction's size."""
-        return self._tensor(kind, 0, 0, 0, [])
+        return self._tensor(kind, 0, (0, 0), 0, [])
 
     def encode(self, frame: Frame) -> Tensor:
         """The frame as int64 words; raises ValueError if it is larger than the agreed shape."""
@@ -71,12 +72,12 @@ class FrameCodec(Generic[Frame]):
         """The frame in `words` (on the CPU); raises ProtocolError on garbage."""
         raise NotImplementedError
 
-    def _tensor(self, kind: Kind, round: int, control_seq: int, rows: int, body: list[int]) -> Tensor:
+    def _tensor(self, kind: Kind, round: int, about: tuple[int, int], rows: int, body: list[int]) -> Tensor:
         if rows > self.max_rows:
             raise ValueError(f"{rows} rows do not fit a frame of {self.max_rows}")
         content = array("q", body)
         content.frombytes(bytes(8 * (self.max_rows * self.row_words - len(content))))
-        words = array("q", (MAGIC, kind, round, control_seq, rows, zlib.crc32(content)))
+        words = array("q", (MAGIC, kind, round, *about, rows, zlib.crc32(content)))
         words.extend(content)
         return torch.frombuffer(words, dtype=torch.int64)
 
@@ -86,20 +87,20 @@ class FrameCodec(Generic[Frame]):
             raise ValueError(f"{len(tokens)} tokens do not fit a lookahead of {self.shape.lookahead}")
         return [*tokens, *[-1] * absent]
 
-    def _rows(self, words: Tensor) -> tuple[int, int, list[list[int]]]:
+    def _rows(self, words: Tensor) -> tuple[int, tuple[int, int], list[list[int]]]:
         if words.dtype != torch.int64 or words.shape != (self.num_words,):
             raise ProtocolError(f"frame of {tuple(words.shape)} {words.dtype}, expected {self.num_words} int64")
         kind = kind_of(words)
         if kind != self.kind:
             raise ProtocolError(f"expected a frame of kind {self.kind.name}, got {kind.name}")
-        _, _, round, control_seq, used, checksum = words[:HEADER].tolist()
+        _, _, round, first, second, used, checksum = words[:HEADER].tolist()
         if zlib.crc32(words[HEADER:].numpy()) != checksum:
             raise ProtocolError(f"frame of round {round} has a wrong checksum")
-        if round < 0 or control_seq < 0 or not 0 <= used <= self.max_rows:
-            raise ProtocolError(f"frame header out of range: round {round}, control_seq {control_seq}, rows {used}")
+        if min(round, first, second) < 0 or not 0 <= used <= self.max_rows:
+            raise ProtocolError(f"frame header out of range: round {round}, words {first} {second}, rows {used}")
         width = self.row_words
         flat = words[HEADER : HEADER + used * width].tolist()
-        return round, control_seq, [flat[i : i + width] for i in range(0, used * width, width)]
+        return round, (first, second), [flat[i : i + width] for i in range(0, used * width, width)]
 
     def _check(self, row: list[int], length: int, tokens: list[int]) -> tuple[int, ...]:
         """Check the four common words and the tokens of a row; returns the tokens that are present."""
@@ -133,10 +134,10 @@ class OutcomeCodec(FrameCodec[OutcomeFrame]):
             outcome = row.outcome
             body += (row.sequence_id, row.turn, outcome.num_accepted, outcome.bonus_token, row.source, row.length)
             body += self._tokens(row.tokens)
-        return self._tensor(self.kind, frame.round, frame.control_seq, len(frame.rows), body)
+        return self._tensor(self.kind, frame.round, (frame.control_seq, 0), len(frame.rows), body)
 
     def decode(self, words: Tensor) -> OutcomeFrame:
-        round, control_seq, rows = self._rows(words)
+        round, (control_seq, _), rows = self._rows(words)
         return OutcomeFrame(round, control_seq, tuple(map(self._row, rows)))
 
     def _row(self, row: list[int]) -> OutcomeRow:
@@ -161,11 +162,11 @@ class TreeCodec(FrameCodec[TreeFrame]):
             outcome, tokens = branch.outcome, branch.tokens
             body += (branch.sequence_id, branch.turn, outcome.num_accepted, outcome.bonus_token, len(tokens))
             body += self._tokens(tokens)
-        return self._tensor(self.kind, frame.round, 0, len(frame.branches), body)
+        return self._tensor(self.kind, frame.round, (frame.step_us, frame.step_rows), len(frame.branches), body)
 
     def decode(self, words: Tensor) -> TreeFrame:
-        round, _, rows = self._rows(words)
-        return TreeFrame(round, tuple(map(self._branch, rows)))
+        round, (step_us, step_rows), rows = self._rows(words)
+        return TreeFrame(round, tuple(map(self._branch, rows)), step_us, step_rows)
 
     def _branch(self, row: list[int]) -> Branch:
         sequence_id, turn, num_accepted, bonus_token, length = row[:5]
