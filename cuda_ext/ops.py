@@ -1,12 +1,14 @@
-"""The operators the runtime calls: the compiled extension where it is built, else plain torch. Picked once, at first use.
+"""The operators the runtime calls: the compiled extension where it is built, else plain torch.
 
-Signatures and meanings are those of `cuda_ext.reference`. `SSD_CUDA_EXT=0` in the environment asks for plain torch.
+Picked once, at first use. Signatures and meanings are those of `cuda_ext.reference`. `SSD_CUDA_EXT=0` in the
+environment asks for plain torch.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import os
 from types import ModuleType
 from typing import Literal
@@ -14,16 +16,21 @@ from typing import Literal
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.reference import PackedBf16, PackedInt8
+from cuda_ext.reference import PackedBf16, PackedFp32, PackedInt8
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "PackedBf16",
+    "PackedFp32",
     "PackedInt8",
     "add_rms_norm",
     "backend",
     "linear_bf16",
+    "linear_fp32",
     "linear_int8",
     "pack_bf16",
+    "pack_fp32",
     "pack_int8",
     "paged_attention",
     "rms_norm",
@@ -34,7 +41,13 @@ __all__ = [
 
 @functools.cache
 def _kernels() -> ModuleType:
-    return reference
+    if os.environ.get("SSD_CUDA_EXT") == "0":
+        return reference
+    try:
+        return importlib.import_module("cuda_ext.compiled")
+    except (ImportError, OSError) as error:  # not built, or built for a torch it cannot be loaded into
+        log.warning("compiled operators not available (%s); using plain torch, which is slower", error)
+        return reference
 
 
 def backend() -> Literal["compiled", "plain"]:
@@ -86,3 +99,11 @@ def pack_bf16(weight_OI: Tensor) -> PackedBf16:
 
 def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None = None) -> Tensor:
     return _kernels().linear_bf16(x_NI, packed, bias_O)
+
+
+def pack_fp32(weight_OI: Tensor) -> PackedFp32:
+    return _kernels().pack_fp32(weight_OI)
+
+
+def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None = None) -> Tensor:
+    return _kernels().linear_fp32(x_NI, packed, bias_O)

@@ -1,7 +1,7 @@
-"""Every operator in plain torch: what the compiled kernels are tested against, and what runs where they are not built.
+"""Every operator in plain torch: the oracle of the compiled kernels, and what runs where they are not built.
 
-Knows no models and no caches. Shape legend: N rows (tokens), D features, I/O in/out features of a linear layer, F half of
-a gate-up row, H query heads, G key-value heads, S slots, C columns of a table.
+Knows no models and no caches. Shape legend: N rows (tokens), D features, I/O in/out features of a linear layer, F half
+of a gate-up row, H query heads, G key-value heads, S slots, C columns of a table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
+TINY = 1e-30  # a row no larger than this quantizes to zeros
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class PackedInt8:
 @dataclass(frozen=True)
 class PackedBf16:
     """A bfloat16 linear layer as one backend wants it; never mixed between backends."""
+
+    data: Tensor
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class PackedFp32:
+    """A float32 linear layer as one backend wants it; never mixed between backends."""
 
     data: Tensor
     in_features: int
@@ -119,7 +129,7 @@ def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 by row: absmax becomes 127, halves round to even. Returns integers NI and float32 scales N."""
     x32_NI = x_NI.float()
     absmax_N = x32_NI.abs().amax(-1) if x32_NI.shape[-1] else x32_NI.new_zeros(x32_NI.shape[0])
-    inverse_N = torch.where(absmax_N > 0, INT8_MAX / absmax_N, 0.0)
+    inverse_N = torch.where(absmax_N > TINY, torch.full_like(absmax_N, INT8_MAX) / absmax_N, 0.0)
     return torch.round(x32_NI * inverse_N[:, None]).to(torch.int8), absmax_N / INT8_MAX
 
 
@@ -157,6 +167,17 @@ def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tens
     if packed.data.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x16_NI, packed.data, bias_O, "none", [], "").to(x_NI.dtype)
     return torch.nn.functional.linear(x16_NI, packed.data, bias_O).to(x_NI.dtype)
+
+
+def pack_fp32(weight_OI: Tensor) -> PackedFp32:
+    """Keep a weight matrix in float32."""
+    return PackedFp32(weight_OI.float().contiguous(), weight_OI.shape[1], weight_OI.shape[0])
+
+
+def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tensor:
+    """x W^T + bias in float32; the result has x's dtype."""
+    bias_O = None if bias_O is None else bias_O.float()
+    return torch.nn.functional.linear(x_NI.float(), packed.data, bias_O).to(x_NI.dtype)
 
 
 def _onednn(weight: Tensor) -> bool:

@@ -1,0 +1,67 @@
+"""The operators of the compiled extension, with the signatures of `cuda_ext.reference`. Importing it loads the library.
+
+A row's result depends on that row alone: not on how many rows share the call, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from cuda_ext import reference
+from cuda_ext.reference import PackedBf16, PackedFp32, PackedInt8
+
+
+def _load() -> None:
+    """Load the shared library; raises ImportError when it was not built, OSError when it does not fit this torch."""
+    spec = importlib.util.find_spec("cuda_ext._C")
+    if spec is None or spec.origin is None:
+        raise ImportError("cuda_ext._C is not built (make ext)")
+    torch.ops.load_library(spec.origin)
+
+
+_load()
+_ops = torch.ops.ssd_runtime
+_pack_linear = _ops.pack_linear.default
+_linear_int8 = _ops.linear_int8.default
+_linear_bf16 = _ops.linear_bf16.default
+_linear_fp32 = _ops.linear_fp32.default
+rms_norm = _ops.rms_norm.default
+add_rms_norm = _ops.add_rms_norm.default
+silu_mul = _ops.silu_mul.default
+rope_write_ = _ops.rope_write_.default
+paged_attention = _ops.paged_attention.default
+
+
+def cpu_level() -> str:
+    """Which CPU kernels run here: "baseline", "avx2" or "avx512"."""
+    return _ops.cpu_level()
+
+
+def pack_int8(weight_OI: Tensor) -> PackedInt8:
+    plain = reference.pack_int8(weight_OI)
+    return PackedInt8(_pack_linear(plain.data, plain.scales_O), plain.scales_O, plain.in_features, plain.out_features)
+
+
+def pack_bf16(weight_OI: Tensor) -> PackedBf16:
+    return PackedBf16(
+        _pack_linear(weight_OI.to(torch.bfloat16).contiguous(), None), weight_OI.shape[1], weight_OI.shape[0]
+    )
+
+
+def pack_fp32(weight_OI: Tensor) -> PackedFp32:
+    return PackedFp32(_pack_linear(weight_OI.float().contiguous(), None), weight_OI.shape[1], weight_OI.shape[0])
+
+
+def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tensor:
+    return _linear_int8(x_NI, packed.data, packed.out_features, bias_O)
+
+
+def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tensor:
+    return _linear_bf16(x_NI, packed.data, packed.out_features, bias_O)
+
+
+def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tensor:
+    return _linear_fp32(x_NI, packed.data, packed.out_features, bias_O)
