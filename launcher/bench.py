@@ -5,10 +5,11 @@ Owns the plan, the measuring and the comparison of the tokens. Knows nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from launcher.prompts import Prompt
 from launcher.report import Generation, summarise
@@ -20,7 +21,7 @@ from ssd_runtime.speculation.types import SamplingParams
 WARM_UP_TOKENS = 16
 
 
-class Generator(Protocol):
+class Generates(Protocol):
     """What the benchmark needs of a client."""
 
     def generate(self, request: Generate) -> Iterator[Chunk | Finished]: ...
@@ -81,7 +82,7 @@ def plan_runs(modes: Sequence[str], lookaheads: Sequence[str], default: int) -> 
 
 
 def measure(
-    client: Generator, runs: Sequence[Run], workload: Workload, advance: Callable[[str], None]
+    client: Generates, runs: Sequence[Run], workload: Workload, advance: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run the workload in every mode and return the report (without "machine").
 
@@ -106,16 +107,20 @@ def measure(
     return {"runs": _rows(runs, results, len(workload.prompts)), **compare(results, workload.prompts)}
 
 
-def generate(client: Generator, request: Generate, on_text: Callable[[str], None]) -> Generation:
+def generate(client: Generates, request: Generate, on_text: Callable[[str], None]) -> Generation:
     """Run one request to its end, telling `on_text` each piece of text as it comes."""
     text: list[str] = []
     token_ids: list[int] = []
-    for event in client.generate(request):
-        if isinstance(event, Finished):
-            return Generation("".join(text), tuple(token_ids), event)
-        text.append(event.text)
-        token_ids += event.token_ids
-        on_text(event.text)
+    stream = cast(Generator[Chunk | Finished, None, None], client.generate(request))
+    with contextlib.closing(
+        stream
+    ) as events:  # left early, the request is cancelled now and not by the garbage collector
+        for event in events:
+            if isinstance(event, Finished):
+                return Generation("".join(text), tuple(token_ids), event)
+            text.append(event.text)
+            token_ids += event.token_ids
+            on_text(event.text)
     raise AssertionError("the client's stream ended without Finished")
 
 

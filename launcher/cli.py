@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from launcher.session import Session
     from ssd_runtime.comm.messages import Generate
 
-CONNECT_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 300.0  # longest silence of an engine that has answered before; long prompts take their time
 UP_POLL_S = 0.5
 
 

@@ -13,10 +13,11 @@ from launcher.torchrun import Launch, Ranks, num_ranks
 from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import ConfigError, RequestError, SsdError
+from ssd_runtime.errors import ConfigError, PeerLost, RequestError, SsdError
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 10.0  # a leader answers between two forwards
 Loading = Callable[[], contextlib.AbstractContextManager[Callable[[Progress], None]]]
 
 
@@ -39,9 +40,18 @@ class Session:
 
 @contextlib.contextmanager
 def connected(address: str, timeout_s: float) -> Iterator[Session]:
-    """A session with an engine that runs already, and goes on running."""
+    """A session with an engine that runs already, and goes on running.
+
+    Raises:
+        ConfigError: no engine answers at the address.
+    """
+    try:
+        with contextlib.closing(Client(address, ANSWER_S)) as client:
+            cores = client.status().cores
+    except PeerLost as error:
+        raise ConfigError(f"no engine answers at {address} ({error.reason}); start one with `ssd up`") from None
     with contextlib.closing(Client(address, timeout_s)) as client:
-        yield Session(client, address, client.status().cores)
+        yield Session(client, address, cores)
 
 
 @contextlib.contextmanager
