@@ -25,11 +25,14 @@ import click
 from ssd_runtime import __version__
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
+from ssd_runtime.logs import set_up_logging
 from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:
     from launcher.session import Session
     from ssd_runtime.comm.messages import Generate
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 300.0  # longest silence of an engine that has answered before; long prompts take their time
 UP_POLL_S = 0.5
@@ -37,10 +40,9 @@ UP_POLL_S = 0.5
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
-    debug = os.environ.get("SSD_LOG", "").lower() == "debug"
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="ssd: %(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        set_up_logging("launcher")
         result = ssd.main(args=arguments, prog_name="ssd", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):
@@ -51,17 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), 2)
     except SsdError as error:
-        if debug:
-            logging.exception("traceback")
+        log.debug("traceback", exc_info=True)
         return _fail(str(error), 2 if isinstance(error, ConfigError | RequestError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: keep the flush at exit quiet
         return 1
     except Exception as error:  # the last resort: a traceback is not for users
-        if debug:
-            logging.exception("traceback")
-        hint = "" if debug else " (this is a bug; SSD_LOG=debug shows the traceback)"
-        return _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1)
+        log.debug("traceback", exc_info=True)
+        remedy = "this is a bug; SSD_LOG=debug shows the traceback"
+        return _fail(f"unexpected {type(error).__name__}: {error} ({remedy})", 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -369,10 +369,11 @@ def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     import torch
 
     from cuda_ext import ops
+    from ssd_runtime import topology
 
     return {
         "host": platform.node(),
-        "processor": _processor(),
+        "hardware": topology.describe().splitlines(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -380,11 +381,3 @@ def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "cores": {role: list(numbers) for role, numbers in cores.items()},
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -35,6 +35,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _finding("torch", _torch)
     yield _finding("operators", _operators)
     yield _finding("compiler", _compiler)
+    yield _finding("hardware", _hardware)
     yield _finding("devices", lambda: _devices(config))
     yield _finding("cores", lambda: _cores(config))
     yield _finding("front door", lambda: _front_door(config))
@@ -75,29 +76,29 @@ def _compiler() -> str:
 
 
 def _devices(config: Config) -> str:
-    import torch
+    from ssd_runtime import topology
 
-    count = torch.cuda.device_count()
-    wanted = sum(model.device == "cuda" for model in (config.target, config.draft))
-    if wanted > count:
-        raise ConfigError(f'the configuration wants {wanted} GPUs, this machine offers {count}; set device = "cpu"')
-    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
-    return f"{count} GPUs ({gpus})" if count else "CPU only"
+    roles = (config.target, config.draft)
+    devices = [str(topology.device_for(model.device, rank)) for rank, model in enumerate(roles)]
+    backend = topology.link_backend(config.target.device, config.draft.device)
+    return f"target on {devices[0]}, draft on {devices[1]}, link over {backend}"
 
 
 def _cores(config: Config) -> str:
-    allowed = sorted(os.sched_getaffinity(0))
-    for role in ("target", "draft"):
-        missing = set(getattr(config, role).cores) - set(allowed)
-        if missing:
-            raise ConfigError(f"{role}.cores names {sorted(missing)}, this process may use {allowed}")
-    overlap = set(config.target.cores) & set(config.draft.cores)
-    if overlap:
-        raise ConfigError(f"target.cores and draft.cores share {sorted(overlap)}; drafting would not hide")
-    wanted = sum(model.threads for model in (config.target, config.draft) if model.device == "cpu")
-    if wanted > len(allowed):
-        raise ConfigError(f"the roles want {wanted} cores, {len(allowed)} are there; drafting would not hide")
-    return f"{len(allowed)} usable, {wanted} wanted"
+    from ssd_runtime import topology
+
+    allowed = topology.allowed_cores()
+    cores = topology.choose_cores(config, allowed)
+    shared = set(cores.target) & set(cores.draft)
+    if shared:
+        raise ConfigError(f"target and draft share cores {sorted(shared)}: drafting cannot hide behind verification")
+    return f"{len(allowed)} usable; target on {list(cores.target)}, draft on {list(cores.draft)}"
+
+
+def _hardware() -> str:
+    from ssd_runtime import topology
+
+    return "; ".join(" ".join(line.split()) for line in topology.describe().splitlines())
 
 
 def _front_door(config: Config) -> str:
@@ -129,8 +130,7 @@ def _vocabularies(config: Config) -> str:
 
 def _kv(config: Config, role: str) -> str:
     engine, arch = config.engine, _card(getattr(config, role)).arch
-    blocks = engine.num_blocks or engine.max_num_seqs * -(-engine.max_model_len // engine.block_size)
-    slots = blocks * engine.block_size
+    slots = engine.pool_blocks * engine.block_size
     size = 4 if getattr(config, role).dtype == "fp32" else 2
     memory = slots * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * size
     return f"{memory / GIB:.2f} GiB for {slots} slots (scratch rows apart)"
