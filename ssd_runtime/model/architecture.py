@@ -7,6 +7,8 @@ from typing import Literal
 
 from ssd_runtime.errors import ConfigError
 
+_SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size")
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -56,11 +58,13 @@ class Architecture:
 
     def check(self, who: str) -> None:
         """Raise ConfigError when the numbers cannot describe a decoder of this project; `who` begins the message."""
-        for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{who}: {name} is {getattr(self, name)}; the model description is damaged, fetch it again")
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{who}: {name} is {value}; the model description is damaged, fetch it again")
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"{who}: {self.num_heads} query heads do not divide among {self.num_kv_heads} key-value heads")
+            heads = f"{self.num_heads} query heads do not divide among {self.num_kv_heads} key-value heads"
+            raise ConfigError(f"{who}: {heads}; the model description is damaged, fetch it again")
         if self.head_dim % 2:
             raise ConfigError(f"{who}: head_dim {self.head_dim} is odd, the rotary embedding needs pairs")
 

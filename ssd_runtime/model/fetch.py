@@ -43,7 +43,8 @@ def fetch(name: str, progress: Progress | None = None) -> str:
             target.parent.mkdir(parents=True, exist_ok=True)
             _bring(model, target, report)
     except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror}; set SSD_CACHE to a directory you can write to") from None
+        remedy = "set SSD_CACHE to a directory you can write to"
+        raise ConfigError(f"cannot write {target}: {error.strerror}; {remedy}") from None
     report(1.0)
     return str(target)
 
@@ -57,7 +58,7 @@ def _bring(model: EmbeddedModel, target: Path, report: Progress) -> None:
             _unpack(model, Path(directory), out)
         report(_UNPACKED)
         if _sha256(part) != model.sha256:
-            raise ConfigError(f"model {model.name} arrived damaged (SHA-256 differs); run `ssd fetch {model.name}` again")
+            raise ConfigError(f"model {model.name} arrived damaged (wrong SHA-256); run `ssd fetch {model.name}` again")
         os.replace(part, target)  # whole or not at all, also when two fetch at once
 
 

@@ -155,14 +155,12 @@ class _Header:
     def tensor(self) -> GgufTensor:
         name, dims = self.string(), self.number("I")
         if dims > 4:
-            raise ValueError(f"tensor {name} has {dims} dimensions")
+            raise ValueError(f"tensor {name!r} has {dims} dimensions")
         shape = tuple(reversed([self.count() for _ in range(dims)]))
         kind = GGMLQuantizationType(self.number("I"))
         offset = self.number("Q")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         elements = int(np.prod(shape, dtype=object)) if shape else 1
         if not shape or shape[-1] % block:
-            raise ValueError(f"tensor {name} of shape {shape} does not divide into blocks of {block}")
+            raise ValueError(f"tensor {name!r} of shape {shape} does not divide into blocks of {block}")
         return GgufTensor(name, shape, kind, offset, elements // block * block_bytes)
-
-

@@ -31,7 +31,9 @@ class Layer:
     down: Linear
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, factors_P: Tensor | None = None) -> Tensor:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, factors_P: Tensor | None = None
+) -> Tensor:
     """Angle per position of each rotary pair, float32 (P).
 
     The llama3 rule: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).

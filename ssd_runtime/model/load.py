@@ -42,12 +42,17 @@ def open_weights(path: str) -> WeightSource:
         ConfigError: missing, truncated, damaged or unsupported; one line with the remedy.
     """
     if not Path(path).exists():
-        raise ConfigError(f"model {path} does not exist; pass a Hugging Face directory, a GGUF file or an embedded model's name")
+        remedy = "pass a Hugging Face directory, a GGUF file or the name of an embedded model"
+        raise ConfigError(f"model {path} does not exist; {remedy}")
     return HfWeights(path) if Path(path).is_dir() else GgufWeights(path)
 
 
 def inspect_model(path: str) -> ModelCard:
-    """Read and check headers and tokenizer, no weights. Raises ConfigError as `open_weights`, and without a tokenizer."""
+    """Read and check headers and tokenizer, no weights.
+
+    Raises:
+        ConfigError: as `open_weights`; or a tokenizer that is missing, damaged or another model's.
+    """
     source = open_weights(path)
     tokenizer = Tokenizer.from_model(path)
     if tokenizer.vocab_size > source.architecture.vocab_size:
@@ -74,7 +79,14 @@ def load_decoder(path: str, dtype: Dtype, device: torch.device, progress: Progre
         ConfigError: as `open_weights`; or a dtype that does not run on the device.
     """
     check_dtype(dtype, device)
-    return _Loader(open_weights(path), dtype, device, progress or (lambda part: None)).run()
+    return decoder_from_weights(open_weights(path), dtype, device, progress)
+
+
+def decoder_from_weights(
+    source: WeightSource, dtype: Dtype, device: torch.device, progress: Progress | None = None
+) -> Decoder:
+    """As `load_decoder`, from weights already opened."""
+    return _Loader(source, dtype, device, progress or (lambda part: None)).run()
 
 
 class _Loader:

@@ -26,8 +26,8 @@ def activation_dtype(dtype: Dtype) -> torch.dtype:
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None, dtype: Dtype, device: torch.device) -> Linear:
     """A linear layer that computes in `dtype`: NI -> NO in the activations' dtype.
 
-    fp32 and everything on a GPU is F.linear. bf16 on the CPU is packed for oneDNN; int8 has one scale per output channel
-    and quantizes its input by row.
+    fp32 and everything on a GPU is F.linear. bf16 on the CPU is packed; int8 has one scale per output channel and
+    quantizes its input by row.
     """
     check_dtype(dtype, device)
     if dtype == "fp32" or device.type != "cpu":

@@ -1,7 +1,7 @@
 """Text to tokens and back, and the chat template, from a model's own files. Knows no weights.
 
-A token's bytes are independent of its neighbours in both kinds of tokenizer read here (byte-level BPE, and SentencePiece
-with byte fallback), so text can be streamed exactly: `Detokenizer`.
+In both kinds of tokenizer read here (byte-level BPE, SentencePiece with byte fallback) a token's bytes do not depend on
+its neighbours, so text can be streamed exactly: `Detokenizer`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.gguf_file import open_gguf
-from ssd_runtime.model.tokenizer_gguf import tokenizer_from_gguf
+from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
 from ssd_runtime.model.vocabulary import VocabularyDigest
 from ssd_runtime.model.weights_hf import read_json
 
@@ -100,7 +100,8 @@ class Tokenizer:
         try:
             template = _environment().from_string(self._template)
         except jinja2.TemplateError as error:
-            raise ConfigError(f"model {self._path}: its chat template does not parse ({error}); use a plain prompt") from None
+            who = f"model {self._path}"
+            raise ConfigError(f"{who}: its chat template does not parse ({error}); use a plain prompt") from None
         eos = self._tokens[self.eos_token_ids[0]] if self.eos_token_ids else ""
         bos = self._tokens[self.bos_token_id] if self.bos_token_id is not None else ""
         try:
@@ -168,15 +169,15 @@ def _hf_parts(directory: Path) -> _Parts:
         raise ConfigError(f"model {directory} has no tokenizer.json; put the one of its model family there")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise ConfigError(f"{path} cannot be read ({error}); fetch the model again") from None
+    except Exception as error:  # noqa: BLE001 (`tokenizers` raises bare Exception)
+        raise ConfigError(f"{path} cannot be read ({brief(error)}); fetch the model again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config, generation, extra = (
         read_json(directory / name) if (directory / name).exists() else {}
         for name in ("config.json", "generation_config.json", "tokenizer_config.json")
     )
-    ends = [*_as_list(generation.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
+    ends: list[int | None] = [*_as_list(generation.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
     ends += [tokenizer.token_to_id(token) for token in (_token_text(extra.get("eos_token")),) if token]
     bos_text = _token_text(extra.get("bos_token"))
     bos = tokenizer.token_to_id(bos_text) if bos_text else config.get("bos_token_id")

@@ -47,14 +47,21 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
             raise ConfigError(f"model {file.path}: tokenizer {kind!r} is not supported; known: gpt2, llama")
     except ConfigError:
         raise
-    except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit the vocabulary
-        raise ConfigError(f"model {file.path}: its tokenizer does not fit together ({error}); fetch it again") from None
+    except Exception as error:  # noqa: BLE001 (`tokenizers` raises bare Exception for merges that fit no token)
+        raise ConfigError(
+            f"model {file.path}: its tokenizer does not fit together ({brief(error)}); fetch it again"
+        ) from None
     kinds = file.metadata.get("tokenizer.ggml.token_type", ())
     special = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=bool(kind == _CONTROL)) for token, kind in special]
     )
     return tokenizer
+
+
+def brief(error: Exception) -> str:
+    """The message of a foreign error as the part of one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
@@ -78,7 +85,7 @@ def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     """Llama 2's kind: merges follow from the scores, unknown characters fall back to bytes."""
     scores = file.metadata.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
-        raise ConfigError(f"model {file.path} has no scores for its tokens; convert the model again, with its tokenizer")
+        raise ConfigError(f"model {file.path} has no scores for its tokens; convert the model again with its tokenizer")
     ids = _ids(tokens)
     kinds = file.metadata.get("tokenizer.ggml.token_type", ())
     unknown = next((token for token, kind in zip(tokens, kinds, strict=False) if kind == _UNKNOWN), None)

@@ -63,5 +63,6 @@ class VocabularyDigest:
         if len(self.tokens) != len(other.tokens):
             first = min(len(self.tokens), len(other.tokens))
             token = max(self.tokens, other.tokens, key=len)[first]
-            return f"the vocabularies have {len(self.tokens)} and {len(other.tokens)} tokens: id {first} is {token!r} in one only"
+            sizes = f"{len(self.tokens)} and {len(other.tokens)} tokens"
+            return f"the vocabularies have {sizes}: id {first} is {token!r} in one only"
         return None

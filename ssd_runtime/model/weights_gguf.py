@@ -70,7 +70,9 @@ class GgufWeights:
         for name, shape in expected_tensors(self.architecture).items():
             tensor = self.file.tensors.get(_gguf_name(name))
             if tensor is None:
-                raise ConfigError(f"model {self.path} has no tensor {_gguf_name(name)}; the file is incomplete, fetch it again")
+                raise ConfigError(
+                    f"model {self.path} has no tensor {_gguf_name(name)}; it is incomplete, fetch it again"
+                )
             if tensor.shape != shape:
                 raise ConfigError(
                     f"model {self.path}: tensor {tensor.name} has shape {tensor.shape}, its header promises {shape}; "
@@ -95,12 +97,13 @@ def _gguf_name(name: str) -> str:
 def _architecture(file: GgufFile) -> Architecture:
     family = file.metadata.get("general.architecture")
     if family not in FAMILIES:
-        raise ConfigError(f"model {file.path}: GGUF architecture {family!r} is not supported; known: {', '.join(FAMILIES)}")
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"model {file.path}: GGUF architecture {family!r} is not supported; known: {known}")
 
     def get(key: str, default: Any = None) -> Any:
         value = file.metadata.get(f"{family}.{key}", default)
         if value is None:
-            raise ConfigError(f"model {file.path}: key {family}.{key} is missing; the file is incomplete, fetch it again")
+            raise ConfigError(f"model {file.path}: key {family}.{key} is missing; it is incomplete, fetch it again")
         return value
 
     def tensor_rows(name: str) -> int:

@@ -149,7 +149,8 @@ def _check_tensors(directory: Path, arch: Architecture) -> dict[str, tuple[str, 
         if name not in where:
             raise ConfigError(f"model {directory} has no tensor {name}; the download is incomplete, fetch it again")
         if shapes[name] != shape:
-            raise ConfigError(f"model {directory}: tensor {name} has shape {shapes[name]}, config.json promises {shape}")
+            found = f"tensor {name} has shape {shapes[name]}, config.json promises {shape}"
+            raise ConfigError(f"model {directory}: {found}; the files are of different models, fetch it again")
     return where
 
 
@@ -158,7 +159,7 @@ def _shards(directory: Path) -> list[str]:
     if single.exists():
         return [str(single)]
     if not index.exists():
-        raise ConfigError(f"model {directory} has no model.safetensors (nor an index of shards); only safetensors are read")
+        raise ConfigError(f"model {directory} has no model.safetensors (nor an index of shards); fetch its safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{index} has no weight_map; fetch the model again")
@@ -187,9 +188,8 @@ def read_safetensors_header(file: str) -> dict[str, Any]:
                     "fetch the model again"
                 )
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; the download is incomplete, fetch the model again") from None
+        raise ConfigError(f"cannot read {file}: {error.strerror}; it is incomplete, fetch the model again") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} has a damaged header ({error}); fetch the model again") from None
     assert isinstance(header, dict)
     return header
-
