@@ -42,7 +42,8 @@ class Kind(IntEnum):
 
 def kind_of(words: Tensor) -> Kind:
     """The kind in a received header; raises ProtocolError if it is none."""
-    magic, kind = words[:2].tolist()
+    header = words.numpy()
+    magic, kind = int(header[0]), int(header[1])
     if magic != MAGIC or not 1 <= kind <= 4:
         raise ProtocolError(f"frame starts with {magic:#x} {kind}: not a frame of this protocol")
     return Kind(kind)

@@ -3,10 +3,10 @@
 A link is built for one epoch and never repaired: when the peer dies, falls silent or talks nonsense, every call raises
 PeerLost, and the caller builds the next one. Knows frames, not what they mean; knows no control messages.
 
-Sending happens at once in the caller's thread if nothing is in flight; a thread waits for its completion, sends what
-had to queue, and sends keepalives when there is nothing to say. Another thread owns the receives. Facts this rests on
-(torch 2.13, Gloo): a receive completes only in a wait; a wait that times out closes every connection of its group,
-which also frees whoever else waits there - that is how a deadline ends a link and how close() ends a blocked receive.
+Sending happens at once in the caller's thread unless several frames are in flight; a thread completes those, sends
+what had to queue, and sends keepalives. Another thread owns the receives. Facts this rests on (torch 2.13, Gloo): a
+receive completes only in a wait; a wait that times out closes every connection of its group, which also frees whoever
+else waits there - that is how a deadline ends a link and how close() ends a blocked receive.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 TARGET, DRAFT = 0, 1  # ranks inside a link's groups
 UNREAD = 1024  # frames a slow reader may leave unread, or a slow wire unsent, before the link counts as lost
+IN_FLIGHT = 4  # frames posted before the sender thread is woken to complete them; at twice as many, frames queue
+WINDOW = 16  # receives posted at once
 UNREAD_TREES = 64  # older trees than these are forgotten: later ones supersede them
 
 
@@ -194,10 +196,10 @@ class _Endpoint(Generic[Sent, Got]):
         self._round = -1
         lock = threading.Lock()  # guards everything below
         self._readable = threading.Condition(lock)  # for the caller: a frame arrived, or the end
-        self._sendable = threading.Condition(lock)  # for the sender thread: something is in flight, or the end
+        self._sendable = threading.Condition(lock)  # for the sender thread: enough is in flight, or the end
         self._arrived: deque[Tensor] = deque(maxlen=UNREAD_TREES if decoder.kind is Kind.TREE else None)
         self._unsent: deque[Tensor] = deque()
-        self._in_flight: Any = None
+        self._in_flight: deque[Any] = deque()
         self._lost: str | None = None
         self._closing = False
         self._sender = threading.Thread(target=self._send_loop, name="link-send", daemon=True)
@@ -213,7 +215,7 @@ class _Endpoint(Generic[Sent, Got]):
         with self._sendable:
             self._round = frame.round
             self._raise_if_over()
-            if self._in_flight is None:
+            if len(self._in_flight) < 2 * IN_FLIGHT and not self._unsent:
                 self._post(words)
                 self._raise_if_over()
                 return
@@ -254,34 +256,40 @@ class _Endpoint(Generic[Sent, Got]):
             self._sender.join()
         self._receiving.cancel()
         self._receiver.join()
+        self._in_flight.clear()
         self._sending.close()
         self._receiving.close()
 
     def _send_loop(self) -> None:
-        """Complete what is in flight; when nothing is, send a keepalive now and then, and a goodbye at the end."""
-        goodbye = False
-        while not goodbye:
+        """Complete what is in flight and send what had to queue; now and then a keepalive, a goodbye at the end."""
+        while True:
             with self._sendable:
                 self._sendable.wait_for(
-                    lambda: self._in_flight is not None or self._closing or self._lost, self._timing.heartbeat
+                    lambda: len(self._in_flight) >= IN_FLIGHT or self._closing or self._lost, self._timing.heartbeat
                 )
                 if self._lost:
                     return
-                if self._in_flight is None:
-                    goodbye = self._closing
-                    self._post(self._encoder.signal(Kind.GOODBYE if goodbye else Kind.KEEPALIVE))
-                    if self._lost:
-                        return
-                in_flight = self._in_flight
+                closing = self._closing
+                if closing:
+                    while self._unsent and not self._lost:
+                        self._post(self._unsent.popleft())
+                    self._post(self._encoder.signal(Kind.GOODBYE))
+                elif len(self._in_flight) < IN_FLIGHT:  # a heartbeat has passed
+                    self._post(self._encoder.signal(Kind.KEEPALIVE))
+                in_flight = list(self._in_flight)
             try:
-                self._sending.finish(in_flight, self._timing.silence)
+                for work in in_flight:
+                    self._sending.finish(work, self._timing.silence)
             except RuntimeError as error:
                 with self._sendable:
                     self._lose(f"sending failed: {_first_line(error)}")
                 return
+            if closing:
+                return
             with self._sendable:
-                self._in_flight = None
-                if self._unsent and not self._lost:
+                for _ in in_flight:
+                    self._in_flight.popleft()
+                while self._unsent and len(self._in_flight) < IN_FLIGHT and not self._lost:
                     self._post(self._unsent.popleft())
 
     def _receive_loop(self) -> None:
@@ -310,10 +318,11 @@ class _Endpoint(Generic[Sent, Got]):
 
     def _post(self, words: Tensor) -> None:
         try:
-            self._in_flight = self._sending.post(words)
+            self._in_flight.append(self._sending.post(words))
         except RuntimeError as error:
             self._lose(f"sending failed: {_first_line(error)}")
-        self._sendable.notify_all()
+        if len(self._in_flight) >= IN_FLIGHT:
+            self._sendable.notify_all()
 
     def _lose(self, reason: str) -> None:
         if self._lost is None and not self._closing:
@@ -353,6 +362,7 @@ class _GlooPipe:
 
     def __init__(self, group: Any, peer: int) -> None:
         self._group, self._peer = group, peer
+        self._window: deque[tuple[Any, Tensor]] = deque()
 
     def post(self, words: Tensor) -> Any:
         return self._group.send([words], self._peer, 0), words  # the words must outlive the work
@@ -361,8 +371,11 @@ class _GlooPipe:
         in_flight[0].wait(timedelta(seconds=timeout_s))
 
     def receive(self, num_words: int, timeout_s: float) -> Tensor:
-        words = torch.empty(num_words, dtype=torch.int64)
-        self._group.recv([words], self._peer, 0).wait(timedelta(seconds=timeout_s))
+        if not self._window:  # many at once: posting one between two frames would delay whoever awaits the first
+            rows = torch.empty(WINDOW, num_words, dtype=torch.int64)
+            self._window.extend((self._group.recv([words], self._peer, 0), words) for words in rows)
+        work, words = self._window.popleft()
+        work.wait(timedelta(seconds=timeout_s))
         return words
 
     def cancel(self) -> None:
@@ -372,6 +385,7 @@ class _GlooPipe:
             self._group.recv([nothing], self._peer, 1).wait(timedelta(milliseconds=1))
 
     def close(self) -> None:
+        self._window.clear()
         self._group = None
 
 
