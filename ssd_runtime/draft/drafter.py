@@ -172,8 +172,9 @@ class Drafter:
         logits_RV = self._decoder.forward(rows.build(), self._kv)
         if nodes:
             self._rank(logits_RV, nodes, budget)
-        self._last_step = DraftStep(start_ns, time.monotonic_ns(), len(rows))
-        return self._last_step
+        step = DraftStep(start_ns, time.monotonic_ns(), len(rows))
+        self._last_step = step if nodes else None  # the prompt's chunks are no drafting steps
+        return step
 
     def _add_frontier(self, rows: RowBuilder, sequence: _Sequence, frontier: Sequence[Node]) -> None:
         prefix = sequence.tree.root.position

@@ -135,7 +135,7 @@ class Engine:
             if members:
                 progressed += self._verify_round(members, speculator)
         for item in progressed:
-            if item.sequence.finish_reason:
+            if item.delta.finish_reason:
                 self._end(item.sequence, running=True)
         return progressed
 

@@ -5,6 +5,7 @@ Knows the protocol of DESIGN's round and the speculation cache; knows no model o
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -113,10 +114,14 @@ class LinkSpeculator:
             log.warning("%s; going on without a draft", lost)
             self.lost = lost
 
+    def check(self) -> None:
+        """Between requests: notice a draft that is gone."""
+        self._with_draft(lambda: self._take_in(self._draft.poll_trees()))
+
     # -- rounds --------------------------------------------------------------------------------------------------
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:
-        self._with_draft(lambda: self._take_in(self._draft.poll_trees()))
+        self.check()
         found = [self._lookup(sequence) for sequence in batch]
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         # A miss never holds up a hit: in SSD the batch waits only when nobody could go on at once.
@@ -209,11 +214,16 @@ class ColocatedSpeculator:
     """Speculative decoding on one device: the draft runs in the target's process, between verifications.
 
     Args:
-        drafter: the draft (draft/drafter.py), as the protocol below sees it.
+        load: makes the draft (draft/drafter.py), called when the first sequence comes: an engine with a draft rank
+            holds a second copy of the draft only if it is asked for one.
     """
 
-    def __init__(self, drafter: LocalDrafter) -> None:
-        self._drafter = drafter
+    def __init__(self, load: Callable[[], LocalDrafter]) -> None:
+        self._load = load
+
+    @functools.cached_property
+    def _drafter(self) -> LocalDrafter:
+        return self._load()
 
     def admit(self, sequence: Sequence) -> None:
         request = sequence.request

@@ -1,0 +1,80 @@
+"""A client of a running engine: sends requests to the leader, yields what comes back. Knows no models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from ssd_runtime.comm.control import ControlPeer
+from ssd_runtime.comm.messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Refused, Shutdown, Status
+from ssd_runtime.errors import PeerLost, RequestError, SsdError
+
+
+class Client:
+    """One connection. Used by one thread.
+
+    Args:
+        address: of the leader, host:port or tcp://host:port.
+        timeout_s: longest silence while something is awaited.
+
+    Raises:
+        ConfigError: `address` is not an address.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self._peer = ControlPeer(address)
+        self._timeout_s = timeout_s
+
+    def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
+        """Send a request and yield its chunks as they come, then its Finished. Leaving early cancels the request.
+
+        Raises:
+            RequestError: the engine refuses the request; the message says what to change.
+            SsdError: the engine failed it.
+            PeerLost: the engine is gone, or silent for `timeout_s`.
+        """
+        self._peer.send(request)
+        over = False
+        try:
+            for message in self._messages():
+                if isinstance(message, Failed) and message.request_id == request.request_id:
+                    over = True
+                    raise (RequestError if message.kind == "request" else SsdError)(message.reason)
+                if isinstance(message, Refused):
+                    raise SsdError(f"the engine refused the request: {message.reason}")
+                if isinstance(message, Chunk | Finished) and message.request_id == request.request_id:
+                    over = isinstance(message, Finished)
+                    yield message
+                    if over:
+                        return
+        except PeerLost:
+            over = True
+            raise
+        finally:
+            if not over:
+                self._peer.send(Cancel(request.request_id))
+
+    def _messages(self) -> Iterator[object]:
+        silent_since = time.monotonic()
+        while True:
+            arrived = self._peer.poll(min(1.0, self._timeout_s))
+            if arrived:
+                yield from arrived
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > self._timeout_s:
+                reason = f"{self._peer.address} said nothing for {self._timeout_s:g} s"
+                raise PeerLost("target", 0, -1, reason)
+
+    def status(self) -> Status:
+        """How the engine is; raises PeerLost if it does not answer within `timeout_s`."""
+        self._peer.send(GetStatus())
+        status = self._peer.wait_for(Status, timeout_s=self._timeout_s)
+        assert isinstance(status, Status)
+        return status
+
+    def shutdown(self) -> None:
+        """Ask the engine to end, both roles; does not wait for it."""
+        self._peer.send(Shutdown("asked by a client"))
+
+    def close(self) -> None:
+        self._peer.close()

@@ -1,0 +1,180 @@
+"""The leader's loop: requests in, rounds of the engine, text out. Owns the front door; knows nothing of how it drafts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ssd_runtime.comm.control import ControlServer
+from ssd_runtime.comm.messages import (
+    Cancel,
+    Chunk,
+    Failed,
+    Finished,
+    Generate,
+    GetStatus,
+    Hello,
+    Message,
+    Refused,
+    Shutdown,
+    Status,
+    Usage,
+)
+from ssd_runtime.config import Config
+from ssd_runtime.engine.engine import Engine, Progressed
+from ssd_runtime.engine.sequence import Request
+from ssd_runtime.errors import ConfigError, RequestError
+from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
+from ssd_runtime.target.speculators import LinkSpeculator
+
+log = logging.getLogger(__name__)
+
+IDLE_POLL_S = 0.2
+
+
+@dataclass
+class Stop:
+    """Set by a signal handler or a client: leave at the next turn of the loop."""
+
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+
+class Leader:
+    """Serves clients.
+
+    Args:
+        config: of the run.
+        engine: decodes.
+        tokenizer: of the target.
+        server: the control socket, bound.
+        link: the speculator that needs the draft's rank; None without one.
+        cores: role -> CPU cores, for the status.
+        stop: leaves the loop when set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        server: ControlServer,
+        link: LinkSpeculator | None,
+        cores: dict[str, tuple[int, ...]],
+        stop: Stop,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._server = server
+        self._link = link
+        self._cores = cores
+        self._stop = stop
+        self._clients: dict[str, bytes] = {}
+
+    def run(self) -> None:
+        """Until `stop` is set or a client asks for shutdown. Requests that still run are told."""
+        try:
+            while not self._stop:
+                for identity, message in self._server.poll(0.0 if self._engine.has_work else IDLE_POLL_S):
+                    self._handle(identity, message)
+                if self._engine.has_work:
+                    for progressed in self._engine.step():
+                        self._publish(progressed)
+                elif self._link is not None:
+                    self._link.check()
+        finally:
+            reason = self._stop.reason or "the engine failed; see its log"
+            for request_id, identity in self._clients.items():
+                self._server.send(identity, Failed(request_id, "engine", f"the request was not finished: {reason}"))
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def _handle(self, identity: bytes, message: Message) -> None:
+        if isinstance(message, Generate):
+            self._generate(identity, message)
+        elif isinstance(message, Cancel):
+            self._cancel(message.request_id)
+        elif isinstance(message, GetStatus):
+            self._server.send(identity, self._status())
+        elif isinstance(message, Shutdown):
+            self._stop.reason = self._stop.reason or message.reason
+        elif isinstance(message, Hello):
+            self._server.send(identity, Refused("this engine has its draft already"))
+        else:
+            self._server.send(identity, Refused(f"a client does not send {type(message).__name__}"))
+
+    def _generate(self, identity: bytes, message: Generate) -> None:
+        if message.request_id in self._clients:
+            self._server.send(identity, Failed(message.request_id, "request", "this request id is in use"))
+            return
+        try:
+            self._engine.add(self._request(message), Detokenizer(self._tokenizer))
+        except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
+            self._server.send(identity, Failed(message.request_id, "request", str(error)))
+        else:
+            self._clients[message.request_id] = identity
+
+    def _request(self, message: Generate) -> Request:
+        speculation = self._config.speculation
+        return Request(
+            request_id=message.request_id,
+            prompt_tokens=tuple(self._prompt_tokens(message)),
+            params=message.params,
+            mode=message.mode or speculation.mode,
+            lookahead=speculation.lookahead if message.lookahead is None else message.lookahead,
+            max_tokens=message.max_tokens,
+            stop=message.stop,
+            eos_token_ids=() if message.ignore_eos else self._tokenizer.eos_token_ids,
+        )
+
+    def _prompt_tokens(self, message: Generate) -> list[int]:
+        given = [value for value in (message.prompt, message.messages, message.token_ids) if value is not None]
+        if len(given) != 1:
+            raise RequestError("give exactly one of prompt, messages and token_ids")
+        if message.token_ids is not None:
+            return list(message.token_ids)
+        if message.prompt is not None:
+            return self._tokenizer.encode(message.prompt) if message.prompt else []
+        chat = self._tokenizer.chat([{"role": m.role, "content": m.content} for m in message.messages or ()])
+        return self._tokenizer.encode(chat, add_special=False)
+
+    def _cancel(self, request_id: str) -> None:
+        identity = self._clients.pop(request_id, None)
+        sequence = self._engine.cancel(request_id)
+        if identity is not None and sequence is not None:
+            usage = Usage(sequence.num_prompt, sequence.num_output)
+            self._server.send(identity, Finished(request_id, "abort", usage, sequence.statistics()))
+
+    def _status(self) -> Status:
+        draft = "none" if self._link is None else "lost" if self._link.lost else "linked"
+        return Status(
+            state="stopping" if self._stop else "ready",
+            draft=draft,  # type: ignore[arg-type]
+            target_model=self._config.target.model,
+            draft_model=self._config.draft.model,
+            mode=self._config.speculation.mode,
+            num_running=len(self._engine.scheduler.running),
+            num_waiting=len(self._engine.scheduler.waiting),
+            cores=self._cores,
+        )
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def _publish(self, progressed: Progressed) -> None:
+        sequence, delta = progressed.sequence, progressed.delta
+        request_id = sequence.request.request_id
+        identity = self._clients.get(request_id)
+        if identity is None:  # its client left between two deltas of one round
+            return
+        there = self._server.send(identity, Chunk(request_id, delta.text, delta.token_ids))
+        if delta.finish_reason:
+            del self._clients[request_id]
+            usage = Usage(sequence.num_prompt, sequence.num_output)
+            self._server.send(identity, Finished(request_id, delta.finish_reason, usage, sequence.statistics()))
+        elif not there:
+            log.info("the client of request %s is gone; cancelling it", request_id)
+            self._cancel(request_id)

@@ -1,0 +1,146 @@
+"""Engines in one process: a real target, a real drafter, real frames, and a draft that is as fast as the test says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
+from ssd_runtime.comm.messages import Admit, Finish, Message, decode, encode
+from ssd_runtime.comm.protocol import FrameShape
+from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.draft.drafter import Drafter
+from ssd_runtime.engine.engine import Engine
+from ssd_runtime.engine.sequence import Delta, Request, Sequence, TextStream
+from ssd_runtime.engine.speculator import NoSpeculation
+from ssd_runtime.errors import PeerLost
+from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
+from ssd_runtime.target.speculators import ColocatedSpeculator, LinkSpeculator
+from ssd_runtime.trace import Tracer
+
+
+class SteppedDraft:
+    """A `DraftRank` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
+
+    Messages and frames go through their codecs, so whatever cannot travel fails here.
+    """
+
+    def __init__(self, drafter: Drafter, shape: FrameShape, steps: Callable[[], int]) -> None:
+        self.drafter = drafter
+        self.control_seq = 0
+        self.dead = False
+        self._outcomes, self._trees = OutcomeCodec(shape), TreeCodec(shape)
+        self._steps = steps
+        self._pushed: list[TreeFrame] = []
+
+    def send_control(self, message: Message) -> None:
+        self._raise_if_dead()
+        self.control_seq += 1
+        arrived = decode(encode(message))
+        if isinstance(arrived, Admit):
+            self.drafter.admit(arrived)
+        else:
+            assert isinstance(arrived, Finish)
+            self.drafter.finish(arrived.sequence_id)
+
+    def send_outcomes(self, frame: OutcomeFrame) -> None:
+        self._raise_if_dead()
+        arrived = self._outcomes.decode(self._outcomes.encode(frame))
+        assert arrived == frame
+        self.drafter.advance(arrived)
+        for _ in range(self._steps()):
+            self._grow()
+
+    def poll_trees(self) -> list[TreeFrame]:
+        self._raise_if_dead()
+        pushed, self._pushed = self._pushed, []
+        return pushed
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        if not self._pushed and not self._grow():
+            raise PeerLost("draft", 1, -1, "asked to wait for a draft that has nothing left to draft")
+        return self.poll_trees()
+
+    def _grow(self) -> bool:
+        if self.drafter.grow() is None:
+            return False
+        tree = self.drafter.tree()
+        arrived = self._trees.decode(self._trees.encode(tree))
+        assert arrived == tree
+        self._pushed.append(arrived)
+        return True
+
+    def _raise_if_dead(self) -> None:
+        if self.dead:
+            raise PeerLost("draft", 1, -1, "killed by the test")
+
+
+@dataclass
+class InProcess:
+    """An engine with every mode."""
+
+    engine: Engine
+    draft: SteppedDraft
+    colocated: Drafter
+    link: LinkSpeculator
+    deltas: dict[str, list[Delta]] = field(default_factory=dict)
+
+    def run(self, requests: list[Request], text: Callable[[], TextStream] | None = None) -> list[Sequence]:
+        """Serve all requests at once, to their ends."""
+        sequences = [self.engine.add(request, text() if text else None) for request in requests]
+        while self.engine.has_work:
+            for progressed in self.engine.step():
+                request_id = progressed.sequence.request.request_id
+                self.deltas.setdefault(request_id, []).append(progressed.delta)
+        return sequences
+
+    def assert_all_blocks_are_back(self) -> None:
+        for allocator in (self.engine.allocator, self.draft.drafter.allocator, self.colocated.allocator):
+            assert allocator.num_free == allocator.num_blocks
+            assert all(allocator.references(block) == 0 for block in range(allocator.num_blocks))
+
+
+def in_process(
+    target: Decoder,
+    draft: Decoder,
+    engine: EngineConfig | None = None,
+    speculation: SpeculationConfig | None = None,
+    steps: Callable[[], int] | int = 3,
+) -> InProcess:
+    """Build one. `steps` is how many drafting steps fit into one verification."""
+    engine, speculation = engine or EngineConfig(max_model_len=256), speculation or SpeculationConfig()
+    shape = FrameShape.of(engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget)
+    count = steps if callable(steps) else lambda: steps
+    rank = SteppedDraft(Drafter(draft, engine, speculation), shape, count)
+    link = LinkSpeculator(rank, speculation.backup, target.arch.vocab_size, deadline=5.0)
+    colocated = Drafter(draft, engine, speculation)
+    speculators = {
+        "ar": NoSpeculation(),
+        "sd": link,
+        "ssd": link,
+        "sd-colocated": ColocatedSpeculator(lambda: colocated),
+    }
+    tracer = Tracer("test", enabled=False)
+    return InProcess(
+        Engine(target, engine, speculation.lookahead, speculators, tracer),  # type: ignore[arg-type]
+        rank,
+        colocated,
+        link,
+    )
+
+
+def random_steps(seed: int, most: int = 8) -> Callable[[], int]:
+    """A draft whose speed varies from round to round."""
+    generator = random.Random(seed)
+    return lambda: generator.randint(0, most)
+
+
+def request(
+    prompt: tuple[int, ...], mode: str = "ssd", *, lookahead: int = 3, max_tokens: int = 40, **changes: object
+) -> Request:
+    """A request with short names for what tests vary; `params` by keyword."""
+    params = changes.pop("params", SamplingParams())
+    name = changes.pop("request_id", f"{mode}-{len(prompt)}-{hash(prompt)}")
+    return Request(name, prompt, params, mode, lookahead, max_tokens, **changes)  # type: ignore[arg-type]
