@@ -25,7 +25,7 @@ import click
 from ssd_runtime import __version__
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
-from ssd_runtime.logs import set_up_logging
+from ssd_runtime import logs
 from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        set_up_logging("launcher")
+        logs.setup("launcher")
         result = ssd.main(args=arguments, prog_name="ssd", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import click
-import torch
 import torch.distributed as dist
 import zmq
 
@@ -28,7 +27,7 @@ from ssd_runtime import logs, topology
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.link import LinkHost, LinkTiming, open_draft_link, open_target_link
 from ssd_runtime.comm.messages import Hello, Message, Progress, Ready, Refused, Shutdown, Welcome, WorkerFailed, encode
-from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import Config, Mode, load_config
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.loop import DraftLoop
@@ -171,7 +170,7 @@ class Worker:
         """A draft in this process."""
         config = self._config
         draft = Tokenizer.from_model(resolve(config.draft.model))
-        reason = tokenizer.vocabulary().differs_from(draft.vocabulary())
+        reason = tokenizer.vocabulary().difference(draft.vocabulary())
         if reason is not None:
             raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
         decoder = self._load("draft in the target's process", config.draft.model, config.draft.dtype)
@@ -185,13 +184,11 @@ class Worker:
             host,
             FrameShape.of(config.engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget),
             config_digest=config.digest(),
-            vocabulary=tokenizer.vocabulary(),
+            vocabulary=VocabularyDigest.of(tokenizer.vocabulary().tokens),
             timing=_link_timing(config),
             deadline_s=config.timeouts.load + config.timeouts.handshake,
             stopping=lambda: bool(self._stop),
-            open_link=lambda address, timing: open_target_link(
-                address, timing, device=self._place.device, backend=self._place.link_backend
-            ),
+            open_link=lambda address, timing: open_target_link(address, timing, **self._frames_travel_by()),
         )
         if peer is None:
             raise Stopped(self._stop.reason)
@@ -212,9 +209,7 @@ class Worker:
                 raise ConfigError(f"the target refused this draft: {answer.reason}")
             if not isinstance(answer, Welcome):
                 return
-            link = open_draft_link(
-                answer.link, _link_timing(config), device=self._place.device, backend=self._place.link_backend
-            )
+            link = open_draft_link(answer.link, _link_timing(config), **self._frames_travel_by())
             with contextlib.closing(link):
                 drafter = Drafter(decoder, config.engine, config.speculation)
                 loop = DraftLoop(drafter, control, link, self._tracer, config.timeouts.link)
@@ -222,6 +217,10 @@ class Worker:
                 loop.run()
 
     # -- both ----------------------------------------------------------------------------------------------------
+
+    def _frames_travel_by(self) -> dict[str, Any]:
+        backend = self._place.link_backend
+        return {"backend": backend, "device": topology.link_device(backend, self._place.device)}
 
     def _load(self, phase: str, model: str, dtype: Any) -> Decoder:
         def progress(fraction: float) -> None:
@@ -287,11 +286,10 @@ def run(config_path: Path | None, overrides: tuple[str, ...], announcer: Announc
     """Run one rank to its end; returns the exit code. What went wrong is announced and logged as one line."""
     rank = os.environ.get("RANK", "0")
     role: Any = "target" if rank == "0" else "draft"
-    logs.setup(role, int(rank))
     try:
+        logs.setup(role, int(rank))
         config = load_config(config_path, overrides)
         place = topology.place(config, os.environ)
-        torch.set_num_threads(1)
         Worker(config, place, announcer, trace).run()
     except SsdError as error:
         kind: Any = "config" if isinstance(error, ConfigError) else "runtime"
