@@ -3,8 +3,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <mutex>
 #include <optional>
 #include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -73,6 +79,35 @@ Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
   return Tensor(handle);
 }
 
+// Memory for packed weights: pieces of large chunks in huge pages, which read a tenth to a fifth faster. A chunk is a
+// tensor and lives as long as one of its pieces.
+Tensor weight_memory(int64_t bytes) {
+  constexpr int64_t kChunk = int64_t{64} << 20, kAlign = 64;
+  static std::mutex mutex;
+  static Tensor* chunk = nullptr;  // never destroyed: torch may be gone by then
+  static int64_t used = 0;
+  const auto huge = [](int64_t size) {
+    Tensor memory = empty_cpu({size}, ScalarType::Byte);
+#if defined(__linux__)
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + page - 1) / page * page;
+    const auto end = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + size) / page * page;
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+    return memory;
+  };
+  if (bytes >= kChunk / 4) return huge(bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (chunk == nullptr || used + bytes > kChunk) {
+    delete chunk;
+    chunk = new Tensor(huge(kChunk));
+    used = 0;
+  }
+  Tensor piece = torch::stable::narrow(*chunk, 0, used, bytes);
+  used += (bytes + kAlign - 1) / kAlign * kAlign;
+  return piece;
+}
+
 template <class Run>
 void parallel(int64_t count, int64_t grain, const Run& run) {
   if (count <= grain || torch::stable::get_num_threads() <= 1) return run(0, count);
@@ -104,7 +139,7 @@ Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& scales) {
     scale = reinterpret_cast<const float*>(s.data);
   }
   const int64_t bytes = ssd::panel_bytes(kind, inputs), panels = ssd::num_panels(outputs);
-  Tensor packed = empty_cpu({panels * bytes}, ScalarType::Byte);
+  Tensor packed = weight_memory(panels * bytes);
   char* target = static_cast<char*>(packed.data_ptr());
   const int64_t per_step = ssd::features_per_step(kind), steps = ssd::num_steps(kind, inputs), width = 4 / per_step;
   std::memset(target, is_int8 ? 128 : 0, panels * bytes);
