@@ -203,7 +203,8 @@ class Worker:
         tokenizer = Tokenizer.from_model(resolve(config.draft.model))
         decoder = self._load("draft", config.draft.model, config.draft.dtype)
         with contextlib.closing(ControlPeer(address)) as control:
-            control.send(Hello(PROTOCOL_VERSION, "draft", self._place.rank, config.digest(), tokenizer.vocabulary()))
+            vocabulary = VocabularyDigest.of(tokenizer.vocabulary().tokens)
+            control.send(Hello(PROTOCOL_VERSION, "draft", self._place.rank, config.digest(), vocabulary))
             answer = control.wait_for(Welcome, Refused, Shutdown, timeout_s=patience)
             if isinstance(answer, Refused):
                 raise ConfigError(f"the target refused this draft: {answer.reason}")
