@@ -13,11 +13,12 @@ from launcher.torchrun import Launch, Ranks, num_ranks
 from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import ConfigError, PeerLost, RequestError, SsdError
+from ssd_runtime.errors import ConfigError, PeerLost, SsdError
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # a leader answers between two forwards
+GONE_S = 2.0  # torchrun notices within this time that a rank is gone
 Loading = Callable[[], contextlib.AbstractContextManager[Callable[[Progress], None]]]
 
 
@@ -73,16 +74,12 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         with loading() as on_progress:
             ready = ranks.wait_ready(on_progress)
         client = Client(ready.address, launch.config.timeouts.load)
-        yield Session(client, ready.address, ready.cores, ranks)
-    except (ConfigError, RequestError):
-        raise
-    except SsdError as error:
-        with uninterrupted():
+        try:
+            yield Session(client, ready.address, ready.cores, ranks)
+        except PeerLost as error:
+            ranks.wait(GONE_S)
             ranks.raise_if_failed()  # the ranks know better than the client what happened
-        raise SsdError(f"{error}; log: {ranks.keep_log()}") from error
-    except Exception:
-        log.error("the log of the ranks is %s", ranks.keep_log())
-        raise
+            raise SsdError(f"{error}; {ranks.see_log()}") from error
     finally:
         with uninterrupted():
             _end(ranks, client)

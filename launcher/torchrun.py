@@ -61,7 +61,7 @@ class Ranks:
         self._announcements.bind("tcp://127.0.0.1:*")
         self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
         self._process: subprocess.Popen[bytes] | None = None
-        self._failed = False
+        self._keep = False
 
     def start(self) -> None:
         """Start torchrun; returns at once."""
@@ -100,10 +100,9 @@ class Ranks:
                     on_progress(message)
             if self._ended():
                 self.raise_if_failed()
-        self._failed = True
         waited = timeouts.load + timeouts.handshake
         raise SsdError(
-            f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self._see()}"
+            f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self.see_log()}"
         )
 
     def raise_if_failed(self) -> None:
@@ -111,9 +110,8 @@ class Ranks:
         list(self._heard(0.0))
         if self._ended():
             list(self._heard(POLL_S))  # the last words may still be on their way
-            self._failed = True
             code = self._process.returncode if self._process else None
-            raise SsdError(f"the ranks ended (exit code {code}){self._last_words()}; {self._see()}")
+            raise SsdError(f"the ranks ended (exit code {code}){self._last_words()}; {self.see_log()}")
 
     def raise_unless_ended_well(self) -> None:
         """Raise why the ranks ended, if it was not because they were asked to."""
@@ -125,7 +123,7 @@ class Ranks:
         return self._process is not None and self._process.poll() is None
 
     def stop(self, grace_s: float) -> None:
-        """End torchrun and all it started; remove the run directory unless something went wrong.
+        """End torchrun and all it started; remove the run directory unless an error named its log.
 
         torchrun passes SIGTERM on, and its ranks then have `grace_s` seconds to say goodbye.
         """
@@ -133,7 +131,7 @@ class Ranks:
             processes.end(self._process, grace_s)
         self._announcements.close()
         self._context.term()
-        if not self._failed:
+        if not self._keep:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def wait(self, timeout_s: float) -> bool:
@@ -144,27 +142,25 @@ class Ranks:
         except subprocess.TimeoutExpired:
             return False
 
-    def keep_log(self) -> Path:
-        """Keep the run directory after `stop`; returns the log's path."""
-        self._failed = True
-        return self.log_path
+    def see_log(self) -> str:
+        """The end of an error message; keeps the log after `stop`."""
+        self._keep = True
+        return f"log: {self.log_path}"
 
     def _heard(self, timeout_s: float) -> Sequence[messages.Message]:
         heard = []
         while self._announcements.poll(int(timeout_s * 1000)):
             message = messages.decode(self._announcements.recv())
             if isinstance(message, messages.WorkerFailed):
-                self._failed = True
-                raise (ConfigError if message.kind == "config" else SsdError)(message.reason)
+                if message.kind == "config":
+                    raise ConfigError(message.reason)
+                raise SsdError(f"{message.reason}; {self.see_log()}")
             heard.append(message)
             timeout_s = 0.0
         return heard
 
     def _ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
-
-    def _see(self) -> str:
-        return f"log: {self.log_path}"
 
     def _last_words(self) -> str:
         """The last line of the log that names an error, for the one line the user sees."""

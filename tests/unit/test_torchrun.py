@@ -1,5 +1,6 @@
 """The ranks of an engine as the launcher sees them, played by one small real process."""
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ def play() -> Iterator:
     yield start
     for ranks in made:
         ranks.stop(0.5)
+        shutil.rmtree(ranks.directory, ignore_errors=True)
 
 
 def test_progress_is_passed_on_until_ready(play) -> None:
@@ -65,6 +67,8 @@ def test_a_ranks_last_words_become_the_error(play, kind: str, error: type[Except
     with pytest.raises(SsdError, match="no such luck") as caught:
         ranks.wait_ready(lambda message: None)
     assert type(caught.value) is error
+    ranks.stop(0.5)
+    assert ranks.log_path.exists() == (error is SsdError) == ("ranks.log" in str(caught.value))
 
 
 def test_ranks_that_end_without_a_word_are_reported_with_their_log(play) -> None:
