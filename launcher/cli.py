@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ssd_runtime import __version__
+from ssd_runtime import __version__, logs
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
-from ssd_runtime import logs
 from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:

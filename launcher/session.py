@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -47,10 +48,12 @@ def connected(address: str, timeout_s: float) -> Iterator[Session]:
         ConfigError: no engine answers at the address.
     """
     try:
+        _knock(address)
         with contextlib.closing(Client(address, ANSWER_S)) as client:
             cores = client.status().cores
-    except PeerLost as error:
-        raise ConfigError(f"no engine answers at {address} ({error.reason}); start one with `ssd up`") from None
+    except (PeerLost, OSError) as error:
+        reason = error.reason if isinstance(error, PeerLost) else error.strerror or "it took too long"
+        raise ConfigError(f"no engine answers at {address} ({reason}); start one with `ssd up`") from None
     with contextlib.closing(Client(address, timeout_s)) as client:
         yield Session(client, address, cores)
 
@@ -96,6 +99,13 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once if nobody listens there; ZeroMQ would go on trying."""
+    host, colon, port = address.removeprefix("tcp://").rpartition(":")
+    if colon and port.isdigit() and 0 < int(port) < 65536:
+        socket.create_connection((host, int(port)), ANSWER_S).close()
 
 
 def _end(ranks: Ranks, client: Client | None) -> None:

@@ -44,6 +44,8 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["generate", "-p", "x", "--mode", "fast"], "--mode"),
         (["generate", "-p", "x", "--connect", "tcp://127.0.0.1:9", "--trace", "t.json"], "--trace is the engine's own"),
         (["generate", "-p", "x", "--trace", "/nope/t.json"], "cannot write /nope/t.json"),
+        (["generate", "-p", "x", "--connect", "127.0.0.1:9"], "no engine answers at 127.0.0.1:9 (Connection refused)"),
+        (["generate", "-p", "x", "--connect", "nonsense"], "'nonsense' is not an address"),
         (["bench", "--modes", "ar,fast"], "unknown mode 'fast'"),
         (["bench", "--lookahead", "ssd=x"], "expected MODE=K"),
         (["bench", "--prompts", "/nope.jsonl"], "cannot read prompts /nope.jsonl"),
