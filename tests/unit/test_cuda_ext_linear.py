@@ -1,0 +1,134 @@
+"""The compiled linear layers against plain torch. Skipped only where the extension is not built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuda_ext import reference
+
+compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+
+ROWS = st.integers(0, 33)
+FEATURES = st.sampled_from([1, 2, 3, 7, 16, 31, 32, 33, 64, 65, 130, 576])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+KINDS = ["int8", "bf16", "fp32"]
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = x.double() @ weight.double().T
+    return out if bias is None else out + bias.double()
+
+
+def linear(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    packed = getattr(compiled, f"pack_{kind}")(weight)
+    return getattr(compiled, f"linear_{kind}")(x, packed, bias)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=ROWS, inputs=FEATURES, outputs=FEATURES, dtype=DTYPES, bias_dtype=DTYPES, biased=st.booleans())
+def test_int8_equals_the_oracle_bit_for_bit(rows, inputs, outputs, dtype, bias_dtype, biased):
+    x, weight = random(0, rows, inputs).to(dtype), random(1, outputs, inputs)
+    bias = random(2, outputs).to(bias_dtype) if biased else None
+    expected = reference.linear_int8(x, reference.pack_int8(weight), bias)
+    assert torch.equal(linear("int8", x, weight, bias), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=ROWS, inputs=FEATURES, outputs=FEATURES, dtype=DTYPES, bias_dtype=DTYPES, biased=st.booleans())
+def test_bf16_accumulates_in_float32_and_rounds_once(rows, inputs, outputs, dtype, bias_dtype, biased):
+    x, weight = random(0, rows, inputs).to(dtype), random(1, outputs, inputs)
+    bias = random(2, outputs).to(bias_dtype) if biased else None
+    out = linear("bf16", x, weight, bias)
+    assert out.dtype == dtype
+    # vdpbf16ps rounds every product pair to float32; 576 of them stay within 1e-4 of values near 1 to 50.
+    expected = exact(x.bfloat16(), weight.bfloat16(), bias)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=2e-4)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=ROWS, inputs=FEATURES, outputs=FEATURES, dtype=DTYPES, bias_dtype=DTYPES, biased=st.booleans())
+def test_fp32_agrees_with_double_precision(rows, inputs, outputs, dtype, bias_dtype, biased):
+    x, weight = random(0, rows, inputs).to(dtype), random(1, outputs, inputs)
+    bias = random(2, outputs).to(bias_dtype) if biased else None
+    out = linear("fp32", x, weight, bias)
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), exact(x, weight, bias), rtol=rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
+    packed = getattr(compiled, f"pack_{kind}")(random(1, 100, 130))
+    run = getattr(compiled, f"linear_{kind}")
+    x = random(0, 33, 130).to(dtype)
+    alone = torch.cat([run(x[row : row + 1], packed, None) for row in range(33)])
+    for rows in range(1, 34):
+        assert torch.equal(run(x[:rows], packed, None), alone[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_number_of_threads(kind):
+    packed = getattr(compiled, f"pack_{kind}")(random(1, 500, 130))
+    run = getattr(compiled, f"linear_{kind}")
+    x = random(0, 5, 130)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(x, packed, None)
+        torch.set_num_threads(2)
+        assert torch.equal(run(x, packed, None), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_may_be_a_slice_of_a_wider_tensor(kind):
+    wide, weight = random(0, 5, 100), random(1, 40, 60)
+    assert torch.equal(linear(kind, wide[:, 20:80], weight), linear(kind, wide[:, 20:80].contiguous(), weight))
+
+
+def test_a_row_of_zeros_quantizes_to_zeros():
+    assert torch.equal(linear("int8", torch.zeros(2, 8), random(1, 4, 8)), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_row_that_is_not_finite_becomes_nan_and_leaves_the_others_alone(bad):
+    x, weight = random(0, 3, 20), random(1, 4, 20)
+    broken = x.clone()
+    broken[1, 19] = bad
+    out, expected = linear("int8", broken, weight), linear("int8", x, weight)
+    assert out[1].isnan().all()
+    assert torch.equal(out[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_inputs_are_refused_with_a_reason(kind):
+    packed = getattr(compiled, f"pack_{kind}")(random(1, 40, 64))
+    run = getattr(compiled, f"linear_{kind}")
+    with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
+        run(random(0, 2, 64).half(), packed, None)
+    with pytest.raises(RuntimeError, match="x must have 2 dimensions"):
+        run(random(0, 64), packed, None)
+    with pytest.raises(RuntimeError, match="not one of 40 x 600"):
+        run(random(0, 2, 600), packed, None)
+    with pytest.raises(RuntimeError, match="length of bias must be 40"):
+        run(random(0, 2, 64), packed, random(0, 41))
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        run(random(0, 64, 2).T, packed, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_packed_weight_outlives_the_matrix_it_came_from(kind):
+    x, weight = random(0, 3, 64), random(1, 40, 64)
+    packs = [getattr(compiled, f"pack_{kind}")(weight * scale) for scale in (1, 2, 4)]
+    outs = [getattr(compiled, f"linear_{kind}")(x, packed, None) for packed in packs]
+    assert [packed.data.is_contiguous() for packed in packs] == [True] * 3
+    assert torch.equal(outs[2], outs[0] * 4)

@@ -1,0 +1,57 @@
+"""Which operators a process gets, and that the CPU levels below AVX-512 give the same results."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_importing_ops_loads_no_library():
+    code = "import sys, cuda_ext.ops; print('cuda_ext.compiled' in sys.modules)"
+    assert run_python(code) == "False"
+
+
+def test_plain_torch_can_be_asked_for():
+    assert run_python("from cuda_ext import ops; print(ops.backend())", SSD_CUDA_EXT="0") == "plain"
+
+
+def test_a_library_that_is_not_built_leaves_plain_torch():
+    code = "import sys; sys.modules['cuda_ext.compiled'] = None\nfrom cuda_ext import ops; print(ops.backend())"
+    assert run_python(code) == "plain"
+
+
+LEVEL_DIGEST = """
+import hashlib, torch
+from cuda_ext import compiled
+generator = torch.Generator().manual_seed(0)
+x, weight = torch.randn(5, 130, generator=generator), torch.randn(70, 130, generator=generator)
+out = compiled.linear_int8(x, compiled.pack_int8(weight), None)
+print(compiled.cpu_level(), hashlib.sha256(out.numpy().tobytes()).hexdigest())
+for kind in ("bf16", "fp32"):
+    out = getattr(compiled, f"linear_{kind}")(x, getattr(compiled, f"pack_{kind}")(weight), None)
+    torch.testing.assert_close(out, x @ weight.T, rtol=3e-2, atol=0.3)
+"""
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_cpu_levels_give_the_same_integers(level):
+    pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    picked, digest = run_python(LEVEL_DIGEST, SSD_CPU_LEVEL=level).split()
+    if picked != level:
+        pytest.skip(f"this CPU has no {level}")
+    assert digest == run_python(LEVEL_DIGEST, SSD_CPU_LEVEL="").split()[1]
