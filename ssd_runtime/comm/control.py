@@ -144,8 +144,8 @@ class ControlPeer(_Socket):
     """
 
     def __init__(self, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self.address = _checked(address)
         super().__init__(zmq.DEALER, heartbeat_s)
-        self.address = address if "://" in address else f"tcp://{address}"
         self._role, self._rank = role, rank
         self._waiting: deque[Message] = deque()  # arrived while wait_for awaited something else
         self._connected, self._lost = False, False
@@ -258,6 +258,14 @@ def _decode_parts(parts: list[bytes]) -> Message:
     if len(parts) != 1:
         raise ProtocolError(f"a message has one part, not {len(parts)}")
     return decode(parts[0])
+
+
+def _checked(address: str) -> str:
+    """tcp://host:port for host:port; raises ConfigError if it is no such thing."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not host or "/" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address!r} is not an address; expected host:port")
+    return f"tcp://{host}:{port}"
 
 
 def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:

@@ -1,0 +1,208 @@
+"""What links between processes promise beyond the common suite: deadlines, dead peers, strangers, nothing left over."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ssd_runtime.comm.link import LinkHost, LinkTiming, open_draft_link, open_target_link
+from ssd_runtime.errors import PeerLost
+from tests.conformance.links import (
+    BRISK,
+    SHAPE,
+    SOON,
+    Pair,
+    RemoteProcess,
+    make_gloo_threads,
+    outcomes,
+    tree,
+)
+
+IMPATIENT = LinkTiming(build=0.5, heartbeat=0.2, silence=1.0)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    yield from make_gloo_threads()
+
+
+@pytest.fixture
+def victim() -> Iterator[RemoteProcess]:
+    process = RemoteProcess()
+    yield process
+    process.end()
+
+
+def test_an_idle_link_outlives_its_deadline_by_keepalives(pair: Pair) -> None:
+    assert pair.target.wait_trees(2.5 * BRISK.silence) == []
+    pair.draft.push_tree(tree(1))
+    assert pair.target.wait_trees(SOON) == [tree(1)]
+    pair.target.send_outcomes(outcomes(1))
+    assert pair.draft.wait_outcomes(SOON) == [outcomes(1)]
+
+
+def test_garbage_on_the_wire_loses_the_peer(pair: Pair) -> None:
+    endpoint = pair.draft._endpoint  # type: ignore[attr-defined]
+    endpoint._sending.post(torch.full((endpoint._encoder.num_words,), 7))
+    with pytest.raises(PeerLost, match="not a frame"):
+        pair.target.wait_trees(SOON)
+
+
+def test_a_frame_damaged_behind_its_header_loses_the_peer(pair: Pair) -> None:
+    endpoint = pair.draft._endpoint  # type: ignore[attr-defined]
+    words = endpoint._encoder.encode(tree(1)).clone()
+    words[20] += 1
+    endpoint._sending.post(words)
+    with pytest.raises(PeerLost, match="checksum"):
+        pair.target.wait_trees(SOON)
+    with pytest.raises(PeerLost, match="checksum"):
+        pair.target.send_outcomes(outcomes(1))
+
+
+def test_closing_leaves_no_thread_and_no_socket() -> None:
+    def count() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    for _ in make_gloo_threads():
+        pass  # whatever torch keeps for ever is there after the first
+    before = count()
+    for _ in make_gloo_threads():
+        assert count() > before
+    deadline = time.monotonic() + SOON
+    while count() > before and time.monotonic() < deadline:
+        threading.Event().wait(0.01)  # the kernel takes its time to forget a thread
+    assert count() <= before
+
+
+def test_a_peer_that_never_comes_is_missed_at_the_deadline() -> None:
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    for open_link, role in ((open_target_link, "draft"), (open_draft_link, "target")):
+        start = time.monotonic()
+        with pytest.raises(PeerLost, match=f"{role} rank . .*did not meet at 127.0.0.1") as caught:
+            open_link(address, IMPATIENT)
+        assert caught.value.role == role
+        assert time.monotonic() - start < SOON
+    host.close()
+
+
+def test_a_store_that_is_not_there_is_a_lost_target() -> None:
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    host.close()
+    del host
+    gc.collect()
+    with pytest.raises(PeerLost, match="target rank 0"):
+        open_draft_link(address, IMPATIENT)
+
+
+@pytest.mark.parametrize("change", [{"session": "of another engine"}, {"epoch": 99}])
+def test_strangers_do_not_meet_on_one_store(change: dict[str, object]) -> None:
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    lost: list[PeerLost] = []
+
+    def come_as_a_stranger() -> None:
+        try:
+            open_draft_link(dataclasses.replace(address, **change), IMPATIENT)  # type: ignore[arg-type]
+        except PeerLost as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=come_as_a_stranger)
+    thread.start()
+    with pytest.raises(PeerLost):
+        open_target_link(address, IMPATIENT)
+    thread.join(SOON)
+    assert len(lost) == 1
+    host.close()
+
+
+def test_two_engines_on_one_host_do_not_meet() -> None:
+    first, second = make_gloo_threads(), make_gloo_threads()
+    one, two = next(first), next(second)
+    one.target.send_outcomes(outcomes(1))
+    two.target.send_outcomes(outcomes(2))
+    assert one.draft.wait_outcomes(SOON) == [outcomes(1)]
+    assert two.draft.wait_outcomes(SOON) == [outcomes(2)]
+    one.target.close()
+    two.draft.push_tree(tree(5))
+    assert two.target.wait_trees(SOON) == [tree(5)]
+    for rest in (first, second):
+        assert next(rest, None) is None
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("signal_number", "within"), [(signal.SIGKILL, 0.9), (signal.SIGSTOP, 3.0)])
+@pytest.mark.parametrize("role", ["draft", "target"])
+def test_a_killed_or_stopped_peer_is_noticed_and_closing_stays_quick(
+    victim: RemoteProcess, role: str, signal_number: int, within: float
+) -> None:
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    victim.start_opening(role, address, BRISK)
+    link = (open_target_link if role == "draft" else open_draft_link)(address, BRISK)
+    victim.finish()
+    wait = link.wait_trees if role == "draft" else link.wait_outcomes  # type: ignore[union-attr]
+    assert wait(0) == []
+
+    os.kill(victim.pid, signal_number)
+    start = time.monotonic()
+    with pytest.raises(PeerLost, match=f"{role} rank"):
+        wait(SOON)
+    assert time.monotonic() - start < within
+    start = time.monotonic()
+    link.close()
+    assert time.monotonic() - start < BRISK.close + 1
+    host.close()
+
+
+@pytest.mark.process
+def test_closing_is_bounded_beside_a_stopped_peer_that_was_not_missed_yet(victim: RemoteProcess) -> None:
+    patient = LinkTiming(build=SOON, heartbeat=20, silence=60, close=0.5)
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    victim.start_opening("draft", address, patient)
+    link = open_target_link(address, patient)
+    victim.finish()
+    os.kill(victim.pid, signal.SIGSTOP)
+    for round in range(100):  # more than the wire takes from a peer that does not read
+        link.send_outcomes(outcomes(round))
+    start = time.monotonic()
+    link.close()
+    assert time.monotonic() - start < 3
+    host.close()
+
+
+@pytest.mark.process
+def test_after_a_loss_the_next_epoch_is_a_new_link(victim: RemoteProcess) -> None:
+    host = LinkHost("127.0.0.1")
+    address = host.next_address(SHAPE)
+    victim.start_opening("draft", address, BRISK)
+    link = open_target_link(address, BRISK)
+    victim.finish()
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(PeerLost):
+        link.wait_trees(SOON)
+    link.close()
+
+    successor = RemoteProcess()
+    try:
+        address = host.next_address(SHAPE)
+        successor.start_opening("draft", address, BRISK)
+        link = open_target_link(address, BRISK)
+        successor.finish()
+        link.send_outcomes(outcomes(1))
+        assert successor.call("wait_outcomes", SOON) == [outcomes(1)]
+        link.close()
+    finally:
+        successor.end()
+        host.close()

@@ -1,0 +1,174 @@
+"""What every link promises, whatever carries it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ssd_runtime.errors import PeerLost
+from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
+from tests.conformance.links import (
+    SOON,
+    Pair,
+    RemoteProcess,
+    make_gloo_processes,
+    make_gloo_threads,
+    make_inproc,
+    outcomes,
+    tree,
+)
+
+
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[RemoteProcess]:
+    process = RemoteProcess()
+    yield process
+    process.end()
+
+
+@pytest.fixture(params=["inproc", "gloo-threads", pytest.param("gloo-processes", marks=pytest.mark.process)])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    if request.param == "inproc":
+        yield from make_inproc()
+    elif request.param == "gloo-threads":
+        yield from make_gloo_threads()
+    else:
+        yield from make_gloo_processes(request.getfixturevalue("other_process"))
+
+
+def read_outcomes(pair: Pair, count: int) -> list[OutcomeFrame]:
+    found: list[OutcomeFrame] = []
+    while len(found) < count:
+        arrived = pair.draft.wait_outcomes(SOON)
+        assert arrived, "nothing arrived"
+        found += arrived
+    return found
+
+
+def newest_tree(pair: Pair, round: int) -> list[TreeFrame]:
+    found: list[TreeFrame] = []
+    while not found or found[-1].round < round:
+        arrived = pair.target.wait_trees(SOON)
+        assert arrived, "nothing arrived"
+        found += arrived
+    return found
+
+
+def test_outcomes_arrive_whole(pair: Pair) -> None:
+    pair.target.send_outcomes(outcomes(1))
+    assert pair.draft.wait_outcomes(SOON) == [outcomes(1)]
+
+
+def test_trees_arrive_whole(pair: Pair) -> None:
+    pair.draft.push_tree(tree(1))
+    assert pair.target.wait_trees(SOON) == [tree(1)]
+
+
+def test_no_outcome_is_ever_dropped_or_overtaken(pair: Pair) -> None:
+    for round in range(200):
+        pair.target.send_outcomes(outcomes(round))
+    assert read_outcomes(pair, 200) == [outcomes(round) for round in range(200)]
+
+
+def test_the_newest_of_many_trees_arrives_last(pair: Pair) -> None:
+    for round in range(50):
+        pair.draft.push_tree(tree(round))
+    found = newest_tree(pair, 49)
+    assert found == [tree(frame.round) for frame in found]
+    assert [frame.round for frame in found] == sorted({frame.round for frame in found})
+
+
+def test_polling_an_empty_link_gives_nothing_at_once(pair: Pair) -> None:
+    start = time.monotonic()
+    assert pair.target.poll_trees() == []
+    assert pair.draft.poll_outcomes() == []
+    assert time.monotonic() - start < 0.5
+
+
+def test_what_was_read_is_not_read_again(pair: Pair) -> None:
+    pair.target.send_outcomes(outcomes(1))
+    read_outcomes(pair, 1)
+    assert pair.draft.poll_outcomes() == []
+
+
+def test_waiting_ends_at_its_deadline_with_nothing(pair: Pair) -> None:
+    start = time.monotonic()
+    assert pair.target.wait_trees(0.1) == []
+    assert pair.draft.wait_outcomes(0.1) == []
+    assert 0.2 <= time.monotonic() - start < SOON
+
+
+def test_a_frame_ends_the_waiting(pair: Pair) -> None:
+    sender = threading.Timer(0.1, lambda: pair.draft.push_tree(tree(3)))
+    sender.start()
+    start = time.monotonic()
+    assert pair.target.wait_trees(SOON) == [tree(3)]
+    assert time.monotonic() - start < SOON / 2
+    sender.join()
+
+
+def test_rounds_go_back_and_forth(pair: Pair) -> None:
+    for round in range(100):
+        pair.target.send_outcomes(outcomes(round))
+        assert pair.draft.wait_outcomes(SOON) == [outcomes(round)]
+        pair.draft.push_tree(tree(round))
+        assert pair.target.wait_trees(SOON) == [tree(round)]
+
+
+def test_trees_sent_before_a_close_are_read_and_then_the_draft_is_lost(pair: Pair) -> None:
+    pair.draft.push_tree(tree(1))
+    pair.draft.close()
+    assert pair.target.wait_trees(SOON) == [tree(1)]
+    with pytest.raises(PeerLost, match=r"draft rank 1 .*closed the link"):
+        pair.target.wait_trees(SOON)
+    with pytest.raises(PeerLost):
+        pair.target.poll_trees()
+    with pytest.raises(PeerLost):
+        pair.target.send_outcomes(outcomes(2))
+
+
+def test_outcomes_sent_before_a_close_are_read_and_then_the_target_is_lost(pair: Pair) -> None:
+    for round in range(20):
+        pair.target.send_outcomes(outcomes(round))
+    pair.target.close()
+    assert read_outcomes(pair, 20) == [outcomes(round) for round in range(20)]
+    with pytest.raises(PeerLost, match=r"target rank 0 .*closed the link"):
+        pair.draft.wait_outcomes(SOON)
+    with pytest.raises(PeerLost):
+        pair.draft.push_tree(tree(2))
+
+
+def test_a_close_ends_the_other_sides_waiting(pair: Pair) -> None:
+    closer = threading.Timer(0.1, pair.draft.close)
+    closer.start()
+    start = time.monotonic()
+    with pytest.raises(PeerLost, match="draft rank 1"):
+        pair.target.wait_trees(SOON)
+    assert time.monotonic() - start < SOON / 2
+    closer.join()
+
+
+def test_a_link_one_has_closed_oneself_cannot_be_used(pair: Pair) -> None:
+    pair.target.close()
+    for use in (lambda: pair.target.send_outcomes(outcomes(1)), pair.target.poll_trees):
+        with pytest.raises(PeerLost, match="this side closed"):
+            use()
+
+
+def test_closing_is_quick_on_both_sides_and_may_be_repeated(pair: Pair) -> None:
+    start = time.monotonic()
+    for _ in range(2):
+        pair.target.close()
+        pair.draft.close()
+    assert time.monotonic() - start < 2
+
+
+def test_a_lost_peer_is_reported_with_the_round(pair: Pair) -> None:
+    pair.target.send_outcomes(outcomes(41))
+    pair.draft.close()
+    with pytest.raises(PeerLost, match="in round 41") as caught:
+        pair.target.wait_trees(SOON)
+    assert (caught.value.role, caught.value.rank, caught.value.round) == ("draft", 1, 41)

@@ -1,0 +1,255 @@
+"""The control plane's sockets, with real sockets on this host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from ssd_runtime.comm.control import ControlPeer, ControlServer
+from ssd_runtime.comm.messages import Cancel, Heartbeat, Message, Refused, Shutdown, Welcome
+from ssd_runtime.errors import ConfigError, PeerLost
+
+SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
+
+
+@pytest.fixture
+def server() -> Iterator[ControlServer]:
+    with ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as made:
+        yield made
+
+
+@pytest.fixture
+def peer(server: ControlServer) -> Iterator[ControlPeer]:
+    with ControlPeer(server.address, heartbeat_s=0.1) as made:
+        yield made
+
+
+def receive(server: ControlServer) -> tuple[bytes, Message]:
+    deadline = time.monotonic() + SOON
+    while time.monotonic() < deadline:
+        arrived = server.poll(0.1)
+        if arrived:
+            assert len(arrived) == 1
+            return arrived[0]
+    raise AssertionError("nothing arrived")
+
+
+def meet(server: ControlServer, peer: ControlPeer) -> bytes:
+    peer.send(Cancel("hello"))
+    return receive(server)[0]
+
+
+def wait_until_gone(server: ControlServer, identity: bytes) -> float:
+    start = time.monotonic()
+    while server.alive(identity):
+        assert time.monotonic() - start < SOON
+        server.poll(0.01)
+    return time.monotonic() - start
+
+
+def test_messages_arrive_in_order_in_both_directions(server: ControlServer, peer: ControlPeer) -> None:
+    identity = meet(server, peer)
+    for i in range(100):
+        assert server.send(identity, Cancel(str(i)))
+    arrived: list[Message] = []
+    while len(arrived) < 100:
+        arrived += peer.poll(SOON)
+    assert arrived == [Cancel(str(i)) for i in range(100)]
+
+
+def test_each_peer_gets_its_own_answer(server: ControlServer, peer: ControlPeer) -> None:
+    with ControlPeer(server.address) as other:
+        first, second = meet(server, peer), meet(server, other)
+        server.send(second, Cancel("second"))
+        server.send(first, Cancel("first"))
+        assert peer.poll(SOON) == [Cancel("first")]
+        assert other.poll(SOON) == [Cancel("second")]
+
+
+def test_polling_with_nothing_there_returns_at_its_deadline(server: ControlServer, peer: ControlPeer) -> None:
+    start = time.monotonic()
+    assert server.poll(0.05) == []
+    assert peer.poll(0.05) == []
+    assert server.poll(0) == []
+    assert peer.poll(0) == []
+    assert 0.1 <= time.monotonic() - start < SOON
+
+
+def test_waiting_for_a_type_keeps_what_came_before_and_after(server: ControlServer, peer: ControlPeer) -> None:
+    identity = meet(server, peer)
+    for message in (Cancel("a"), Refused("no"), Cancel("b")):
+        server.send(identity, message)
+    assert peer.wait_for(Welcome, Refused, timeout_s=SOON) == Refused("no")
+    kept = peer.poll(0)
+    while len(kept) < 2:
+        kept += peer.poll(SOON)
+    assert kept == [Cancel("a"), Cancel("b")]
+
+
+def test_waiting_in_vain_names_who_was_awaited_and_for_what(server: ControlServer, peer: ControlPeer) -> None:
+    meet(server, peer)
+    with pytest.raises(PeerLost, match=r"target rank 0 .*no Welcome or Refused within 0.1 s from tcp://127.*connected"):
+        peer.wait_for(Welcome, Refused, timeout_s=0.1)
+
+
+def test_a_server_that_never_comes_is_named_and_closing_does_not_linger() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        start = time.monotonic()
+        with ControlPeer(f"127.0.0.1:{reserved.getsockname()[1]}") as peer:
+            peer.send(Cancel("a"))
+            with pytest.raises(PeerLost, match="never connected"):
+                peer.wait_for(Welcome, timeout_s=0.1)
+        assert time.monotonic() - start < 0.9
+
+
+def test_a_server_may_come_up_after_its_peer() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    with ControlPeer(f"127.0.0.1:{port}") as peer:
+        peer.send(Cancel("early"))
+        with ControlServer("127.0.0.1", port) as server:
+            assert receive(server)[1] == Cancel("early")
+
+
+@pytest.mark.parametrize(
+    "parts", [[b"garbage"], [b""], [b"a", b"b"], [b"\x93\x01\xa6Cancel\x80"], [b"\x93\x63\xa6Cancel\x80"]]
+)
+def test_nonsense_is_refused_and_the_server_goes_on(
+    server: ControlServer, peer: ControlPeer, parts: list[bytes]
+) -> None:
+    identity = meet(server, peer)
+    peer._socket.send_multipart(parts)
+    peer.send(Cancel("after"))
+    assert receive(server) == (identity, Cancel("after"))
+    assert isinstance(peer.wait_for(Refused, timeout_s=SOON), Refused)
+
+
+def test_nonsense_from_the_server_reads_as_a_refusal(server: ControlServer, peer: ControlPeer) -> None:
+    identity = meet(server, peer)
+    server._socket.send_multipart((identity, b"\x93\x63\xa6Cancel\x80"))
+    refused = peer.wait_for(Refused, timeout_s=SOON)
+    assert isinstance(refused, Refused)
+    assert "protocol version 99" in refused.reason
+
+
+def test_something_that_does_not_speak_zeromq_disturbs_nobody(server: ControlServer, peer: ControlPeer) -> None:
+    host, _, port = server.address.removeprefix("tcp://").partition(":")
+    with socket.create_connection((host, int(port))) as stranger:
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        meet(server, peer)
+
+
+def test_heartbeats_are_not_shown_to_the_caller(server: ControlServer, peer: ControlPeer) -> None:
+    identity = meet(server, peer)
+    assert server.alive(identity)
+    server.send(identity, Cancel("next"))
+    peer.send(Heartbeat())
+    peer.send(Cancel("next"))
+    assert peer.poll(SOON) == [Cancel("next")]
+    assert receive(server) == (identity, Cancel("next"))
+
+
+def test_a_peer_that_left_is_noticed(server: ControlServer) -> None:
+    with ControlPeer(server.address) as peer:
+        identity = meet(server, peer)
+        assert server.alive(identity)
+    wait_until_gone(server, identity)
+    assert not server.send(identity, Cancel("x"))
+
+
+def test_an_unknown_peer_is_not_alive(server: ControlServer) -> None:
+    assert not server.send(b"nobody", Cancel("x"))
+
+
+def test_the_last_words_of_a_server_are_read_before_it_is_lost() -> None:
+    with ControlServer("127.0.0.1", 0) as server, ControlPeer(server.address) as peer:
+        identity = meet(server, peer)
+        server.send(identity, Shutdown("done"))
+        server.close()
+        assert peer.wait_for(Shutdown, timeout_s=SOON) == Shutdown("done")
+        with pytest.raises(PeerLost, match="lost"):
+            peer.poll(SOON)
+        assert not peer.alive()
+        with pytest.raises(PeerLost, match="not connected"):
+            peer.send(Cancel("x"))
+
+
+CHILD = """
+import sys
+from ssd_runtime.comm.control import ControlPeer
+from ssd_runtime.comm.messages import Cancel
+peer = ControlPeer(sys.argv[1], heartbeat_s=0.1)
+peer.send(Cancel("child"))
+while True:
+    peer.poll(10)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_stopped_peer_is_noticed_by_the_heartbeat(server: ControlServer, signal_number: int) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD, server.address])
+    try:
+        identity, _ = receive(server)
+        os.kill(child.pid, signal_number)
+        assert wait_until_gone(server, identity) < 3
+    finally:
+        child.kill()
+        child.wait(10)
+
+
+def test_a_port_in_use_is_a_config_error(server: ControlServer) -> None:
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
+        ControlServer("127.0.0.1", port)
+
+
+def test_a_host_that_is_not_ours_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"is serve\.host an address"):
+        ControlServer("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "bogus://x:1", "127.0.0.1:99999", "127.0.0.1:x"])
+def test_an_address_that_is_none_is_a_config_error(address: str) -> None:
+    with pytest.raises(ConfigError, match="expected host:port"):
+        ControlPeer(address)
+
+
+def test_a_wildcard_server_tells_an_address_one_can_connect_to() -> None:
+    with ControlServer("0.0.0.0", 0) as server:
+        assert "0.0.0.0" not in server.address
+        with ControlPeer(server.address) as peer:
+            meet(server, peer)
+
+
+def test_two_servers_on_one_host_do_not_share_peers(server: ControlServer, peer: ControlPeer) -> None:
+    with ControlServer("127.0.0.1", 0) as other:
+        identity = meet(server, peer)
+        assert other.poll(0.05) == []
+        assert not other.alive(identity)
+
+
+def test_closing_is_quick_may_be_repeated_and_leaves_no_thread() -> None:
+    tasks = len(os.listdir("/proc/self/task"))
+    server = ControlServer("127.0.0.1", 0)
+    peer = ControlPeer(server.address)
+    meet(server, peer)
+    start = time.monotonic()
+    for _ in range(2):
+        peer.close()
+        server.close()
+    assert time.monotonic() - start < 2
+    assert len(os.listdir("/proc/self/task")) == tasks
+    assert threading.active_count() >= 1
+    assert zmq.zmq_version_info() >= (4, 2)
