@@ -101,13 +101,13 @@ class _Loader:
         arch = self.source.architecture
         self.progress(0.0)
         steps = arch.num_layers + 2  # the embedding table and the head count as a layer each
-        table_VE = self.source.read("embed_tokens.weight")
+        table_VE = self._matrix("embed_tokens.weight")
         embedding_VE = table_VE.to(self.device, self.kind)
         if arch.tie_word_embeddings:
             lm_head = make_linear(table_VE, None, self.dtype, self.device)
         else:
             del table_VE
-            lm_head = make_linear(self.source.read("lm_head.weight"), None, self.dtype, self.device)
+            lm_head = make_linear(self._matrix("lm_head.weight"), None, self.dtype, self.device)
         self.progress(2 / steps)
         layers = []
         for index in range(arch.num_layers):
@@ -132,12 +132,16 @@ class _Loader:
             down=self._linear(f"{mlp}down_proj"),
         )
 
+    def _matrix(self, name: str) -> torch.Tensor:
+        """In float32, which int8 is best made from; but bfloat16 where that is what will be kept anyway."""
+        return self.source.read(name).to(torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+
     def _vector(self, name: str) -> torch.Tensor:
         return self.source.read(name).to(self.device, self.kind)
 
     def _linear(self, *names: str) -> Linear:
         """One linear layer for several of the file, fused along their outputs."""
-        weights = [self.source.read(f"{name}.weight") for name in names]
+        weights = [self._matrix(f"{name}.weight") for name in names]
         weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias_O = None
         if self.source.has(f"{names[0]}.bias"):

@@ -26,15 +26,19 @@ def activation_dtype(dtype: Dtype) -> torch.dtype:
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None, dtype: Dtype, device: torch.device) -> Linear:
     """A linear layer that computes in `dtype`: NI -> NO in the activations' dtype.
 
-    fp32 and everything on a GPU is F.linear. bf16 on the CPU is packed; int8 has one scale per output channel and
-    quantizes its input by row.
+    On a GPU it is F.linear. On the CPU weights are packed; int8 has one scale per output channel and quantizes its
+    input by row. With the compiled operators a row's result does not depend on the rows beside it.
     """
     check_dtype(dtype, device)
-    if dtype == "fp32" or device.type != "cpu":
+    if device.type != "cpu":
         kind = activation_dtype(dtype)
         weight_OI = weight_OI.to(device, kind).contiguous()
         bias_O = None if bias_O is None else bias_O.to(device, kind)
         return lambda x_NI: functional.linear(x_NI, weight_OI, bias_O)
+    if dtype == "fp32":
+        packed_fp32 = ops.pack_fp32(weight_OI)
+        bias_O = None if bias_O is None else bias_O.float()
+        return lambda x_NI: ops.linear_fp32(x_NI, packed_fp32, bias_O)
     if dtype == "bf16":
         packed = ops.pack_bf16(weight_OI)
         bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
