@@ -147,10 +147,10 @@ def generate(
             generation = bench.generate(session.client, request, _nothing if as_json else _stream)
         finally:
             _end_line(as_json)
-    if as_json:
-        click.echo(json.dumps(_generation_json(generation)))
-    else:
-        click.echo(_generation_line(generation, session.cores), err=True)
+        if as_json:
+            click.echo(json.dumps(_generation_json(generation)))
+        else:
+            click.echo(_generation_line(generation, session.cores), err=True)
 
 
 @ssd.command(name="bench")
@@ -196,21 +196,18 @@ def bench_command(
         steps = len(runs) * (1 + repeat * len(prompts))
         with screen.counting("benchmark", steps) as advance:
             report = bench.measure(session.client, runs, workload, advance)
-    report["machine"] = _machine(session.cores)
-    report["workload"] = {
-        "prompts": str(prompts_path or "embedded"),
-        "num_prompts": len(prompts),
-        "max_tokens": max_tokens,
-        "repeat": repeat,
-        "sampling": sampling,
-        "config": config.to_dict(),
-    }
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    console = screen.console()
-    console.print(screen.bench_table(report))
-    console.print(screen.bench_verdict(report), markup=False)
-    console.print(screen.cores_line(session.cores), markup=False)
+        report["machine"] = _machine(session.cores)
+        report["workload"] = {
+            "prompts": str(prompts_path or "embedded"),
+            "num_prompts": len(prompts),
+            "max_tokens": max_tokens,
+            "repeat": repeat,
+            "sampling": sampling,
+            "config": config.to_dict(),
+        }
+        if out is not None:
+            out.write_text(json.dumps(report, indent=1) + "\n")
+        screen.show_bench(report)
 
 
 @ssd.command()

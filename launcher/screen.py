@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -62,6 +62,14 @@ def fetching(title: str) -> Iterator[Callable[[float], None]]:
         yield lambda fraction: progress.update(task, completed=fraction)
 
 
+def show_bench(report: dict[str, Any]) -> None:
+    """Print the report of a benchmark: table, comparison of the tokens, cores."""
+    out = console()
+    out.print(bench_table(report))
+    out.print(bench_verdict(report), markup=False)
+    out.print(cores_line(report["machine"]["cores"]), markup=False)
+
+
 def bench_table(report: dict[str, Any]) -> Table:
     """The runs of a benchmark, one a row; the best lookahead of each mode is marked."""
     several = any("@" in row["name"] for row in report["runs"])
@@ -102,7 +110,7 @@ def bench_verdict(report: dict[str, Any]) -> str:
     )
 
 
-def cores_line(cores: dict[str, Iterable[int]] | dict[str, tuple[int, ...]]) -> str:
+def cores_line(cores: Mapping[str, Iterable[int]]) -> str:
     """Which role runs where, as "target on core 0, draft on core 1"."""
     parts = []
     for role, numbers in cores.items():
