@@ -79,7 +79,7 @@ def bench_table(report: dict[str, Any]) -> Table:
     for name in heads:
         table.add_column(name, justify="right")
     for row in report["runs"]:
-        marked = several and row["best"]
+        marked = row["best"] and "@" in row["name"]
         table.add_row(
             row["mode"] + (" *" if marked else ""),
             str(row["lookahead"] or "-"),
