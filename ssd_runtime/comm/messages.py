@@ -94,29 +94,6 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class StatsRequest:
-    """Target -> draft: tell me your steps for this request, and forget them."""
-
-    request_id: str
-
-
-@dataclass(frozen=True)
-class DraftStats:
-    """Draft -> target: one entry a drafting step since the last StatsRequest.
-
-    Attributes:
-        step_start_ns: `time.monotonic_ns()` of the draft's host.
-        step_ms: duration.
-        step_width: rows of the forward.
-    """
-
-    request_id: str
-    step_start_ns: tuple[int, ...] = ()
-    step_ms: tuple[float, ...] = ()
-    step_width: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class Heartbeat:
     """I am alive and have nothing to say."""
 
@@ -286,7 +263,7 @@ class WorkerFailed:
 
 
 Message = (
-    Hello | Welcome | Refused | Admit | Finish | StatsRequest | DraftStats | Heartbeat | Shutdown
+    Hello | Welcome | Refused | Admit | Finish | Heartbeat | Shutdown
     | Generate | Chunk | Finished | Failed | Cancel | GetStatus | Status
     | Progress | Ready | WorkerFailed
 )  # fmt: skip
