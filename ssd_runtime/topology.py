@@ -132,6 +132,11 @@ def link_backend(target: Device, draft: Device) -> Backend:
     return "nccl" if target == draft == "cuda" else "gloo"
 
 
+def link_device(backend: Backend, device: torch.device) -> torch.device:
+    """Where the frames of a rank on `device` live."""
+    return device if backend == "nccl" else torch.device("cpu")
+
+
 @functools.cache
 def allowed_cores() -> tuple[int, ...]:
     """The cores this process might run on when first asked, ascending: pinning does not change the answer."""

@@ -48,6 +48,12 @@ def test_nccl_carries_the_link_only_between_two_gpus() -> None:
     assert {topology.link_backend(*pair) for pair in (("cpu", "cpu"), ("cuda", "cpu"), ("cpu", "cuda"))} == {"gloo"}
 
 
+def test_frames_live_on_the_gpu_only_with_nccl() -> None:
+    gpu = torch.device("cuda", 0)
+    assert topology.link_device("nccl", gpu) == gpu
+    assert topology.link_device("gloo", gpu) == CPU
+
+
 @pytest.mark.parametrize(
     ("threads", "allowed", "target", "draft"),
     [
