@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_linear
+from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.model.vocabulary import VocabularyDigest
@@ -79,71 +80,100 @@ def load_decoder(path: str, dtype: Dtype, device: torch.device, progress: Progre
         ConfigError: as `open_weights`; or a dtype that does not run on the device.
     """
     check_dtype(dtype, device)
-    return decoder_from_weights(open_weights(path), dtype, device, progress)
+    source = open_weights(path)
+    calibration = Tokenizer.from_model(path).encode(CALIBRATION_TEXT) if dtype == "int8" else None
+    return decoder_from_weights(source, dtype, device, progress, calibration)
 
 
 def decoder_from_weights(
-    source: WeightSource, dtype: Dtype, device: torch.device, progress: Progress | None = None
+    source: WeightSource,
+    dtype: Dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    calibration: Sequence[int] | None = None,
 ) -> Decoder:
-    """As `load_decoder`, from weights already opened."""
-    return _Loader(source, dtype, device, progress or (lambda part: None)).run()
+    """As `load_decoder`, from weights already opened.
+
+    Args:
+        calibration: tokens of a text on which to smooth the layers; None leaves them as they are.
+    """
+    return _Loader(source, dtype, device, progress or (lambda part: None), calibration).run()
 
 
 class _Loader:
     """Reads a `WeightSource` into a `Decoder`."""
 
-    def __init__(self, source: WeightSource, dtype: Dtype, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        dtype: Dtype,
+        device: torch.device,
+        progress: Progress,
+        calibration: Sequence[int] | None,
+    ) -> None:
         self.source, self.dtype, self.device, self.progress = source, dtype, device, progress
+        self.calibration = calibration
         self.kind = activation_dtype(dtype)
 
     @torch.inference_mode()
     def run(self) -> Decoder:
-        arch = self.source.architecture
+        arch, smoother = self.source.architecture, None
         self.progress(0.0)
         steps = arch.num_layers + 2  # the embedding table and the head count as a layer each
+        frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling, self.source.rope_factors())
         table_VE = self._matrix("embed_tokens.weight")
         embedding_VE = table_VE.to(self.device, self.kind)
-        if arch.tie_word_embeddings:
-            lm_head = make_linear(table_VE, None, self.dtype, self.device)
-        else:
+        if self.calibration:
+            smoother = Smoother(arch, table_VE[list(self.calibration)], frequencies_P)
+        if not arch.tie_word_embeddings:
             del table_VE
-            lm_head = make_linear(self._matrix("lm_head.weight"), None, self.dtype, self.device)
+            table_VE = self._matrix("lm_head.weight")
+        lm_head = self._linear(table_VE)
+        del table_VE
         self.progress(2 / steps)
         layers = []
         for index in range(arch.num_layers):
-            layers.append(self._layer(f"layers.{index}."))
+            weights = self._layer_weights(f"layers.{index}.")
+            layers.append(self._layer(smoother.smooth(weights) if smoother else weights))
             self.progress((index + 3) / steps)
-        factors_P = self.source.rope_factors()
-        frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling, factors_P)
-        norm_E = self._vector("norm.weight")
+        norm_E = self._vector(self.source.read("norm.weight"))
         return Decoder(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P)
 
-    def _layer(self, prefix: str) -> Layer:
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    def _layer_weights(self, prefix: str) -> LayerWeights:
+        attention, mlp, read = f"{prefix}self_attn.", f"{prefix}mlp.", self.source.read
+        projections = [f"{attention}{name}_proj" for name in "qkv"]
+        biased = self.source.has(f"{projections[0]}.bias")
         qk_norm = self.source.architecture.qk_norm
+        return LayerWeights(
+            input_norm_E=read(f"{prefix}input_layernorm.weight"),
+            qkv_OI=torch.cat([self._matrix(f"{name}.weight") for name in projections]),
+            qkv_bias_O=torch.cat([read(f"{name}.bias").float() for name in projections]) if biased else None,
+            q_norm_D=read(f"{attention}q_norm.weight") if qk_norm else None,
+            k_norm_D=read(f"{attention}k_norm.weight") if qk_norm else None,
+            attention_out_OI=self._matrix(f"{attention}o_proj.weight"),
+            mlp_norm_E=read(f"{prefix}post_attention_layernorm.weight"),
+            gate_up_OI=torch.cat([self._matrix(f"{mlp}{name}_proj.weight") for name in ("gate", "up")]),
+            down_OI=self._matrix(f"{mlp}down_proj.weight"),
+        )
+
+    def _layer(self, weights: LayerWeights) -> Layer:
         return Layer(
-            input_norm_I=self._vector(f"{prefix}input_layernorm.weight"),
-            qkv=self._linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
-            q_norm_D=self._vector(f"{attention}q_norm.weight") if qk_norm else None,
-            k_norm_D=self._vector(f"{attention}k_norm.weight") if qk_norm else None,
-            attention_out=self._linear(f"{attention}o_proj"),
-            mlp_norm_I=self._vector(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._linear(f"{mlp}gate_proj", f"{mlp}up_proj"),
-            down=self._linear(f"{mlp}down_proj"),
+            input_norm_I=self._vector(weights.input_norm_E),
+            qkv=self._linear(weights.qkv_OI, weights.qkv_bias_O),
+            q_norm_D=None if weights.q_norm_D is None else self._vector(weights.q_norm_D),
+            k_norm_D=None if weights.k_norm_D is None else self._vector(weights.k_norm_D),
+            attention_out=self._linear(weights.attention_out_OI),
+            mlp_norm_I=self._vector(weights.mlp_norm_E),
+            gate_up=self._linear(weights.gate_up_OI),
+            down=self._linear(weights.down_OI),
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
         """In float32, which int8 is best made from; but bfloat16 where that is what will be kept anyway."""
         return self.source.read(name).to(torch.bfloat16 if self.dtype == "bf16" else torch.float32)
 
-    def _vector(self, name: str) -> torch.Tensor:
-        return self.source.read(name).to(self.device, self.kind)
+    def _vector(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self.device, self.kind)
 
-    def _linear(self, *names: str) -> Linear:
-        """One linear layer for several of the file, fused along their outputs."""
-        weights = [self._matrix(f"{name}.weight") for name in names]
-        weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
-        bias_O = None
-        if self.source.has(f"{names[0]}.bias"):
-            bias_O = torch.cat([self.source.read(f"{name}.bias") for name in names])
+    def _linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Linear:
         return make_linear(weight_OI, bias_O, self.dtype, self.device)

@@ -32,9 +32,7 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_CHUNK_VALUES = (
-    1 << 17
-)  # dequantized at a time: temporaries stay in the processor's cache (measured: 2 to 4 times 1 << 20)
+_CHUNK_VALUES = 1 << 17  # dequantized at a time: temporaries stay in cache, 2 to 4 times as fast as 1 << 20
 
 
 class GgufWeights:

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.load import load_decoder, open_weights
-from tests.tiny_models import CPU, PagedRun, random_weight, tiny_architecture, tiny_decoder, write_gguf
+from ssd_runtime.model.load import decoder_from_weights, load_decoder, open_weights
+from tests.tiny_models import CPU, PagedRun, RandomWeights, random_weight, tiny_architecture, tiny_decoder, write_gguf
 
 SIZES = {
     "vocab_size": 96,
@@ -159,6 +159,24 @@ def test_bf16_and_int8_stay_close_to_fp32() -> None:
         assert logits.dtype == torch.float32
         error = ((logits - exact).norm() / exact.norm()).item()
         assert error < most, f"{dtype}: relative error {error:.3f}"
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"num_kv_heads": 1}])
+def test_smoothing_keeps_the_function_and_makes_int8_more_exact(changes: dict[str, Any]) -> None:
+    source = RandomWeights(tiny_architecture(hidden_size=64, intermediate_size=128, head_dim=16, **changes), seed=5)
+    for index in range(2):  # a few loud features, as trained models have
+        source.read(f"layers.{index}.input_layernorm.weight")[3] *= 30
+        source.read(f"layers.{index}.post_attention_layernorm.weight")[9] *= 30
+    exact = PagedRun(decoder_from_weights(source, "fp32", CPU)).trunk(TOKENS)
+
+    smoothed = PagedRun(decoder_from_weights(source, "fp32", CPU, calibration=TOKENS[:20])).trunk(TOKENS)
+    torch.testing.assert_close(smoothed, exact, atol=1e-3, rtol=1e-3)
+
+    errors = [
+        (PagedRun(decoder_from_weights(source, "int8", CPU, calibration=text)).trunk(TOKENS) - exact).norm()
+        for text in (None, TOKENS[:20])
+    ]
+    assert errors[1] < 0.9 * errors[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "llama3", "qwen2", "qwen3"])
