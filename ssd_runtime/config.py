@@ -82,7 +82,7 @@ class SpeculationConfig:
 
     mode: Mode = "ssd"
     lookahead: int = 4
-    fan_out: Literal["uniform", "geometric"] = "geometric"
+    fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: int = 8
     backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Literal["shared-noise"] = "shared-noise"

@@ -49,7 +49,8 @@ class SteppedDraft:
         self._raise_if_dead()
         arrived = self._outcomes.decode(self._outcomes.encode(frame))
         assert arrived == frame
-        self.drafter.advance(arrived)
+        if self.drafter.advance(arrived):
+            self._push()
         for _ in range(self._steps()):
             self._grow()
 
@@ -66,11 +67,14 @@ class SteppedDraft:
     def _grow(self) -> bool:
         if self.drafter.grow() is None:
             return False
+        self._push()
+        return True
+
+    def _push(self) -> None:
         tree = self.drafter.tree()
         arrived = self._trees.decode(self._trees.encode(tree))
         assert arrived == tree
         self._pushed.append(arrived)
-        return True
 
     def _raise_if_dead(self) -> None:
         if self.dead:

@@ -18,7 +18,7 @@ from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.fanout import AcceptanceEstimate, fan_out_policy
+from ssd_runtime.speculation.fanout import fan_out_policy
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
@@ -66,7 +66,6 @@ class Drafter:
         self._scratch = ScratchSlots(self.allocator, engine.block_size)
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
         self._sequences: dict[int, _Sequence] = {}
-        self.acceptance = AcceptanceEstimate()
         self._round = 0
         self._last_step: DraftStep | None = None
 
@@ -103,8 +102,12 @@ class Drafter:
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
-    def advance(self, frame: OutcomeFrame) -> None:
+    def advance(self, frame: OutcomeFrame) -> bool:
         """Take in outcomes: adopt branches that hit, roll back where none did, restart from t*.
+
+        Returns:
+            Whether the target waits for something that is drafted already: a branch that it has not seen, because it
+            fell out of a tree frame or was none before. Growing would not push it again.
 
         Raises:
             ProtocolError: an outcome that cannot follow what was known before.
@@ -128,13 +131,14 @@ class Drafter:
                 sequence.tree.resolve(row.length, row.tokens)
         copy_branch(self._kv, sources, targets)
         self._scratch.give_back(sources + freed)
+        asked = [row.sequence_id for row in frame.rows if row.source == Source.PENDING]
+        return any(self._sequences[key].tree.branches(key) for key in asked if key in self._sequences)
 
     def _commit(self, sequence: _Sequence, row: OutcomeRow) -> tuple[list[Node], list[int]]:
         """Apply one outcome. Returns the committed nodes whose rows move into the trunk, and the slots set free."""
         tree = sequence.tree
         if tree.trunk is None or row.outcome.num_accepted > len(tree.trunk):
             raise ProtocolError(f"sequence {row.sequence_id}: {row.outcome} without a speculation that long")
-        self.acceptance.observe(row.outcome.num_accepted, len(tree.trunk))
         advance = tree.advance(row.outcome)
         forwarded = [node for node in advance.committed if node.slot != NO_SLOT]
         if forwarded:
@@ -153,7 +157,7 @@ class Drafter:
         room = self._engine.prefill_chunk
         budget = max(1, self._speculation.budget // max(1, len(self._sequences)))
         for sequence in self._sequences.values():
-            frontier = sequence.tree.frontier(budget, self.acceptance.rate)
+            frontier = sequence.tree.frontier(budget)
             catch_up = min(sequence.missing, room)
             if not frontier and (sequence.tree.turn >= 0 or not catch_up):
                 continue
@@ -191,13 +195,13 @@ class Drafter:
             node.ranking = ranking
 
     def tree(self) -> TreeFrame:
-        """All branches that are ready, of all sequences."""
+        """All branches that are ready, of all sequences. The step that grew them is reported once."""
         branches = [
             branch
             for sequence in self._sequences.values()
             for branch in sequence.tree.branches(sequence.sequence_id)[: self._speculation.budget + 1]
         ]
-        step = self._last_step
+        step, self._last_step = self._last_step, None
         step_us = (step.end_ns - step.start_ns) // 1000 if step else 0
         return TreeFrame(self._round, tuple(branches), step_us, step.rows if step else 0)
 

@@ -74,7 +74,8 @@ class DraftLoop:
         for frame in frames:
             start_ns = time.monotonic_ns()
             self._catch_up_with_control(frame)
-            self._drafter.advance(frame)
+            if self._drafter.advance(frame):
+                self._link.push_tree(self._drafter.tree())
             if frame.rows:
                 self._tracer.complete("advance", start_ns, time.monotonic_ns(), arguments={"round": frame.round})
 

@@ -1,18 +1,34 @@
-"""How many bonus candidates to prepare at each position of a speculation. Knows no tokens.
+"""Which outcomes of a verification to prepare for: how many bonus candidates at each position, and which.
 
-Uniform spreads the budget evenly; geometric is Theorem 12 of arXiv 2603.03251, fed by an online acceptance estimate.
+Knows rankings, not models. `uniform` spreads the budget evenly; `geometric` is Theorem 12 of arXiv 2603.03251, fed by an
+online acceptance estimate; `confidence` takes the most probable outcomes by the draft's own margins, calibrated online.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
-FanOut = Callable[[int, int, float], list[int]]
+from ssd_runtime.speculation.sampling import Ranking
 
 # Exponent r of the power law 1/F^r of missing at fan-out F (Definition 11): log(.226 / .080) / log(8 / 2), the slope
 # between F = 2 and F = 8 in Figure 3 of the paper at T = 0, primary speculation.
 POWER_LAW_EXPONENT = 0.75
+
+Fork = tuple[int, int]  # position k, bonus candidate t*
+
+
+class FanOut(Protocol):
+    """A policy. `rankings[k]` is what the draft expects after the first k tokens of `speculation`; None: not known yet."""
+
+    def forks(self, rankings: Sequence[Ranking | None], speculation: Sequence[int], budget: int) -> list[Fork]:
+        """At most `budget` outcomes (k, t*) to draft for, without those that the speculation itself denies."""
+
+    def observe(
+        self, rankings: Sequence[Ranking | None], speculation: Sequence[int], num_accepted: int, bonus_token: int
+    ) -> None:
+        """Learn from the outcome of a verification."""
 
 
 class AcceptanceEstimate:
@@ -32,22 +48,63 @@ class AcceptanceEstimate:
     def observe(self, num_accepted: int, length: int) -> None:
         """Learn from one verification: `num_accepted` of `length` tokens; tokens after a rejection say nothing."""
         for accepted in [True] * num_accepted + [False] * (num_accepted < length):
-            self._accepted = self._accepted * self._keep + accepted
-            self._seen = self._seen * self._keep + 1.0
+            self.observe_one(accepted)
+
+    def observe_one(self, accepted: bool) -> None:
+        self._accepted = self._accepted * self._keep + accepted
+        self._seen = self._seen * self._keep + 1.0
 
     @property
     def rate(self) -> float:
         return self._accepted / self._seen
 
 
-def uniform_fan_out(budget: int, length: int, acceptance: float) -> list[int]:
+class CountedFanOut:
+    """F_k candidates at position k, whatever the text: the policies of the paper.
+
+    Args:
+        counts: (budget, length, acceptance) -> [F_0..F_length].
+    """
+
+    def __init__(self, counts: CountPolicy) -> None:
+        self._counts = counts
+        self.acceptance = AcceptanceEstimate()
+
+    def forks(self, rankings: Sequence[Ranking | None], speculation: Sequence[int], budget: int) -> list[Fork]:
+        counts = self._counts(budget, len(speculation), self.acceptance.rate)
+        found: list[Fork] = []
+        for k, ranking in enumerate(rankings):
+            if ranking is not None:
+                candidates = [token for token, _ in candidates_at(k, ranking, speculation)]
+                found += [(k, token) for token in candidates[: counts[k]]]
+        return found
+
+    def observe(
+        self, rankings: Sequence[Ranking | None], speculation: Sequence[int], num_accepted: int, bonus_token: int
+    ) -> None:
+        self.acceptance.observe(num_accepted, len(speculation))
+
+
+class CountPolicy(Protocol):
+    """How a budget is spread over the positions 0..length."""
+
+    def __call__(self, budget: int, length: int, acceptance: float) -> list[int]: ...
+
+
+def candidates_at(k: int, ranking: Ranking, speculation: Sequence[int]) -> list[tuple[int, int]]:
+    """Bonus candidates at position k as (token, rank), without the token that the speculation has there."""
+    taken = speculation[k] if k < len(speculation) else None
+    return [(token, rank) for rank, token in enumerate(ranking.tokens) if token != taken]
+
+
+def uniform_counts(budget: int, length: int, acceptance: float) -> list[int]:
     """F_0..F_K for a speculation of `length` tokens, as even as whole numbers allow; what is over goes to the end."""
     positions = length + 1
     share, over = divmod(budget, positions)
     return [share + (k >= positions - over) for k in range(positions)]
 
 
-def geometric_fan_out(
+def geometric_counts(
     budget: int, length: int, acceptance: float, exponent: float = POWER_LAW_EXPONENT
 ) -> list[int]:
     """F_0..F_K by Theorem 12: F_k = F_0 a^{k/(1+r)} for k < K and F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}.
@@ -73,6 +130,77 @@ def _round_to_sum(shares: Sequence[float], total: int) -> list[int]:
     return floors
 
 
-def fan_out_policy(name: Literal["uniform", "geometric"]) -> FanOut:
-    """The policy of that name: (budget, length, acceptance) -> [F_0..F_K]."""
-    return {"uniform": uniform_fan_out, "geometric": geometric_fan_out}[name]
+class ConfidenceFanOut:
+    """The most probable outcomes by the draft's own margins.
+
+    The margin between the draft's first and second choice says how likely the target is to make the same first choice:
+    the chance is learned online, in classes of margin, from what the target chose. So a position where the draft is sure
+    costs no fork, and one where two tokens are near each other gets its second. The same noise on both sides keeps this
+    as true at temperature 1 as at 0.
+
+    Args:
+        least: outcomes less probable than this are not drafted for, even when the budget has room: a forward with fewer
+            rows is a faster one.
+    """
+
+    EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+    PRIOR = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+    def __init__(self, least: float = 0.01) -> None:
+        self._least = least
+        self._agrees = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.PRIOR]
+        self._ranks = [AcceptanceEstimate(prior, weight=16.0, memory=512.0) for prior in (0.6, 0.4)]
+
+    def forks(self, rankings: Sequence[Ranking | None], speculation: Sequence[int], budget: int) -> list[Fork]:
+        outcomes: list[tuple[float, Fork]] = []
+        reach = 1.0  # chance that the first k tokens are accepted
+        for k, ranking in enumerate(rankings):
+            if ranking is None:  # an n-gram's token, or one not forwarded yet: nothing is known from here on
+                break
+            for token, rank in candidates_at(k, ranking, speculation):
+                outcomes.append((reach * self.chance(ranking, rank), (k, token)))
+            if k < len(speculation):
+                reach *= self._chance_of(ranking, speculation[k])
+        outcomes.sort(key=lambda outcome: -outcome[0])
+        return [fork for chance, fork in outcomes[:budget] if chance >= self._least]
+
+    def chance(self, ranking: Ranking, rank: int) -> float:
+        """The chance that the target chooses the token of this rank."""
+        agree = self._class(ranking).rate
+        if rank == 0:
+            return agree
+        second, third = (estimate.rate for estimate in self._ranks)
+        if rank == 1:
+            return (1.0 - agree) * second
+        # What neither the second nor the third takes is thought to halve from rank to rank.
+        return (1.0 - agree) * (1.0 - second) * (third if rank == 2 else (1.0 - third) * 0.5 ** (rank - 2))
+
+    def _chance_of(self, ranking: Ranking, token: int) -> float:
+        return self.chance(ranking, ranking.tokens.index(token)) if token in ranking.tokens else self._least
+
+    def _class(self, ranking: Ranking) -> AcceptanceEstimate:
+        margin = ranking.margins[1] if len(ranking.margins) > 1 else float("inf")
+        return self._agrees[bisect_right(self.EDGES, margin)]
+
+    def observe(
+        self, rankings: Sequence[Ranking | None], speculation: Sequence[int], num_accepted: int, bonus_token: int
+    ) -> None:
+        chosen = (*speculation[:num_accepted], bonus_token)
+        for ranking, token in zip(rankings, chosen, strict=False):
+            if ranking is None:
+                break
+            self._class(ranking).observe_one(token == ranking.tokens[0])
+            if token == ranking.tokens[0]:
+                continue
+            for rank, estimate in enumerate(self._ranks, start=1):
+                found = len(ranking.tokens) > rank and token == ranking.tokens[rank]
+                estimate.observe_one(found)
+                if found:
+                    break
+
+
+def fan_out_policy(name: Literal["uniform", "geometric", "confidence"]) -> FanOut:
+    """A new policy of that name."""
+    if name == "confidence":
+        return ConfidenceFanOut()
+    return CountedFanOut(uniform_counts if name == "uniform" else geometric_counts)

@@ -26,6 +26,19 @@ _NUCLEUS = 1024  # most nucleus sets are smaller than this; sorting the whole vo
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """The tokens most likely to be chosen at one row, best first.
+
+    Attributes:
+        tokens: token ids.
+        margins: how far each lies below the first, in logits: noised score times temperature. 0 for the first.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Draw:
     """One token to be chosen: by which parameters, at which absolute position."""
 
@@ -79,7 +92,7 @@ def _nucleus_floor(z_V: Tensor, top_p: float) -> float:
     raise AssertionError("the second size is the whole vocabulary")
 
 
-def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[list[int]]:
+def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
     """`rank_tokens` by definition: noise for the whole vocabulary, then a stable sort."""
     ranked = []
     tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
@@ -88,12 +101,18 @@ def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> 
         if draw.params.temperature > 0.0:
             score_V = score_V + gumbel_noise(noise_key(draw.params.seed, draw.position), tokens_V)
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
-        ranked.append([int(token) for token in order if score_V[token] > -torch.inf])
+        ranked.append(_ranking(order[score_V[order] > -torch.inf], score_V, draw))
     return ranked
 
 
-def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[list[int]]:
-    """The `count` tokens most likely to be chosen at each row, best first (fewer where processors leave fewer).
+def _ranking(tokens: Tensor, score_V: Tensor, draw: Draw) -> Ranking:
+    scores = score_V[tokens]
+    margins = (scores[0] - scores) * (draw.params.temperature or 1.0)
+    return Ranking(tuple(tokens.tolist()), tuple(margins.tolist()))
+
+
+def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
+    """The `count` tokens most likely to be chosen at each row (fewer where processors leave fewer).
 
     Args:
         logits_RV: logits of R rows, any float dtype.
@@ -102,35 +121,36 @@ def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[li
     """
     count = min(count, logits_RV.shape[1])
     greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
-    ranked: list[list[int]] = [[] for _ in draws]
+    ranked: dict[int, Ranking] = {}
     if greedy:
         rows_RV = logits_RV if len(greedy) == len(draws) else logits_RV[greedy]
-        for row, tokens in zip(greedy, _best_tokens(rows_RV, count), strict=True):
-            ranked[row] = tokens
+        ranked = dict(zip(greedy, _rank_greedy(rows_RV, count), strict=True))
     for row, draw in enumerate(draws):
         if draw.params.temperature > 0.0:
             ranked[row] = _rank_noised(logits_RV[row], draw, count)
-    return ranked
+    return [ranked[row] for row in range(len(draws))]
 
 
 def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """The token chosen at each row: the first of `rank_tokens`."""
-    return [tokens[0] for tokens in rank_tokens(logits_RV, draws, 1)]
+    return [ranking.tokens[0] for ranking in rank_tokens(logits_RV, draws, 1)]
 
 
-def _best_tokens(logits_RV: Tensor, count: int) -> list[list[int]]:
-    """Greedy ranking; ties go to the lower token id in the first place (argmax), as in the oracle."""
-    first_R = logits_RV.argmax(dim=-1, keepdim=True)
+def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
+    """Ties go to the lower token id in the first place (argmax), as in the oracle."""
+    first_R = logits_RV.argmax(dim=-1).tolist()
     if count == 1:
-        return first_R.tolist()
-    best_RF = logits_RV.topk(count, dim=-1).indices.tolist()
-    return [
-        [first, *[token for token in best if token != first][: count - 1]]
-        for (first,), best in zip(first_R.tolist(), best_RF, strict=True)
-    ]
+        return [Ranking((first,), (0.0,)) for first in first_R]
+    best = logits_RV.topk(count, dim=-1)
+    rankings = []
+    for first, tokens, values in zip(first_R, best.indices.tolist(), best.values.tolist(), strict=True):
+        rest = [(token, value) for token, value in zip(tokens, values, strict=True) if token != first][: count - 1]
+        margins = (values[0] - value for _, value in rest)
+        rankings.append(Ranking((first, *(token for token, _ in rest)), (0.0, *margins)))
+    return rankings
 
 
-def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> list[int]:
+def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> Ranking:
     z_V = process_logits(logits_V, draw.params)
     key = noise_key(draw.params.seed, draw.position)
     head = z_V.topk(min(max(_HEAD, count), z_V.numel()))
@@ -143,6 +163,6 @@ def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> list[int]:
         # One part in 10^6 of slack, since z is float32 and the comparison must never drop a winner.
         tokens = (z_V >= bound - MAX_NOISE - 1e-6 * (abs(bound) + MAX_NOISE)).nonzero().squeeze(1)
         score = z_V[tokens].double() + gumbel_noise(key, tokens)
-    best = score.topk(min(count, tokens.numel()))
-    kept = best.values > -torch.inf
-    return tokens[best.indices[kept]].tolist()
+    best = score.topk(min(count, tokens.numel())).indices
+    ranking = _ranking(best[score[best] > -torch.inf], score, draw)
+    return Ranking(tuple(tokens[list(ranking.tokens)].tolist()), ranking.margins)

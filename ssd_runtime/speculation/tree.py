@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssd_runtime.speculation.fanout import FanOut
+from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.types import Branch, Outcome
 
 NO_SLOT = -1
@@ -27,7 +28,7 @@ class Node:
     Attributes:
         token, position: the token and its absolute position in the sequence.
         slot: KV slot of its row, NO_SLOT until forwarded.
-        ranking: tokens most likely to follow, best first; None until forwarded.
+        ranking: tokens most likely to follow; None until forwarded.
     """
 
     __slots__ = ("children", "parent", "position", "ranking", "slot", "token")
@@ -37,7 +38,7 @@ class Node:
         self.position = position
         self.parent = parent
         self.slot = NO_SLOT
-        self.ranking: list[int] | None = None
+        self.ranking: Ranking | None = None
         self.children: dict[int, Node] = {}
 
     def child(self, token: int) -> Node:
@@ -49,8 +50,8 @@ class Node:
 
     def best_child(self) -> Node:
         """The likeliest successor. Only of a forwarded node."""
-        assert self.ranking
-        return self.child(self.ranking[0])
+        assert self.ranking is not None
+        return self.child(self.ranking.tokens[0])
 
     def ancestors(self) -> list[Node]:
         """From the root of the tree down to this node, itself included."""
@@ -90,7 +91,7 @@ class TokenTree:
         root_token, position: the newest committed token and its absolute position.
         lookahead: K, most tokens of a branch.
         max_position: tokens at this position or beyond are not drafted (the end of the sequence).
-        fan_out: policy that spreads a budget over the positions.
+        fan_out: policy that chooses the outcomes to draft for; shared by the trees of one draft.
         predraft: whether outcomes are drafted for ahead of time (SSD) or only when asked for (SD).
     """
 
@@ -111,6 +112,8 @@ class TokenTree:
     def advance(self, outcome: Outcome) -> Advance:
         """Verification `turn` came out as `outcome`: its subtree becomes the tree, the rest is dropped."""
         assert self.trunk is not None, "an outcome before the speculation it is the outcome of"
+        speculation = [node.token for node in self.trunk]
+        self._fan_out.observe(self._rankings(), speculation, outcome.num_accepted, outcome.bonus_token)
         committed = (self.root, *self.trunk[: outcome.num_accepted])
         root = committed[-1].child(outcome.bonus_token)
         committed[-1].children.pop(root.token)
@@ -131,7 +134,7 @@ class TokenTree:
 
     # -- growth --------------------------------------------------------------------------------------------------
 
-    def frontier(self, budget: int, acceptance: float) -> list[Node]:
+    def frontier(self, budget: int) -> list[Node]:
         """The nodes the next forward should run on, parents before children; empty when there is nothing to gain."""
         if self.trunk is None:
             tip = self._tip(self.root)
@@ -139,23 +142,16 @@ class TokenTree:
         if not self.predraft:
             return []
         rows = [node for node in (self.root, *self.trunk) if node.ranking is None and self._allowed(node)]
-        for fork in self._forks(budget, acceptance):
-            tip = self._tip(fork)
+        nodes = (self.root, *self.trunk)
+        for k, token in self._fan_out.forks(self._rankings(), [node.token for node in self.trunk], budget):
+            tip = self._tip(nodes[k].child(token))
             if tip is not None:
                 rows.append(tip)
         return rows
 
-    def _forks(self, budget: int, acceptance: float) -> Iterator[Node]:
-        """The first tokens t* of the branches worth drafting, at every trunk position whose ranking is known."""
+    def _rankings(self) -> list[Ranking | None]:
         assert self.trunk is not None
-        fan_out = self._fan_out(budget, len(self.trunk), acceptance)
-        for k, node in enumerate((self.root, *self.trunk)):
-            if node.ranking is None:
-                continue
-            accepted = self.trunk[k].token if k < len(self.trunk) else None
-            candidates = [token for token in node.ranking if token != accepted]
-            for token in candidates[: fan_out[k]]:
-                yield node.child(token)
+        return [node.ranking for node in (self.root, *self.trunk)]
 
     def _tip(self, start: Node) -> Node | None:
         """The node to forward for one more token on the branch that starts below `start`; None if it is complete."""

@@ -111,7 +111,7 @@ def test_more_requests_than_places_come_and_go():
 
 
 @pytest.mark.parametrize("backup", ["draft", "ngram", "none"])
-@pytest.mark.parametrize("fan_out", ["uniform", "geometric"])
+@pytest.mark.parametrize("fan_out", ["uniform", "geometric", "confidence"])
 def test_every_backup_and_fan_out(backup, fan_out):
     for draft, budget in itertools.product(["twin", "relative", "stranger"], [1, 4, 9]):
         asked = [
@@ -161,7 +161,7 @@ def test_an_end_token_inside_an_accepted_run_ends_the_sequence_there(mode):
 @given(
     draft=st.sampled_from(["twin", "relative", "stranger"]),
     backup=st.sampled_from(["draft", "ngram", "none"]),
-    fan_out=st.sampled_from(["uniform", "geometric"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     budget=st.integers(1, 10),
     speed=st.integers(0, 2**16),
     many=st.lists(
