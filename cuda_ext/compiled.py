@@ -33,6 +33,10 @@ add_rms_norm = _ops.add_rms_norm.default
 silu_mul = _ops.silu_mul.default
 rope_write_ = _ops.rope_write_.default
 paged_attention = _ops.paged_attention.default
+copy_branch_ = _ops.copy_branch_.default
+write_kv_ = _ops.write_kv_.default
+match_outcomes = _ops.match_outcomes.default
+sample_shared_noise = _ops.sample_shared_noise.default
 
 
 def cpu_level() -> str:

@@ -26,16 +26,20 @@ __all__ = [
     "PackedInt8",
     "add_rms_norm",
     "backend",
+    "copy_branch_",
     "linear_bf16",
     "linear_fp32",
     "linear_int8",
+    "match_outcomes",
     "pack_bf16",
     "pack_fp32",
     "pack_int8",
     "paged_attention",
     "rms_norm",
     "rope_write_",
+    "sample_shared_noise",
     "silu_mul",
+    "write_kv_",
 ]
 
 
@@ -107,3 +111,27 @@ def pack_fp32(weight_OI: Tensor) -> PackedFp32:
 
 def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None = None) -> Tensor:
     return _kernels().linear_fp32(x_NI, packed, bias_O)
+
+
+def sample_shared_noise(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    key_R: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    return _kernels().sample_shared_noise(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, key_R, count)
+
+
+def copy_branch_(kv: Tensor, source_slots_N: Tensor, target_slots_N: Tensor) -> None:
+    _kernels().copy_branch_(kv, source_slots_N, target_slots_N)
+
+
+def write_kv_(kv_2SGD: Tensor, key_NGD: Tensor, value_NGD: Tensor, slots_N: Tensor) -> None:
+    _kernels().write_kv_(kv_2SGD, key_NGD, value_NGD, slots_N)
+
+
+def match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    return _kernels().match_outcomes(target_tokens_BL, draft_tokens_BK, lengths_B)

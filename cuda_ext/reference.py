@@ -144,7 +144,10 @@ def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tens
     integers_NI, scales_N = quantize_rows(x_NI)
     if x_NI.shape[0] == 0:
         return x_NI.new_empty(0, packed.out_features)
-    sums_NO = torch._int_mm(integers_NI, packed.data.t())
+    if min(packed.in_features, packed.out_features) > 1:
+        sums_NO = torch._int_mm(integers_NI, packed.data.t())
+    else:  # _int_mm of torch 2.13 misreads the strides of such a matrix
+        sums_NO = (integers_NI.double() @ packed.data.double().t()).to(torch.int32)
     out_NO = sums_NO.float() * scales_N[:, None] * packed.scales_O
     if bias_O is not None:
         out_NO += bias_O
@@ -178,6 +181,101 @@ def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tens
     """x W^T + bias in float32; the result has x's dtype."""
     bias_O = None if bias_O is None else bias_O.float()
     return torch.nn.functional.linear(x_NI.float(), packed.data, bias_O).to(x_NI.dtype)
+
+
+def sample_shared_noise(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    key_R: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """The tokens most likely to be chosen under shared noise, best first; ties go to the lower token.
+
+    Args:
+        logits_RV: float32 or bfloat16.
+        temperature_R: float64; 0 is greedy, without processors and noise.
+        top_k_R: int64; 0 is off. Tokens that tie with the last one kept are kept.
+        top_p_R, min_p_R: float64; 1 and 0 are off. Processors apply in this order, each on what the one before left.
+        key_R: int64; the noise key of a row's (seed, position).
+        count: how many tokens a row, at least 1.
+
+    Returns: tokens (int64) and their noised scores (float64), both [R, count]; -1 and -inf where processors leave
+    fewer. Column 0 is the token chosen.
+    """
+    chosen_RF = torch.full((logits_RV.shape[0], count), -1, dtype=torch.int64, device=logits_RV.device)
+    scores_RF = torch.full_like(chosen_RF, -torch.inf, dtype=torch.float64)
+    tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    for row, logits_V in enumerate(logits_RV):
+        score_V = logits_V.double()
+        if temperature_R[row] > 0:
+            z_V = logits_V.float() / float(temperature_R[row])
+            floor = _processors_floor(z_V, int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row]))
+            score_V = z_V.masked_fill(z_V < floor, -torch.inf).double() + _gumbel_noise(key_R[row], tokens_V)
+        order = torch.sort(score_V, descending=True, stable=True).indices[:count]
+        order = order[score_V[order] > -torch.inf]
+        chosen_RF[row, : order.numel()] = order
+        scores_RF[row, : order.numel()] = score_V[order]
+    return chosen_RF, scores_RF
+
+
+def _processors_floor(z_V: Tensor, top_k: int, top_p: float, min_p: float) -> float:
+    """The smallest processed logit that top-k, top-p and min-p leave."""
+    floor = -torch.inf
+    if 0 < top_k < z_V.numel():
+        floor = float(z_V.topk(top_k).values[-1])
+        z_V = z_V.masked_fill(z_V < floor, -torch.inf)
+    if top_p < 1.0:
+        best_V = z_V.sort(descending=True).values
+        reached_V = torch.exp(best_V.double() - torch.logsumexp(z_V.double(), 0)).cumsum(0) >= top_p
+        floor = max(floor, float(best_V[reached_V.int().argmax()] if reached_V.any() else best_V[-1]))
+    if min_p > 0.0:
+        floor = max(floor, float(z_V.max() + torch.log(torch.tensor(min_p))))
+    return floor
+
+
+def _gumbel_noise(key: Tensor, tokens: Tensor) -> Tensor:
+    """-log(-log(u)) of the upper half of splitmix64(key + token * golden); int64 products wrap."""
+    bits = tokens * -0x61C8864680B583EB + key + -0x61C8864680B583EB
+    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
+    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
+    bits = bits ^ ((bits >> 31) & ((1 << 33) - 1))
+    uniform = (((bits >> 32) & ((1 << 32) - 1)).double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform))
+
+
+def copy_branch_(kv: Tensor, source_slots_N: Tensor, target_slots_N: Tensor) -> None:
+    """Move rows between slots, keys and values of all layers; safe when sources and targets overlap.
+
+    Args:
+        kv: [layer, 2, slot, head, dim], changed in place.
+        source_slots_N, target_slots_N: int64; targets distinct.
+    """
+    kv.index_copy_(2, target_slots_N, kv.index_select(2, source_slots_N))
+
+
+def write_kv_(kv_2SGD: Tensor, key_NGD: Tensor, value_NGD: Tensor, slots_N: Tensor) -> None:
+    """Scatter fresh keys and values (strided inputs allowed, another dtype too) to their slots."""
+    kv_2SGD[0, slots_N] = key_NGD.to(kv_2SGD.dtype)
+    kv_2SGD[1, slots_N] = value_NGD.to(kv_2SGD.dtype)
+
+
+def match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Verify a batch of speculations: accept while the draft's token equals the target's own.
+
+    Args:
+        target_tokens_BL: int64; the target's own token after the bonus token and after each draft token, L = K + 1.
+        draft_tokens_BK: int64, padded.
+        lengths_B: int64; how many draft tokens of a row count.
+
+    Returns: num_accepted_B and bonus_token_B, int64.
+    """
+    columns_K = torch.arange(draft_tokens_BK.shape[1], device=draft_tokens_BK.device)
+    equal_BK = (target_tokens_BL[:, :-1] == draft_tokens_BK) & (columns_K < lengths_B[:, None])
+    num_accepted_B = equal_BK.to(torch.int64).cumprod(1).sum(1)
+    return num_accepted_B, target_tokens_BL.gather(1, num_accepted_B[:, None]).squeeze(1)
 
 
 def _onednn(weight: Tensor) -> bool:

@@ -69,7 +69,7 @@ struct RopeArgs {
   void *q, *k;
   const void* v;
   int64_t q_strides[2], k_strides[2], v_strides[2];  // row, head
-  const void *cos, *sin;
+  const void *cos, *sin;  // null: nothing is rotated
   int64_t cos_stride, sin_stride;
   void* kv;
   int64_t kv_strides[3];  // key/value, slot, head
@@ -89,6 +89,13 @@ struct AttentionArgs {
   void* out;  // contiguous
 };
 
+// The best of a row of noised logits so far: scores and tokens, best first.
+struct Ranking {
+  int64_t count, found;
+  double* scores;
+  int64_t* tokens;
+};
+
 struct Kernels {
   const char* level;
   // Bytes of scratch for the activations of a linear layer.
@@ -102,6 +109,17 @@ struct Kernels {
   void (*rope_write)(const RopeArgs&);
   // Attention of the key-value heads [begin, end).
   void (*paged_attention)(const AttentionArgs&, int64_t begin, int64_t end);
+  // z = logits / temperature in float32; returns the largest.
+  float (*scale_logits)(const void* logits, Dtype dtype, int64_t count, float temperature, float* z);
+  // The largest of each run of `run` values (a multiple of 16) of z; returns how many runs.
+  int64_t (*run_maxima)(const float* z, int64_t count, int64_t run, float* maxima);
+  // The values of z that are at least `floor`, in order; returns how many.
+  int64_t (*values_from)(const float* z, int64_t count, float floor, float* values);
+  // Sum over z >= floor of e^(z - shift), in double precision.
+  double (*sum_exp)(const float* z, int64_t count, float floor, float shift);
+  // Ranks the tokens with z >= floor by z + noise under `key`, or by z alone.
+  void (*rank_noised)(const float* z, int64_t count, float floor, int64_t key, Ranking&);
+  void (*rank_greedy)(const float* z, int64_t count, Ranking&);
 };
 
 const Kernels& baseline_kernels();
