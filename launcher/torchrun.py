@@ -73,7 +73,7 @@ class Ranks:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1"]
         torchrun += ["--nproc-per-node", str(num_ranks(self.launch.config)), "--max-restarts", "0"]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", uuid.uuid4().hex]
-        torchrun += ["--local-addr", "127.0.0.1"]
+        torchrun += ["--local-addr", "127.0.0.1", "--log-dir", str(self.directory)]
         worker = ["-m", "launcher.worker", "--announce", self._endpoint]
         if self.launch.config_path is not None:
             worker += ["--config", str(self.launch.config_path.resolve())]

@@ -116,7 +116,7 @@ def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
     try:
         assert one.directory != other.directory
         differing = [a for a, b in zip(one.command(), other.command(), strict=True) if a != b]
-        assert len(differing) == 2  # the rendezvous id and where to announce
+        assert len(differing) == 3  # the rendezvous id, the run directory and where to announce
         tail = " ".join(one.command()).partition("--config ")[2]
         assert tail == f"{Path('x.toml').resolve()} --set speculation.lookahead=3 --trace {tmp_path}/trace.json"
     finally:
