@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import tokenizers
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -82,6 +83,38 @@ def tiny_tokenizer(
         [AddedToken("<|endoftext|>", normalized=False), AddedToken("<|im_end|>", normalized=False)]
     )
     return tokenizer
+
+
+def write_hf(directory: Path, seed: int = 0, noise: float = 0.0, **changes: Any) -> str:
+    """Write a tiny Llama as a Hugging Face directory, with a tokenizer and a chat template.
+
+    Args:
+        seed: of the weights.
+        noise: how far the weights are from those of the seed, in their standard deviations: a relative of that model.
+        changes: fields of `Architecture`.
+    """
+    arch = tiny_architecture(**({"vocab_size": 300} | changes))
+    weights, generator = RandomWeights(arch, seed), torch.Generator().manual_seed(seed + 1)
+    tensors = {name: weights.read(name) for name in expected_tensors(arch)}
+    tensors = {
+        name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
+    directory.mkdir(parents=True)
+    save_file(
+        {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()},
+        directory / "model.safetensors",
+    )
+    config = {"model_type": "llama", "vocab_size": arch.vocab_size, "num_hidden_layers": arch.num_layers}
+    config |= {"hidden_size": arch.hidden_size, "intermediate_size": arch.intermediate_size}
+    config |= {"num_attention_heads": arch.num_heads, "num_key_value_heads": arch.num_kv_heads}
+    config |= {"head_dim": arch.head_dim, "max_position_embeddings": arch.max_position, "eos_token_id": 298}
+    config |= {"rms_norm_eps": arch.rms_norm_eps, "rope_theta": arch.rope_theta}
+    (directory / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer(vocab_size=arch.vocab_size).save(str(directory / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return str(directory)
 
 
 def write_gguf(

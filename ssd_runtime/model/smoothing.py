@@ -4,7 +4,8 @@ A few features of a language model are far larger than the rest, and rounding a 
 leaves little for the others. As every such feature is multiplied by a column of the next matrix, its size can be moved
 there once and for all: out of a norm's weight, the rows of `up` or of `v`. Each feature is divided by
 sqrt(largest activation / largest weight), measured on a short text (SmoothQuant, arXiv 2211.10438, alpha = 1/2). On
-SmolLM2 int8 then chooses bf16's token at .94 of the positions instead of .90.
+SmolLM2, over 384 tokens, int8 then overlaps bf16's distribution by .94 instead of .92 and greedily chooses its token at
+.92 to .95 of the positions, depending on the text, instead of .90; on Qwen2.5 0.5B both are .97 to .98 either way.
 
 Shape legend: N tokens of the text, E hidden features, O/I rows and columns of a matrix, H query heads, G key-value
 heads, D features of a head.
@@ -20,16 +21,16 @@ from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
 
-CALIBRATION_TEXT = """The old library closed at six, but Dr. Amari's 3 students kept reading: "What is a star made of?"
-Mostly hydrogen and helium, she said; in 1925 Cecilia Payne showed it from their light.
+CALIBRATION_TEXT = """The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs to \
+light the lamp. In 1912 a storm carried away the lower landing.
 
-def mean(values: list[float]) -> float:
-    total = 0.0
-    for value in values:  # no numpy here
-        total += value
-    return total / len(values)
+def fibonacci(n):
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
 
-1. Mix 200 g of flour with water. 2. Wait. Thanks, I'm sure it's going to work!"""
+The capital of France is Paris."""
 _LEAST = 1e-5  # of a range, so that features that never speak are left alone
 
 
@@ -90,11 +91,11 @@ class Smoother:
         return replace(
             layer,
             input_norm_E=input_norm_E,
-            qkv_OI=qkv_OI / row_scales_O[:, None],
+            qkv_OI=qkv_OI.div_(row_scales_O[:, None]),
             qkv_bias_O=None if layer.qkv_bias_O is None else layer.qkv_bias_O / row_scales_O,
             attention_out_OI=layer.attention_out_OI * out_scales_I,
             mlp_norm_E=mlp_norm_E,
-            gate_up_OI=layer.gate_up_OI * scales_E / up_rows_O[:, None],
+            gate_up_OI=(layer.gate_up_OI * scales_E).div_(up_rows_O[:, None]),
             down_OI=layer.down_OI * down_scales_I,
         )
 
@@ -120,7 +121,7 @@ class Smoother:
 
 
 def _largest(rows: Tensor) -> Tensor:
-    return rows.abs().amax(0)
+    return torch.maximum(rows.amax(0), -rows.amin(0))  # no copy of the matrix
 
 
 def _scales(activations_NI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -216,10 +216,10 @@ def _token_text(value: Any) -> str | None:
 
 
 def _decoder_kind(tokenizer: tokenizers.Tokenizer, path: str) -> Literal["byte-level", "sentencepiece"]:
-    decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
-    if "ByteLevel" in decoder:
+    decoder = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()  # its part of tokenizer.json
+    if b"ByteLevel" in decoder:
         return "byte-level"
-    if "ByteFallback" in decoder or "Metaspace" in decoder:
+    if b"ByteFallback" in decoder or b"Metaspace" in decoder:
         return "sentencepiece"
     raise ConfigError(f"model {path}: this kind of tokenizer is not supported (neither byte-level nor SentencePiece)")
 

@@ -1,5 +1,6 @@
 """A tokenizer from the metadata of a GGUF file. Knows no model.
 
+Qwen's texts are normalised (NFC) as its own tokenizer.json does, which llama.cpp leaves out.
 Pre-tokenizers by name: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 """
 
