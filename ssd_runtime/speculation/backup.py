@@ -39,9 +39,9 @@ class NgramIndex:
                     self._ends[tuple(tokens[end - n : end])] = end
         self._indexed = len(tokens)
         for n in self._sizes:
-            end = self._ends.get(tuple(tokens[-n:])) if n <= len(tokens) else None
-            if end is not None:
-                return tuple(tokens[end : end + count])
+            followed = self._ends.get(tuple(tokens[-n:])) if n <= len(tokens) else None
+            if followed is not None:
+                return tuple(tokens[followed : followed + count])
         return ()
 
 
