@@ -48,7 +48,7 @@ log = logging.getLogger("ssd.worker")
 CONTROL_KEY = "ssd/control"
 
 
-class Stopped(Exception):  # noqa: N818  # not an error: a signal came before the loop was there to be asked
+class Stopped(Exception):  # not an error: a signal came before the loop was there to be asked
     """A signal asked this rank to leave."""
 
 
@@ -227,7 +227,10 @@ class Worker:
         def progress(fraction: float) -> None:
             self._announcer.say(Progress(self._place.role, self._place.rank, f"load {phase}", fraction))
 
-        return load_decoder(resolve(model), dtype, self._place.device, progress)
+        progress(0.0)
+        decoder = load_decoder(resolve(model), dtype, self._place.device, progress)
+        decoder.arch.check_length(self._config.engine.max_model_len, f"{phase} model {model}")
+        return decoder
 
 
 def _store(config: Config) -> Any:

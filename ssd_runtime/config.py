@@ -76,6 +76,7 @@ class SpeculationConfig:
         lookahead: K, most draft tokens in one speculation.
         fan_out: how the budget is spread over the fork positions.
         budget: B, bonus candidates prepared in one verification (sum of F_k).
+        recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token.
         backup: what speculates after a miss.
         coupling: how draft and target randomness relate; "shared-noise" is exact and drafter-invariant.
     """
@@ -84,6 +85,7 @@ class SpeculationConfig:
     lookahead: int = 4
     fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: int = 8
+    recycle: int = 2
     backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Literal["shared-noise"] = "shared-noise"
 
@@ -215,10 +217,17 @@ def _validate(config: Config) -> None:
         if value < least:
             raise ConfigError(f"config key '{section}.{key}' must be at least {least}, not {value}")
 
-    for key, least in (("max_model_len", 2), ("max_num_seqs", 1), ("block_size", 1), ("num_blocks", 0), ("prefill_chunk", 1)):
+    for key, least in (
+        ("max_model_len", 2),
+        ("max_num_seqs", 1),
+        ("block_size", 1),
+        ("num_blocks", 0),
+        ("prefill_chunk", 1),
+    ):
         at_least("engine", key, least)
     at_least("speculation", "lookahead", 0)
     at_least("speculation", "budget", 1)
+    at_least("speculation", "recycle", 0)
     for role in ("target", "draft"):
         at_least(role, "threads", 1)
     for spec in dataclasses.fields(TimeoutConfig):

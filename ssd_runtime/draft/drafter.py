@@ -78,12 +78,12 @@ class Drafter:
         prompt = request.prompt_tokens
         table = BlockTable(self.allocator, self._engine.block_size, self._engine.max_model_len, self._decoder.device)
         tree = TokenTree(
-            prompt[-1],
-            len(prompt) - 1,
+            prompt,
             lookahead=request.lookahead,
             max_position=min(len(prompt) + request.max_tokens, self._engine.max_model_len),
             fan_out=self._fan_out,
             predraft=request.mode == "ssd",
+            recycle=self._speculation.recycle,
         )
         self._sequences[request.sequence_id] = _Sequence(request, table, tree)
 
@@ -191,8 +191,8 @@ class Drafter:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # One more than can be forked: at a position inside the speculation its own token is left out.
         count = budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
-        for (_, node), ranking in zip(nodes, rank_tokens(logits_RV, draws, count), strict=True):
-            node.ranking = ranking
+        for (sequence, node), ranking in zip(nodes, rank_tokens(logits_RV, draws, count), strict=True):
+            sequence.tree.record(node, ranking)
 
     def tree(self) -> TreeFrame:
         """All branches that are ready, of all sequences. The step that grew them is reported once."""
@@ -207,7 +207,7 @@ class Drafter:
 
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:
-    """Blocks of the draft's pool: as many as the target's for the sequences, and scratch for two generations of trees."""
-    nodes = 2 * (speculation.budget + 1) * (speculation.lookahead + 1)
+    """Blocks of the draft's pool: the target's number for sequences, and scratch for two generations of trees."""
+    nodes = 2 * (speculation.budget + 1 + speculation.recycle) * (speculation.lookahead + 2)
     scratch = engine.max_num_seqs * -(-nodes // engine.block_size) + 1
     return engine.pool_blocks + scratch

@@ -154,7 +154,9 @@ class Sequence:
         outcome: of the last verification (of the prefill: no draft token, the first token).
     """
 
-    def __init__(self, sequence_id: int, request: Request, table: BlockTable, text: TextStream, max_length: int) -> None:
+    def __init__(
+        self, sequence_id: int, request: Request, table: BlockTable, text: TextStream, max_length: int
+    ) -> None:
         self.sequence_id = sequence_id
         self.request = request
         self.table = table

@@ -1,7 +1,8 @@
 """Which outcomes of a verification to prepare for: how many bonus candidates at each position, and which.
 
-Knows rankings, not models. `uniform` spreads the budget evenly; `geometric` is Theorem 12 of arXiv 2603.03251, fed by an
-online acceptance estimate; `confidence` takes the most probable outcomes by the draft's own margins, calibrated online.
+Knows rankings, not models. `uniform` spreads the budget evenly; `geometric` is Theorem 12 of arXiv 2603.03251, fed by
+an online acceptance estimate; `confidence` takes the most probable outcomes by the draft's own margins, calibrated
+online.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Fork = tuple[int, int]  # position k, bonus candidate t*
 
 
 class FanOut(Protocol):
-    """A policy. `rankings[k]` is what the draft expects after the first k tokens of `speculation`; None: not known yet."""
+    """A policy. `rankings[k]`: what the draft expects after the first k tokens of `speculation`; None: not known yet."""
 
     def forks(self, rankings: Sequence[Ranking | None], speculation: Sequence[int], budget: int) -> list[Fork]:
         """At most `budget` outcomes (k, t*) to draft for, without those that the speculation itself denies."""
@@ -104,9 +105,7 @@ def uniform_counts(budget: int, length: int, acceptance: float) -> list[int]:
     return [share + (k >= positions - over) for k in range(positions)]
 
 
-def geometric_counts(
-    budget: int, length: int, acceptance: float, exponent: float = POWER_LAW_EXPONENT
-) -> list[int]:
+def geometric_counts(budget: int, length: int, acceptance: float, exponent: float = POWER_LAW_EXPONENT) -> list[int]:
     """F_0..F_K by Theorem 12: F_k = F_0 a^{k/(1+r)} for k < K and F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}.
 
     Args:
@@ -133,10 +132,10 @@ def _round_to_sum(shares: Sequence[float], total: int) -> list[int]:
 class ConfidenceFanOut:
     """The most probable outcomes by the draft's own margins.
 
-    The margin between the draft's first and second choice says how likely the target is to make the same first choice:
-    the chance is learned online, in classes of margin, from what the target chose. So a position where the draft is sure
-    costs no fork, and one where two tokens are near each other gets its second. The same noise on both sides keeps this
-    as true at temperature 1 as at 0.
+    The margin between the draft's first and second choice says how likely the target is to make the same first
+    choice: the chance is learned online, in classes of margin, from what the target chose. So a position where the
+    draft is sure costs no fork, and one where two tokens are near each other gets its second. The same noise on both
+    sides keeps this as true at temperature 1 as at 0.
 
     Args:
         least: outcomes less probable than this are not drafted for, even when the budget has room: a forward with fewer

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssd_runtime.speculation.fanout import FanOut
+from ssd_runtime.speculation.recycling import KEPT, Recycler
 from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.types import Branch, Outcome
 
@@ -88,17 +89,26 @@ class TokenTree:
     """The tree of one sequence.
 
     Args:
-        root_token, position: the newest committed token and its absolute position.
+        prompt: the committed tokens so far; the last one is the root.
         lookahead: K, most tokens of a branch.
         max_position: tokens at this position or beyond are not drafted (the end of the sequence).
         fan_out: policy that chooses the outcomes to draft for; shared by the trees of one draft.
         predraft: whether outcomes are drafted for ahead of time (SSD) or only when asked for (SD).
+        recycle: recycled candidates forwarded together with the token that they may follow.
     """
 
     def __init__(
-        self, root_token: int, position: int, *, lookahead: int, max_position: int, fan_out: FanOut, predraft: bool
+        self,
+        prompt: Sequence[int],
+        *,
+        lookahead: int,
+        max_position: int,
+        fan_out: FanOut,
+        predraft: bool,
+        recycle: int = 0,
     ) -> None:
-        self.root = Node(root_token, position, None)
+        root_token = prompt[-1]
+        self.root = Node(root_token, len(prompt) - 1, None)
         self.turn = -1
         self.outcome = Outcome(0, root_token)
         self.trunk: list[Node] | None = []  # None: a miss, the just-in-time branch is wanted
@@ -106,6 +116,9 @@ class TokenTree:
         self._max_position = max_position
         self._fan_out = fan_out
         self.predraft = predraft
+        self._recycle = recycle
+        self._recycler = Recycler(prompt if recycle else ())
+        self._before_root = prompt[-2] if len(prompt) > 1 else None
 
     # -- outcomes ------------------------------------------------------------------------------------------------
 
@@ -120,6 +133,10 @@ class TokenTree:
         gone = [node.slot for node in self.root.walk() if node.slot != NO_SLOT]
         kept = {node.slot for node in committed}
         root.parent = None
+        text = [node.token for node in (*committed, root)]
+        if self._recycle:
+            self._recycler.learn_text(text if self._before_root is None else [self._before_root, *text])
+        self._before_root = text[-2]
         self.root, self.trunk = root, None
         self.turn, self.outcome = self.turn + 1, outcome
         return Advance(committed, tuple(slot for slot in gone if slot not in kept))
@@ -138,16 +155,33 @@ class TokenTree:
         """The nodes the next forward should run on, parents before children; empty when there is nothing to gain."""
         if self.trunk is None:
             tip = self._tip(self.root)
-            return [] if tip is None else [tip]
+            return [] if tip is None else [tip, *self._recycled(tip)]
         if not self.predraft:
             return []
-        rows = [node for node in (self.root, *self.trunk) if node.ranking is None and self._allowed(node)]
         nodes = (self.root, *self.trunk)
+        rows = [node for node in nodes if node.ranking is None and self._allowed(node)]
+        # The likeliest outcome is that all is accepted: what comes next there is worth a bet.
+        main = rows[-1] if rows else self._tip(nodes[-1].best_child()) if nodes[-1].ranking else None
         for k, token in self._fan_out.forks(self._rankings(), [node.token for node in self.trunk], budget):
             tip = self._tip(nodes[k].child(token))
             if tip is not None:
                 rows.append(tip)
-        return rows
+        return rows if main is None or main not in rows else [*rows, *self._recycled(main)]
+
+    def _recycled(self, node: Node) -> list[Node]:
+        """Likely children of a node that is about to be forwarded."""
+        if not self._recycle or not self._allowed(node):
+            return []
+        previous = self._before_root if node.parent is None else node.parent.token
+        children = [node.child(token) for token in self._recycler.guess(previous, node.token, self._recycle)]
+        return [child for child in children if child.ranking is None and self._allowed(child)]
+
+    def record(self, node: Node, ranking: Ranking) -> None:
+        """A node was forwarded."""
+        node.ranking = ranking
+        if self._recycle:
+            previous = self._before_root if node.parent is None else node.parent.token
+            self._recycler.learn(previous, node.token, ranking.tokens[:KEPT])
 
     def _rankings(self) -> list[Ranking | None]:
         assert self.trunk is not None
@@ -168,23 +202,30 @@ class TokenTree:
     # -- what the target gets ------------------------------------------------------------------------------------
 
     def branches(self, sequence_id: int) -> list[Branch]:
-        """Every branch with at least one drafted token: the just-in-time one on a miss, else one an outcome."""
+        """Every branch with at least one drafted token, the likeliest first; on a miss only the just-in-time one."""
         if self.trunk is None:
             found = [(self.turn - 1, self.outcome, self.root)]
         elif not self.predraft:
             found = []
         else:
-            found = [
-                (self.turn, Outcome(k, child.token), child)
-                for k, node in enumerate((self.root, *self.trunk))
-                for child in node.children.values()
-                if child.ranking is not None and not (k < len(self.trunk) and child is self.trunk[k])
-            ]
+            found = [(self.turn, Outcome(k, child.token), child) for k, child in self._outcomes()]
         return [
             Branch(sequence_id, turn, outcome, tokens)
             for turn, outcome, start in found
             if (tokens := self._branch_tokens(start))
         ]
+
+    def _outcomes(self) -> list[tuple[int, Node]]:
+        """(k, bonus node) of every forwarded bonus candidate, by rank, later positions first among equals."""
+        assert self.trunk is not None
+        ranked: list[tuple[int, int, Node]] = []
+        for k, node in enumerate((self.root, *self.trunk)):
+            accepted = self.trunk[k].token if k < len(self.trunk) else None
+            for rank, token in enumerate(node.ranking.tokens if node.ranking else ()):
+                child = node.children.get(token)
+                if child is not None and child.ranking is not None and token != accepted:
+                    ranked.append((rank, -k, child))
+        return [(-k, child) for rank, k, child in sorted(ranked, key=lambda item: item[:2])]
 
     def _branch_tokens(self, start: Node) -> tuple[int, ...]:
         tokens: list[int] = []

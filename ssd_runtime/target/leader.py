@@ -1,9 +1,8 @@
-"""The leader's loop: requests in, rounds of the engine, text out. Owns the front door; knows nothing of how it drafts."""
+"""The leader's loop: requests in, rounds of the engine, text out. Owns the front door; does not know how it drafts."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ssd_runtime.comm.control import ControlServer

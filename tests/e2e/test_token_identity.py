@@ -215,11 +215,21 @@ def test_drafting_really_happens():
     assert (statistics.num_tokens - 1) / statistics.rounds > 4.5
 
 
-def test_a_slow_draft_gives_shorter_branches_instead_of_misses():
+def tokens_a_round(recycle: int, steps: int) -> float:
+    """Of a twin that takes `steps` drafting steps in one verification."""
     engine = EngineConfig(max_model_len=256)
-    process = in_process(models()["target"], models()["twin"], engine, SpeculationConfig(lookahead=4, budget=4), 2)
+    speculation = SpeculationConfig(lookahead=4, budget=4, recycle=recycle)
+    process = in_process(models()["target"], models()["twin"], engine, speculation, steps)
     (sequence,) = process.run([request(prompt(10), lookahead=4, max_tokens=200)])
     statistics = sequence.statistics()
     assert statistics.hits >= statistics.lookups - 2
-    # Each round takes two steps of the draft, and each step is one token of the text.
-    assert 1.8 < (statistics.num_tokens - 1) / statistics.rounds < 2.3
+    return (statistics.num_tokens - 1) / statistics.rounds
+
+
+def test_a_slow_draft_gives_shorter_branches_instead_of_misses():
+    """Each round takes two steps of the draft, and each step is one token of the text."""
+    assert 1.8 < tokens_a_round(recycle=0, steps=2) < 2.3
+
+
+def test_recycled_candidates_draft_more_than_one_token_a_step():
+    assert tokens_a_round(recycle=2, steps=2) > tokens_a_round(recycle=0, steps=2) + 0.2
