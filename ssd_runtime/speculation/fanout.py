@@ -21,7 +21,7 @@ Fork = tuple[int, int]  # position k, bonus candidate t*
 
 
 class FanOut(Protocol):
-    """A policy. `rankings[k]`: what the draft expects after the first k tokens of `speculation`; None: not known yet."""
+    """A policy. `rankings[k]`: what the draft expects after k tokens of `speculation`; None: not known yet."""
 
     def forks(self, rankings: Sequence[Ranking | None], speculation: Sequence[int], budget: int) -> list[Fork]:
         """At most `budget` outcomes (k, t*) to draft for, without those that the speculation itself denies."""
