@@ -4,7 +4,8 @@
 
 Knows no models and no ranks. The target calls `choose_tokens`, the draft `rank_tokens`: the same expression on its own
 logits, so the draft's best token is its best guess of what the target will choose. `rank_tokens_oracle` is the plain
-definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance.
+definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance, or is
+the compiled operator.
 
 Processors in order: temperature, top-k, top-p, min-p (each on what the one before left).
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cuda_ext import ops
 from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key
 from ssd_runtime.speculation.types import SamplingParams
@@ -120,6 +122,8 @@ def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ra
         count: how many, at least 1.
     """
     count = min(count, logits_RV.shape[1])
+    if logits_RV.device.type == "cpu" and ops.backend() == "compiled":
+        return _rank_compiled(logits_RV, draws, count)
     greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
     ranked: dict[int, Ranking] = {}
     if greedy:
@@ -129,6 +133,27 @@ def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ra
         if draw.params.temperature > 0.0:
             ranked[row] = _rank_noised(logits_RV[row], draw, count)
     return [ranked[row] for row in range(len(draws))]
+
+
+def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
+    """All rows in one operator."""
+    params = [draw.params for draw in draws]
+    temperatures = [one.temperature for one in params]
+    tokens_RF, scores_RF = ops.sample_shared_noise(
+        logits_RV,
+        torch.tensor(temperatures, dtype=torch.float64),
+        torch.tensor([one.top_k for one in params], dtype=torch.int64),
+        torch.tensor([one.top_p for one in params], dtype=torch.float64),
+        torch.tensor([one.min_p for one in params], dtype=torch.float64),
+        torch.tensor([noise_key(draw.params.seed, draw.position) for draw in draws], dtype=torch.int64),
+        count,
+    )
+    rankings = []
+    for tokens, scores, temperature in zip(tokens_RF.tolist(), scores_RF.tolist(), temperatures, strict=True):
+        left = count - tokens.count(-1)  # processors may leave fewer
+        margins = tuple((scores[0] - score) * (temperature or 1.0) for score in scores[:left])
+        rankings.append(Ranking(tuple(tokens[:left]), margins))
+    return rankings
 
 
 def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
