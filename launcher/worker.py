@@ -174,7 +174,7 @@ class Worker:
         if reason is not None:
             raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
         decoder = self._load("draft in the target's process", config.draft.model, config.draft.dtype)
-        return Drafter(decoder, config.engine, config.speculation)
+        return Drafter(decoder, config.engine, config.speculation, len(draft.vocabulary().tokens))
 
     def _welcome(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer) -> DraftPeer:
         config = self._config
@@ -212,7 +212,7 @@ class Worker:
                 return
             link = open_draft_link(answer.link, _link_timing(config), **self._frames_travel_by())
             with contextlib.closing(link):
-                drafter = Drafter(decoder, config.engine, config.speculation)
+                drafter = Drafter(decoder, config.engine, config.speculation, len(tokenizer.vocabulary().tokens))
                 loop = DraftLoop(drafter, control, link, self._tracer, config.timeouts.link)
                 self._on_stop = loop.stop
                 loop.run()

@@ -55,12 +55,16 @@ class Drafter:
     Args:
         decoder: the draft model.
         engine, speculation: sizes and policies.
+        vocab_size: tokens that target and draft share; what lies beyond is padding and never drafted.
     """
 
-    def __init__(self, decoder: Decoder, engine: EngineConfig, speculation: SpeculationConfig) -> None:
+    def __init__(
+        self, decoder: Decoder, engine: EngineConfig, speculation: SpeculationConfig, vocab_size: int | None = None
+    ) -> None:
         self._decoder = decoder
         self._engine = engine
         self._speculation = speculation
+        self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
         self._fan_out = fan_out_policy(speculation.fan_out)
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size)
@@ -191,7 +195,8 @@ class Drafter:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # One more than can be forked: at a position inside the speculation its own token is left out.
         count = budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
-        for (sequence, node), ranking in zip(nodes, rank_tokens(logits_RV, draws, count), strict=True):
+        rankings = rank_tokens(logits_RV[:, : self._vocab_size].contiguous(), draws, count)
+        for (sequence, node), ranking in zip(nodes, rankings, strict=True):
             sequence.tree.record(node, ranking)
 
     def tree(self) -> TreeFrame:
