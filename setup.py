@@ -29,6 +29,7 @@ def extension_arguments() -> dict[str, object]:
         sorted(str(path) for path in Path("cuda_ext/csrc").glob("*.cpp")),
         extra_compile_args=[
             "-O3",
+            "-g0",
             "-std=c++17",
             "-ffp-contract=off",
             "-fvisibility=hidden",
