@@ -100,6 +100,7 @@ def write_hf(directory: Path, seed: int = 0, noise: float = 0.0, **changes: Any)
         name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
         for name, tensor in tensors.items()
     }
+    tensors["lm_head.weight"][-2:] = 0.0  # the special tokens: greedy answers go on to their limit
     directory.mkdir(parents=True)
     save_file(
         {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()},
