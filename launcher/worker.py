@@ -27,7 +27,7 @@ from ssd_runtime import logs, topology
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.link import LinkHost, LinkTiming, open_draft_link, open_target_link
 from ssd_runtime.comm.messages import Hello, Message, Progress, Ready, Refused, Shutdown, Welcome, WorkerFailed, encode
-from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape
 from ssd_runtime.config import Config, Mode, load_config
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.loop import DraftLoop
@@ -184,7 +184,7 @@ class Worker:
             host,
             FrameShape.of(config.engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget),
             config_digest=config.digest(),
-            vocabulary=VocabularyDigest.of(tokenizer.vocabulary().tokens),
+            vocabulary=tokenizer.vocabulary().digest(),
             timing=_link_timing(config),
             deadline_s=config.timeouts.load + config.timeouts.handshake,
             stopping=lambda: bool(self._stop),
@@ -203,7 +203,7 @@ class Worker:
         tokenizer = Tokenizer.from_model(resolve(config.draft.model))
         decoder = self._load("draft", config.draft.model, config.draft.dtype)
         with contextlib.closing(ControlPeer(address)) as control:
-            vocabulary = VocabularyDigest.of(tokenizer.vocabulary().tokens)
+            vocabulary = tokenizer.vocabulary().digest()
             control.send(Hello(PROTOCOL_VERSION, "draft", self._place.rank, config.digest(), vocabulary))
             answer = control.wait_for(Welcome, Refused, Shutdown, timeout_s=patience)
             if isinstance(answer, Refused):

@@ -59,7 +59,7 @@ class VocabularyDigest:
     def of(cls, tokens: Iterable[str | bytes | None]) -> VocabularyDigest:
         """Digest the tokens in id order. None is an id without a token; padding at the end is not counted."""
         spelled = ["" if token is None else token for token in tokens]
-        while spelled and _is_padding(spelled[-1]):
+        while spelled and is_padding(spelled[-1]):
             spelled.pop()
         chunks: list[str] = []
         for start in range(0, len(spelled), CHUNK):
@@ -83,6 +83,7 @@ class VocabularyDigest:
         return f"vocabularies differ between token ids {whole * CHUNK} and {self.size - 1}"
 
 
-def _is_padding(token: str | bytes) -> bool:
+def is_padding(token: str | bytes) -> bool:
+    """Whether a token at the end of a vocabulary is there only to fill a table."""
     text = token.decode("utf-8", "replace") if isinstance(token, bytes) else token
     return _PADDING.fullmatch(text) is not None

@@ -18,7 +18,7 @@ from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_linea
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.model.vocabulary import VocabularyDigest
+from ssd_runtime.model.vocabulary import Vocabulary
 from ssd_runtime.model.weights_gguf import GgufWeights
 from ssd_runtime.model.weights_hf import HfWeights
 
@@ -33,7 +33,7 @@ class ModelCard:
     format: Literal["hf", "gguf"]
     arch: Architecture
     eos_token_ids: tuple[int, ...]
-    vocabulary: VocabularyDigest
+    vocabulary: Vocabulary
 
 
 def open_weights(path: str) -> WeightSource:

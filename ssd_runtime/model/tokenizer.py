@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.gguf_file import open_gguf
 from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
-from ssd_runtime.model.vocabulary import VocabularyDigest
+from ssd_runtime.model.vocabulary import Vocabulary
 from ssd_runtime.model.weights_hf import read_json
 
 _CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>")
@@ -109,9 +109,9 @@ class Tokenizer:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}") from None
 
-    def vocabulary(self) -> VocabularyDigest:
+    def vocabulary(self) -> Vocabulary:
         """For the comparison with another model's."""
-        return VocabularyDigest.from_tokens(self._tokens)
+        return Vocabulary.from_tokens(self._tokens)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         """What one token adds to a text; nothing for skipped and unknown ids."""

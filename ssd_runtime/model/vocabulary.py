@@ -5,20 +5,14 @@ Tables are padded at the end to round sizes, so vocabularies are compared withou
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-_PADDING = re.compile(r"\[PAD\d+\]|<pad_\d+>|<dummy\d+>|\[unused\d+\]|", re.IGNORECASE)
+from ssd_runtime.comm.protocol import VocabularyDigest, is_padding
 
 
 @dataclass(frozen=True)
-class VocabularyDigest:
+class Vocabulary:
     """Token strings by id, without the padding at the end.
 
     Attributes:
@@ -28,34 +22,18 @@ class VocabularyDigest:
     tokens: tuple[str, ...]
 
     @classmethod
-    def from_tokens(cls, tokens: Sequence[str]) -> VocabularyDigest:
+    def from_tokens(cls, tokens: Sequence[str]) -> Vocabulary:
         """Cut the padding ("[PAD151665]", "<pad_3>", unnamed) from the end."""
         size = len(tokens)
-        while size and _PADDING.fullmatch(tokens[size - 1]):
+        while size and is_padding(tokens[size - 1]):
             size -= 1
         return cls(tuple(tokens[:size]))
 
-    @functools.cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
+    def digest(self) -> VocabularyDigest:
+        """For the handshake: a few kilobytes that can be compared."""
+        return VocabularyDigest.of(self.tokens)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For the handshake; the strings travel compressed so that a refusal can name the first difference."""
-        packed = zlib.compress(json.dumps(self.tokens).encode(), 1)
-        return {"size": len(self.tokens), "sha256": self.sha256, "tokens": packed}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> VocabularyDigest:
-        """Inverse of `to_dict`. Raises ValueError on anything else."""
-        try:
-            tokens = json.loads(zlib.decompress(values["tokens"]))
-        except (KeyError, TypeError, zlib.error) as error:
-            raise ValueError(f"not a vocabulary: {error}") from None
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError("not a vocabulary: tokens must be strings")
-        return cls(tuple(tokens))
-
-    def difference(self, other: VocabularyDigest) -> str | None:
+    def difference(self, other: Vocabulary) -> str | None:
         """None when the vocabularies are equal up to padding, else the reason, with the first id that differs."""
         for token_id, (mine, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if mine != theirs:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
-from ssd_runtime.model.vocabulary import VocabularyDigest
+from ssd_runtime.model.vocabulary import Vocabulary
 from tests.tiny_models import add_byte_level_tokenizer, tiny_tokenizer
 
 TEXTS = [
@@ -291,16 +291,14 @@ def test_sentencepiece_gguf_merges_by_score_and_falls_back_to_bytes(tmp_path: Pa
 
 
 def test_vocabularies_are_equal_up_to_padding_at_the_end() -> None:
-    plain = VocabularyDigest.from_tokens(["a", "b", "c"])
-    padded = VocabularyDigest.from_tokens(["a", "b", "c", "", "[PAD4]", "[PAD5]"])
+    plain = Vocabulary.from_tokens(["a", "b", "c"])
+    padded = Vocabulary.from_tokens(["a", "b", "c", "", "[PAD4]", "[PAD5]"])
     assert plain.difference(padded) is None
-    assert plain.sha256 == padded.sha256
-    assert VocabularyDigest.from_dict(padded.to_dict()) == plain
-    with pytest.raises(ValueError, match="not a vocabulary"):
-        VocabularyDigest.from_dict({"tokens": b"?"})
-    other = VocabularyDigest.from_tokens(["a", "x", "c"])
+    assert plain == padded
+    assert plain.digest() == padded.digest()
+    other = Vocabulary.from_tokens(["a", "x", "c"])
     assert plain.difference(other) == "the vocabularies differ first at id 1: 'b' and 'x'"
-    longer = VocabularyDigest.from_tokens(["a", "b", "c", "d"])
+    longer = Vocabulary.from_tokens(["a", "b", "c", "d"])
     assert plain.difference(longer) == "the vocabularies have 3 and 4 tokens: id 3 is 'd' in one only"
     assert longer.difference(plain) is not None
 
