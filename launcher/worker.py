@@ -135,6 +135,8 @@ class Worker:
                 leader = Leader(config, engine, tokenizer, server, link, cores, self._stop)
                 self._on_stop = self._set_stop
                 self._announcer.say(Ready(server.address, cores))
+                if self._announcer.address is None:  # started by hand: nobody else says it
+                    click.echo(f"address: {server.address}")
                 log.info("ready at %s", server.address)
                 leader.run()
                 log.info("leaving: %s", self._stop.reason)
