@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,18 +89,21 @@ def tiny_tokenizer(
 def write_hf(directory: Path, seed: int = 0, noise: float = 0.0, **changes: Any) -> str:
     """Write a tiny Llama as a Hugging Face directory, with a tokenizer and a chat template.
 
+    Layers after the second hardly change the text, so a model of two layers drafts well for a deeper one.
+
     Args:
-        seed: of the weights.
+        seed: of the weights, together with a tensor's name.
         noise: how far the weights are from those of the seed, in their standard deviations: a relative of that model.
         changes: fields of `Architecture`.
     """
     arch = tiny_architecture(**({"vocab_size": 300} | changes))
-    weights, generator = RandomWeights(arch, seed), torch.Generator().manual_seed(seed + 1)
-    tensors = {name: weights.read(name) for name in expected_tensors(arch)}
-    tensors = {
-        name: tensor + noise * tensor.std() * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in tensors.items()
-    }
+    tensors = {}
+    for name, shape in expected_tensors(arch).items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        tensor = random_weight(name, shape, generator)
+        tensor += noise * tensor.std() * torch.randn(shape, generator=generator)
+        late = name.startswith("layers.") and int(name.split(".")[1]) > 1
+        tensors[name] = 0.02 * tensor if late and name.endswith(("o_proj.weight", "down_proj.weight")) else tensor
     tensors["lm_head.weight"][-2:] = 0.0  # the special tokens: greedy answers go on to their limit
     directory.mkdir(parents=True)
     save_file(

@@ -37,10 +37,10 @@ shutdown = 5.0
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of models: a target, a draft that often agrees with it, another target, an unrelated vocabulary."""
+    """A directory of models: a target, a fast draft that often agrees with it, another target, another vocabulary."""
     directory = tmp_path_factory.mktemp("models")
-    write_hf(directory / "target", seed=1)
-    write_hf(directory / "draft", seed=1, noise=0.05)
+    write_hf(directory / "target", seed=1, num_layers=40)
+    write_hf(directory / "draft", seed=1, noise=0.02)
     write_hf(directory / "other", seed=5)
     write_hf(directory / "foreign", seed=1, vocab_size=290)
     return directory
