@@ -85,7 +85,7 @@ class SpeculationConfig:
     lookahead: int = 4
     fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: int = 8
-    recycle: int = 2
+    recycle: int = 3
     backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Literal["shared-noise"] = "shared-noise"
 

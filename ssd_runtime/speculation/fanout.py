@@ -145,7 +145,7 @@ class ConfidenceFanOut:
     EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     PRIOR = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
-    def __init__(self, least: float = 0.01) -> None:
+    def __init__(self, least: float = 0.02) -> None:
         self._least = least
         self._agrees = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.PRIOR]
         self._ranks = [AcceptanceEstimate(prior, weight=16.0, memory=512.0) for prior in (0.6, 0.4)]
