@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.reference import PackedBf16, PackedFp32, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
 
 
 def _load() -> None:
@@ -33,6 +33,7 @@ add_rms_norm = _ops.add_rms_norm.default
 silu_mul = _ops.silu_mul.default
 rope_write_ = _ops.rope_write_.default
 paged_attention = _ops.paged_attention.default
+_decoder_layers_ = _ops.decoder_layers_.default
 copy_branch_ = _ops.copy_branch_.default
 write_kv_ = _ops.write_kv_.default
 match_outcomes = _ops.match_outcomes.default
@@ -69,3 +70,45 @@ def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tens
 
 def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tensor:
     return _linear_fp32(x_NI, packed.data, packed.out_features, bias_O)
+
+
+def decoder_layers_(
+    weights: DecoderWeights,
+    embedding_VE: Tensor,
+    tokens_N: Tensor,
+    cos_ND: Tensor,
+    sin_ND: Tensor,
+    kv_L2SGD: Tensor,
+    slots_N: Tensor,
+    sequence_N: Tensor,
+    tables_SC: Tensor,
+    prefix_N: Tensor,
+    chain_ND: Tensor,
+    logit_rows_R: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return _decoder_layers_(
+        embedding_VE,
+        tokens_N,
+        cos_ND,
+        sin_ND,
+        kv_L2SGD,
+        slots_N,
+        sequence_N,
+        tables_SC,
+        prefix_N,
+        chain_ND,
+        logit_rows_R,
+        scale,
+        weights.kind,
+        weights.num_heads,
+        weights.intermediate_size,
+        weights.eps,
+        weights.norms_ME,
+        weights.head_norms_MD,
+        weights.qkv,
+        weights.qkv_bias_LO,
+        weights.attention_out,
+        weights.gate_up,
+        weights.down,
+    )

@@ -16,17 +16,19 @@ from typing import Literal
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.reference import PackedBf16, PackedFp32, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
 
 log = logging.getLogger(__name__)
 
 __all__ = [
+    "DecoderWeights",
     "PackedBf16",
     "PackedFp32",
     "PackedInt8",
     "add_rms_norm",
     "backend",
     "copy_branch_",
+    "decoder_layers_",
     "linear_bf16",
     "linear_fp32",
     "linear_int8",
@@ -87,6 +89,43 @@ def paged_attention(
     scale: float,
 ) -> Tensor:
     return _kernels().paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_ND, scale)
+
+
+def decoder_layers_(
+    weights: DecoderWeights,
+    embedding_VE: Tensor,
+    tokens_N: Tensor,
+    cos_ND: Tensor,
+    sin_ND: Tensor,
+    kv_L2SGD: Tensor,
+    slots_N: Tensor,
+    sequence_N: Tensor,
+    tables_SC: Tensor,
+    prefix_N: Tensor,
+    chain_ND: Tensor,
+    logit_rows_R: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """All layers of a forward in one call: the wanted rows after the last norm, RE. Compiled, on the CPU only.
+
+    Its oracle is the walk over single operators in ssd_runtime.model.decoder, which gives the same bits.
+    """
+    result: Tensor = _kernels().decoder_layers_(
+        weights,
+        embedding_VE,
+        tokens_N,
+        cos_ND,
+        sin_ND,
+        kv_L2SGD,
+        slots_N,
+        sequence_N,
+        tables_SC,
+        prefix_N,
+        chain_ND,
+        logit_rows_R,
+        scale,
+    )
+    return result
 
 
 def pack_int8(weight_OI: Tensor) -> PackedInt8:

@@ -49,6 +49,32 @@ class PackedFp32:
     out_features: int
 
 
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All layers of a decoder as `decoder_layers_` of the compiled backend wants them.
+
+    Attributes:
+        kind: what the linear layers were packed as: "int8", "bf16" or "fp32".
+        num_heads, intermediate_size, eps: what the tensors do not say.
+        norms_ME: the norms before attention and before the MLP of each layer in turn, then the last one (M = 2L + 1).
+        head_norms_MD: of queries and of keys, layer by layer (M = 2L); None for models without.
+        qkv, attention_out, gate_up, down: packed weights, one a layer.
+        qkv_bias_LO: None for models without.
+    """
+
+    kind: str
+    num_heads: int
+    intermediate_size: int
+    eps: float
+    norms_ME: Tensor
+    head_norms_MD: Tensor | None
+    qkv: tuple[Tensor, ...]
+    qkv_bias_LO: Tensor | None
+    attention_out: tuple[Tensor, ...]
+    gate_up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
+
+
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32, as Hugging Face's LlamaRMSNorm."""
     x32_ND = x_ND.float()

@@ -1,7 +1,6 @@
 // The operators under torch.ops.ssd_runtime: schemas, checks, and CPU kernels, on torch's stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,71 +17,11 @@
 
 #include "kernels.h"
 #include "sampling.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-#define SSD_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
-
-// What the checks and kernels need of a tensor, fetched once.
-struct View {
-  char* data;
-  const int64_t *sizes, *strides;
-  int64_t dim;
-  ScalarType type;
-
-  explicit View(const Tensor& tensor)
-      : data(static_cast<char*>(tensor.data_ptr())),
-        sizes(tensor.sizes().data()),
-        strides(tensor.strides().data()),
-        dim(tensor.dim()),
-        type(tensor.scalar_type()) {}
-
-  int64_t numel() const {
-    int64_t count = 1;
-    for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
-    return count;
-  }
-  // Whether the last dimension is dense (or too short to matter).
-  bool dense_rows() const { return sizes[dim - 1] <= 1 || strides[dim - 1] == 1; }
-};
-
-ssd::Dtype float_dtype(const View& view, const char* op, const char* name) {
-  SSD_CHECK(view.type == ScalarType::Float || view.type == ScalarType::BFloat16, op, ": ", name,
-            " must be float32 or bfloat16");
-  return view.type == ScalarType::Float ? ssd::Dtype::kFloat32 : ssd::Dtype::kBfloat16;
-}
-
-void check_dim(const View& view, int64_t dim, const char* op, const char* name) {
-  SSD_CHECK(view.dim == dim, op, ": ", name, " must have ", dim, " dimensions, not ", view.dim);
-  SSD_CHECK(view.dense_rows(), op, ": the last dimension of ", name, " must be contiguous");
-}
-
-void check_size(int64_t size, int64_t expected, const char* op, const char* name) {
-  SSD_CHECK(size == expected, op, ": ", name, " must be ", expected, ", not ", size);
-}
-
-void check_int64(const View& view, int64_t dim, const char* op, const char* name) {
-  SSD_CHECK(view.type == ScalarType::Long, op, ": ", name, " must be int64");
-  check_dim(view, dim, op, name);
-}
-
-void check_range(int64_t value, int64_t low, int64_t high, const char* op, const char* name) {
-  SSD_CHECK(low <= value && value < high, op, ": ", name, " ", value, " is outside [", low, ", ", high, ")");
-}
-
-Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[4] = {1, 1, 1, 1};
-  const int64_t* size = sizes.begin();
-  const auto dim = static_cast<int64_t>(sizes.size());
-  for (int64_t d = dim - 2; d >= 0; --d) strides[d] = strides[d + 1] * size[d + 1];
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, size, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
+using namespace ssd;
 
 // Memory for packed weights: pieces of large chunks in huge pages, which read a tenth to a fifth faster. A chunk is a
 // tensor and lives as long as one of its pieces.
@@ -111,12 +50,6 @@ Tensor weight_memory(int64_t bytes) {
   Tensor piece = torch::stable::narrow(*chunk, 0, used, bytes);
   used += (bytes + kAlign - 1) / kAlign * kAlign;
   return piece;
-}
-
-template <class Run>
-void parallel(int64_t count, int64_t grain, const Run& run) {
-  if (count <= grain || torch::stable::get_num_threads() <= 1) return run(0, count);
-  torch::stable::parallel_for(0, count, grain, run);
 }
 
 // ---- linear
@@ -190,13 +123,8 @@ Tensor linear(ssd::Weights kind, const char* op, const Tensor& x, const Tensor& 
     args.bias = bv.data;
   }
   Tensor out = empty_cpu({args.num_rows, out_features}, xv.type);
-  if (args.num_rows == 0 || out_features == 0) return out;
   args.out = out.data_ptr();
-  const ssd::Kernels& kernels = ssd::kernels();
-  char* scratch = ssd::thread_scratch(kernels.linear_scratch(args));
-  kernels.linear_prepare(args, scratch);
-  parallel(ssd::num_panels(out_features), 4,
-           [&](int64_t begin, int64_t end) { kernels.linear_panels(args, scratch, begin, end); });
+  run_linear(args);
   return out;
 }
 
@@ -272,12 +200,6 @@ Tensor silu_mul(const Tensor& gate_up) {
 
 // ---- rotary embedding, cache, attention
 
-void check_kv(const View& kv, int64_t head_dim, const char* op) {
-  check_dim(kv, 4, op, "kv");
-  check_size(kv.sizes[0], 2, op, "the first dimension of kv");
-  check_size(kv.sizes[3], head_dim, op, "the head dimension of kv");
-}
-
 void rope_write_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                  const Tensor& kv, const Tensor& slots) {
   const char* op = "rope_write_";
@@ -333,12 +255,8 @@ void rope_write_(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& sequence, const Tensor& tables,
                        const Tensor& prefix, const Tensor& chain, double scale) {
   const char* op = "paged_attention";
-  const View qv(q), cache(kv), sv(sequence), tv(tables), pv(prefix), cv(chain);
+  const View qv(q), cache(kv);
   check_dim(qv, 3, op, "q");
-  check_int64(sv, 1, op, "sequence");
-  check_int64(tv, 2, op, "tables");
-  check_int64(pv, 1, op, "prefix");
-  check_int64(cv, 2, op, "chain");
   ssd::AttentionArgs args{};
   args.dtype = float_dtype(qv, op, "q");
   args.kv_dtype = float_dtype(cache, op, "kv");
@@ -349,27 +267,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& sequence
   args.num_kv_heads = cache.sizes[2];
   SSD_CHECK(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0, op, ": ", args.num_heads,
             " query heads are no multiple of ", args.num_kv_heads, " key-value heads");
-  check_size(sv.sizes[0], args.num_rows, op, "the length of sequence");
-  check_size(pv.sizes[0], args.num_rows, op, "the length of prefix");
-  check_size(cv.sizes[0], args.num_rows, op, "the number of rows of chain");
-  args.sequence = reinterpret_cast<const int64_t*>(sv.data);
-  args.tables = reinterpret_cast<const int64_t*>(tv.data);
-  args.prefix = reinterpret_cast<const int64_t*>(pv.data);
-  args.chain = reinterpret_cast<const int64_t*>(cv.data);
-  args.table_stride = tv.strides[0];
-  args.chain_stride = cv.strides[0];
-  args.chain_width = cv.sizes[1];
-  int64_t checked_sequence = -1, checked = 0;
-  for (int64_t row = 0; row < args.num_rows; ++row) {
-    const int64_t s = args.sequence[row];
-    check_range(s, 0, tv.sizes[0], op, "sequence");
-    check_range(args.prefix[row], 0, tv.sizes[1] + 1, op, "prefix");
-    if (s != checked_sequence) checked_sequence = s, checked = 0;
-    for (; checked < args.prefix[row]; ++checked)
-      check_range(args.tables[s * args.table_stride + checked], 0, cache.sizes[1], op, "slot");
-    for (int64_t c = 0; c < args.chain_width; ++c)
-      check_range(args.chain[row * args.chain_stride + c], INT64_MIN, cache.sizes[1], op, "chain slot");
-  }
+  set_visible(args, sequence, tables, prefix, chain, cache.sizes[1], op);
   args.q = qv.data;
   args.q_strides[0] = qv.strides[0];
   args.q_strides[1] = qv.strides[1];
@@ -378,9 +276,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& sequence
   args.scale = static_cast<float>(scale);
   Tensor out = empty_cpu({args.num_rows, args.num_heads, args.head_dim}, qv.type);
   args.out = out.data_ptr();
-  if (args.num_rows > 0)
-    parallel(args.num_kv_heads, 1,
-             [&](int64_t begin, int64_t end) { ssd::kernels().paged_attention(args, begin, end); });
+  run_attention(args);
   return out;
 }
 

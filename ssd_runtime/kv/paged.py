@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cuda_ext import ops
 from ssd_runtime.kv.blocks import BlockAllocator
 
 
@@ -106,7 +107,7 @@ def copy_branch(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[
         return
     source = torch.tensor(source_slots, dtype=torch.int64, device=kv.device)
     target = torch.tensor(target_slots, dtype=torch.int64, device=kv.device)
-    kv.index_copy_(2, target, kv.index_select(2, source))
+    ops.copy_branch_(kv, source, target)
 
 
 def copy_branch_oracle(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ D features of a head, L layers, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from cuda_ext import ops
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.layers import Layer, Linear
+from ssd_runtime.model.quantize import PackedLinear
 
 
 class Decoder:
@@ -46,6 +47,7 @@ class Decoder:
         self._lm_head = lm_head
         self._frequencies_D = torch.cat((frequencies_P, frequencies_P)).to(self.device)
         self._scale = arch.head_dim**-0.5
+        self._packed = _pack(arch, self._layers, norm_E)
 
     def new_kv(self, num_slots: int) -> Tensor:
         """An empty KV pool: [layer, 2, slot, kv_head, dim] in the activations' dtype, zeros."""
@@ -56,12 +58,35 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor:
         """Logits of the wanted rows, float32 (RV). Writes keys and values of every row into its slot."""
+        angles_ND = batch.positions_N.float()[:, None] * self._frequencies_D
+        cos_ND, sin_ND = angles_ND.cos(), angles_ND.sin()
+        if self._packed is None:
+            x_RE = self._walk(batch, cos_ND, sin_ND, kv_L2SGD)
+        else:
+            x_RE = ops.decoder_layers_(
+                self._packed,
+                self._embedding_VE,
+                batch.tokens_N,
+                cos_ND,
+                sin_ND,
+                kv_L2SGD,
+                batch.slots_N,
+                batch.sequence_N,
+                batch.tables_SC,
+                batch.prefix_N,
+                batch.chain_ND,
+                batch.logit_rows_R,
+                self._scale,
+            )
+        if len(x_RE) == 0:
+            return torch.empty(0, self.arch.vocab_size, device=self.device)
+        return self._lm_head(x_RE).float()
+
+    def _walk(self, batch: ForwardBatch, cos_ND: Tensor, sin_ND: Tensor, kv_L2SGD: Tensor) -> Tensor:
+        """The layers operator by operator: the wanted rows after the last norm (RE)."""
         arch, eps = self.arch, self.arch.rms_norm_eps
         num_heads, num_kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
         num_rows, last = len(batch.tokens_N), len(self._layers) - 1
-        angles_ND = batch.positions_N.float()[:, None] * self._frequencies_D
-        cos_ND, sin_ND = angles_ND.cos(), angles_ND.sin()
-
         residual_NE = self._embedding_VE.index_select(0, batch.tokens_N)
         x_NE = ops.rms_norm(residual_NE, self._layers[0].input_norm_I, eps)
         for index, (layer, kv_2SGD) in enumerate(zip(self._layers, kv_L2SGD.unbind(0), strict=True)):
@@ -79,10 +104,40 @@ class Decoder:
             x_NE = attended_NHD.reshape(num_rows, num_heads * head_dim)
             if index == last and batch.logit_rows_R is not None:  # the other rows have left their keys and values
                 if len(batch.logit_rows_R) == 0:
-                    return torch.empty(0, arch.vocab_size, device=self.device)
+                    return residual_NE[:0]
                 x_NE = x_NE.index_select(0, batch.logit_rows_R)
                 residual_NE = residual_NE.index_select(0, batch.logit_rows_R)
             x_NE, residual_NE = ops.add_rms_norm(layer.attention_out(x_NE), residual_NE, layer.mlp_norm_I, eps)
             x_NE = layer.down(ops.silu_mul(layer.gate_up(x_NE)))
         x_RE, _ = ops.add_rms_norm(x_NE, residual_NE, self._norm_E, eps)
-        return self._lm_head(x_RE).float()
+        return x_RE
+
+
+def _pack(arch: Architecture, layers: Sequence[Layer], norm_E: Tensor) -> ops.DecoderWeights | None:
+    """The layers for one call of the compiled operator; None where they have to be walked: plain torch and GPUs."""
+    first = layers[0].qkv
+    if not isinstance(first, PackedLinear) or ops.backend() != "compiled":
+        return None
+
+    def packed(linears: Iterable[Linear]) -> tuple[Tensor, ...]:
+        return tuple(linear.packed.data for linear in linears if isinstance(linear, PackedLinear))
+
+    def stacked(vectors: Iterable[Tensor | None]) -> Tensor | None:
+        present = [vector for vector in vectors if vector is not None]
+        return torch.stack(present) if present else None
+
+    norms_ME = stacked([norm for layer in layers for norm in (layer.input_norm_I, layer.mlp_norm_I)] + [norm_E])
+    assert norms_ME is not None
+    return ops.DecoderWeights(
+        kind=first.kind,
+        num_heads=arch.num_heads,
+        intermediate_size=arch.intermediate_size,
+        eps=arch.rms_norm_eps,
+        norms_ME=norms_ME,
+        head_norms_MD=stacked(norm for layer in layers for norm in (layer.q_norm_D, layer.k_norm_D)),
+        qkv=packed(layer.qkv for layer in layers),
+        qkv_bias_LO=stacked(layer.qkv.bias_O for layer in layers if isinstance(layer.qkv, PackedLinear)),
+        attention_out=packed(layer.attention_out for layer in layers),
+        gate_up=packed(layer.gate_up for layer in layers),
+        down=packed(layer.down for layer in layers),
+    )

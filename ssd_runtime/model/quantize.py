@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,6 +13,22 @@ from cuda_ext import ops
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.layers import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A linear layer on the CPU: weights packed for `cuda_ext.ops`, of the kind in which they are stored."""
+
+    kind: Dtype
+    packed: Any  # ops.PackedFp32, PackedBf16 or PackedInt8
+    bias_O: Tensor | None
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        if self.kind == "fp32":
+            return ops.linear_fp32(x_NI, self.packed, self.bias_O)
+        if self.kind == "bf16":
+            return ops.linear_bf16(x_NI, self.packed, self.bias_O)
+        return ops.linear_int8(x_NI, self.packed, self.bias_O)
 
 
 def check_dtype(dtype: Dtype, device: torch.device) -> None:
@@ -36,13 +55,7 @@ def make_linear(weight_OI: Tensor, bias_O: Tensor | None, dtype: Dtype, device: 
         bias_O = None if bias_O is None else bias_O.to(device, kind)
         return lambda x_NI: functional.linear(x_NI, weight_OI, bias_O)
     if dtype == "fp32":
-        packed_fp32 = ops.pack_fp32(weight_OI)
-        bias_O = None if bias_O is None else bias_O.float()
-        return lambda x_NI: ops.linear_fp32(x_NI, packed_fp32, bias_O)
+        return PackedLinear(dtype, ops.pack_fp32(weight_OI), None if bias_O is None else bias_O.float())
     if dtype == "bf16":
-        packed = ops.pack_bf16(weight_OI)
-        bias_O = None if bias_O is None else bias_O.to(torch.bfloat16)
-        return lambda x_NI: ops.linear_bf16(x_NI, packed, bias_O)
-    packed_int8 = ops.pack_int8(weight_OI.float())
-    bias_O = None if bias_O is None else bias_O.float()
-    return lambda x_NI: ops.linear_int8(x_NI, packed_int8, bias_O)
+        return PackedLinear(dtype, ops.pack_bf16(weight_OI), None if bias_O is None else bias_O.to(torch.bfloat16))
+    return PackedLinear(dtype, ops.pack_int8(weight_OI.float()), None if bias_O is None else bias_O.float())
