@@ -5,7 +5,7 @@ CONFIG ?= configs/smollm2_cpu.toml
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROJECT := $(VENV)/.stamp-project
 TESTING := $(VENV)/.stamp-testing
 EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*)
@@ -23,10 +23,12 @@ help:
 # torch first, then the project against it: a build without isolation compiles for the torch that will run it.
 $(VENV)/.stamp-torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch into $(VENV) (a minute or two; longer where it must be downloaded)"
 	$(PIP) install "torch==2.13.*" numpy "setuptools>=77" wheel ninja
 	touch $@
 
 $(PROJECT): $(VENV)/.stamp-torch pyproject.toml $(EXT_SOURCES)
+	@echo "building and installing the project (about a minute)"
 	$(PIP) install --no-build-isolation --editable .
 	touch $@
 

@@ -127,8 +127,8 @@ def generate(client: Generates, request: Generate, on_text: Callable[[str], None
 def compare(results: dict[str, list[Generation]], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Whether every run gave the tokens of the first run, and else where they part first.
 
-    They must in fp32. In bf16 and int8 a forward over several rows rounds differently from a forward over one, so
-    near-ties may fall the other way.
+    They must with the compiled operators and in fp32. In bf16 and int8 plain torch rounds a forward over several rows
+    differently from a forward over one, so near-ties may fall the other way.
     """
     (reference, expected), *others = results.items()
     first: tuple[int, str, str] | None = None  # position, prompt, run

@@ -115,6 +115,7 @@ def ssd() -> None:
 @_sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--mode", type=click.Choice(MODES), help="Default: speculation.mode.")
+@click.option("--lookahead", type=click.IntRange(min=0), help="Most draft tokens a round; default: the engine's.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end, nothing else.")
 @_connect_option
@@ -126,6 +127,7 @@ def generate(
     max_tokens: int,
     stop: tuple[str, ...],
     mode: Mode | None,
+    lookahead: int | None,
     raw: bool,
     as_json: bool,
     connect: str | None,
@@ -137,10 +139,13 @@ def generate(
 
     if mode is not None:
         overrides = (*overrides, f"speculation.mode={mode}")
+    if lookahead is not None:
+        overrides = (*overrides, f"speculation.lookahead={lookahead}")
     config = load_config(config_path, overrides)
     if prompt == "-":
         prompt = sys.stdin.read()
     request = _request(prompt, raw, max_tokens, stop, mode, SamplingParams(**sampling))
+    request = replace(request, lookahead=lookahead)
     preflight.check_not_empty(request)
     with _session(config, config_path, overrides, connect, trace, request) as session:
         try:

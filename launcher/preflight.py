@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ssd_runtime.comm.messages import Generate
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 def check_engine(config: Config) -> None:
     """Raise ConfigError for what would keep the engine from starting."""
     check_port(config)
+    if config.speculation.mode == "ar":  # no draft is loaded
+        inspect(replace(config, draft=config.target))
+        return
     target, draft = inspect(config)
     reason = target.vocabulary.difference(draft.vocabulary)
-    if reason is not None and config.speculation.mode != "ar":
+    if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
 
 
@@ -52,6 +56,7 @@ def check_request(request: Generate, config: Config) -> None:
     from ssd_runtime.model.tokenizer import Tokenizer
 
     check_not_empty(request)
+    check_stop(request)
     length = count_tokens(request, Tokenizer.from_model(resolve(config.target.model)))
     limit = config.engine.max_model_len
     if length >= limit:
@@ -65,6 +70,12 @@ def check_not_empty(request: Generate) -> None:
     said = request.prompt if request.messages is None else "".join(m.content for m in request.messages).strip()
     if not said:
         raise RequestError("the prompt is empty; give one with --prompt, or --prompt - to read standard input")
+
+
+def check_stop(request: Generate) -> None:
+    """Raise RequestError for a stop string that every text would meet at once."""
+    if "" in request.stop:
+        raise RequestError("--stop is empty: every text would end at once")
 
 
 def count_tokens(request: Generate, tokenizer: Tokenizer) -> int:

@@ -106,7 +106,7 @@ def bench_verdict(report: dict[str, Any]) -> str:
     return (
         f"tokens: {report['differing_outputs']} of {report['compared_outputs']} outputs differ; the first: "
         f"{where['prompt']} at token {where['position']} ({where['runs'][1]} against {where['runs'][0]})\n"
-        "(in bf16 and int8, rounding may turn a near-tie; in fp32 this would be a bug)"
+        "(in plain torch, rounding may turn a near-tie in bf16 and int8; with the compiled operators this is a bug)"
     )
 
 

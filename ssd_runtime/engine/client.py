@@ -66,11 +66,18 @@ class Client:
                 raise PeerLost("target", 0, -1, reason)
 
     def status(self) -> Status:
-        """How the engine is; raises PeerLost if it does not answer within `timeout_s`."""
+        """How the engine is.
+
+        Raises:
+            PeerLost: it does not answer within `timeout_s`.
+            SsdError: it does not take requests yet.
+        """
         self._peer.send(GetStatus())
-        status = self._peer.wait_for(Status, timeout_s=self._timeout_s)
-        assert isinstance(status, Status)
-        return status
+        answer = self._peer.wait_for(Status, Refused, timeout_s=self._timeout_s)
+        if isinstance(answer, Refused):
+            raise SsdError(f"the engine at {self._peer.address} takes no requests yet: {answer.reason}")
+        assert isinstance(answer, Status)
+        return answer
 
     def shutdown(self) -> None:
         """Ask the engine to end, both roles; does not wait for it."""
