@@ -14,12 +14,12 @@ from launcher.torchrun import Launch, Ranks, num_ranks
 from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import ConfigError, PeerLost, SsdError
+from ssd_runtime.errors import ConfigError, PeerLost, RequestError, SsdError
 
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # a leader answers between two forwards
-GONE_S = 2.0  # torchrun notices within this time that a rank is gone
+GONE_S = 5.0  # torchrun notices within this time that a rank is gone, and ends the others
 Loading = Callable[[], contextlib.AbstractContextManager[Callable[[Progress], None]]]
 
 
@@ -79,9 +79,11 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         client = Client(ready.address, launch.config.timeouts.load)
         try:
             yield Session(client, ready.address, ready.cores, ranks)
-        except PeerLost as error:
-            ranks.wait(GONE_S)
-            ranks.raise_if_failed()  # the ranks know better than the client what happened
+        except (ConfigError, RequestError):
+            raise
+        except SsdError as error:
+            if not ranks.wait(GONE_S):
+                ranks.raise_if_failed()  # the ranks know better than the client what happened
             raise SsdError(f"{error}; {ranks.see_log()}") from error
     finally:
         with uninterrupted():

@@ -6,6 +6,7 @@ Everything of one start lives in a run directory of its own, so two engines on o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
 
 POLL_S = 0.2
+FAILED_RANK = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")  # in torchrun's log; there is one node
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,14 @@ class Ranks:
         return self._process is not None and self._process.poll() is not None
 
     def _last_words(self) -> str:
-        """The last line of the log that names an error, for the one line the user sees."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
-        errors = [line.strip() for line in lines if "Error" in line and "ChildFailedError" not in line]
-        return f": {errors[-1][:300]}" if errors else ""
+        """What the log says of the end, for the one line the user sees: an error, or the rank that torchrun missed."""
+        log = self.log_path.read_text(errors="replace")
+        errors = [line.strip() for line in log.splitlines() if "Error" in line and "ChildFailedError" not in line]
+        if errors:
+            return f": {errors[-1][:300]}"
+        if failed := FAILED_RANK.search(log):
+            code, rank = int(failed[1]), int(failed[2])
+            role = "draft" if rank else "target"
+            how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
+            return f": {role} rank {rank} {how}"
+        return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -70,17 +69,17 @@ def test_a_signal_while_the_ranks_come_up(ssd: Start, signum: signal.Signals) ->
     assert list(starting.temporary.iterdir()) == []
 
 
-def test_a_draft_that_is_killed_ends_the_world_with_one_line(ssd: Start) -> None:
+def test_a_draft_that_is_killed_in_mid_request_ends_the_world_with_one_line(ssd: Start) -> None:
     """In one torchrun world a lost rank ends all of it (torchrun's rule); the user is told, and nothing hangs."""
-    engine = ssd("up")
-    address = engine.until("address: ")
-    tokens_of(address)
-    engine.rank(1).kill()
-    assert engine.exit_code(15) == 1
-    line = error_line(engine.err)
-    assert re.search(r"draft|rank 1", line), line
-    assert "ranks.log" in line
-    engine.assert_nothing_is_left(within_s=1)
+    answering = ssd("generate", "--raw", "-p", "the quick brown", "--max-tokens", "4000")
+    eventually(lambda: len(answering.out) > 20 or answering.ended, 60, "the answer begins")
+    answering.rank(1).kill()
+    assert answering.exit_code(20) == 1
+    said, _, log = error_line(answering.err).partition("; log: ")
+    assert "draft rank 1" in said
+    assert "SIGKILL" in said or "signal 9" in said
+    assert Path(log).exists()
+    answering.assert_nothing_is_left(within_s=1)
 
 
 def test_by_hand_under_torchrun_it_serves_until_sigterm(run: Start, config: Path) -> None:

@@ -80,6 +80,19 @@ def test_ranks_that_end_without_a_word_are_reported_with_their_log(play) -> None
     assert "out of cheese" in ranks.log_path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("torchrun_says", "told"),
+    [
+        ("failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python", "draft rank 1 was killed by signal 9"),
+        ("failed (exitcode: 3) local_rank: 0 (pid: 7) of binary: python", "target rank 0 left with exit code 3"),
+    ],
+)
+def test_a_rank_that_was_killed_is_named(play, torchrun_says: str, told: str) -> None:
+    ranks = play(f"print({torchrun_says!r}); sys.exit(1)")
+    with pytest.raises(SsdError, match=f"exit code 1.*{told}; log"):
+        ranks.wait_ready(lambda message: None)
+
+
 def test_ranks_that_never_come_are_not_waited_for(play) -> None:
     ranks = play("time.sleep(60)", "timeouts.load=0.3", "timeouts.handshake=0.2")
     begin = time.monotonic()
