@@ -123,8 +123,9 @@ class Worker:
     def _run_target(self) -> None:
         config, has_draft = self._config, self._place.world_size > 1
         with contextlib.closing(ControlServer(config.serve.host, config.serve.port)) as server:
-            if has_draft:
-                _store(config).set(CONTROL_KEY, server.address)
+            store = _store(config) if has_draft else None  # kept to the end: it may be this rank's own to serve
+            if store is not None:
+                store.set(CONTROL_KEY, server.address)
             tokenizer = Tokenizer.from_model(resolve(config.target.model))
             decoder = self._load("target", config.target.model, config.target.dtype)
             with self._speculators(server, decoder, tokenizer) as speculators:
