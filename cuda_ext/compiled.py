@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from cuda_ext import reference
+from cuda_ext import fakes, reference
 from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
 
 
@@ -23,6 +23,7 @@ def _load() -> None:
 
 
 _load()
+fakes.register()
 _ops = torch.ops.ssd_runtime
 _pack_linear = _ops.pack_linear.default
 _linear_int8 = _ops.linear_int8.default
@@ -36,7 +37,10 @@ paged_attention = _ops.paged_attention.default
 _decoder_layers_ = _ops.decoder_layers_.default
 copy_branch_ = _ops.copy_branch_.default
 write_kv_ = _ops.write_kv_.default
+rollback_ = _ops.rollback_.default
 match_outcomes = _ops.match_outcomes.default
+lookup_branches = _ops.lookup_branches.default
+raise_faults = _ops.raise_faults.default
 sample_shared_noise = _ops.sample_shared_noise.default
 
 

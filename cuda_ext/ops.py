@@ -32,12 +32,15 @@ __all__ = [
     "linear_bf16",
     "linear_fp32",
     "linear_int8",
+    "lookup_branches",
     "match_outcomes",
     "pack_bf16",
     "pack_fp32",
     "pack_int8",
     "paged_attention",
+    "raise_faults",
     "rms_norm",
+    "rollback_",
     "rope_write_",
     "sample_shared_noise",
     "silu_mul",
@@ -174,3 +177,24 @@ def write_kv_(kv_2SGD: Tensor, key_NGD: Tensor, value_NGD: Tensor, slots_N: Tens
 
 def match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
     return _kernels().match_outcomes(target_tokens_BL, draft_tokens_BK, lengths_B)
+
+
+def rollback_(
+    tables_SC: Tensor,
+    lengths_S: Tensor,
+    sequences_N: Tensor,
+    kept_N: Tensor,
+    block_size: int,
+    poison_kv: Tensor | None = None,
+) -> None:
+    _kernels().rollback_(tables_SC, lengths_S, sequences_N, kept_N, block_size, poison_kv)
+
+
+def lookup_branches(
+    keys_TC: Tensor, tokens_TK: Tensor, lengths_T: Tensor, outcomes_BC: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _kernels().lookup_branches(keys_TC, tokens_TK, lengths_T, outcomes_BC)
+
+
+def raise_faults(like: Tensor) -> None:
+    _kernels().raise_faults(like)

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -16,7 +15,6 @@
 #endif
 
 #include "kernels.h"
-#include "sampling.h"
 #include "tensors.h"
 
 namespace {
@@ -280,144 +278,6 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv, const Tensor& sequence
   return out;
 }
 
-// ---- moves in the cache
-
-int64_t element_bytes(const View& view, const char* op, const char* name) {
-  return float_dtype(view, op, name) == ssd::Dtype::kFloat32 ? 4 : 2;
-}
-
-void copy_branch_(const Tensor& kv, const Tensor& source_slots, const Tensor& target_slots) {
-  const char* op = "copy_branch_";
-  const View cache(kv), source(source_slots), target(target_slots);
-  check_dim(cache, 5, op, "kv");
-  check_int64(source, 1, op, "source_slots");
-  check_int64(target, 1, op, "target_slots");
-  const int64_t rows = source.sizes[0], layers = cache.sizes[0] * cache.sizes[1], size = element_bytes(cache, op, "kv");
-  check_size(target.sizes[0], rows, op, "the number of target slots");
-  check_size(cache.sizes[1], 2, op, "the second dimension of kv");
-  SSD_CHECK(cache.strides[3] == cache.sizes[4] || cache.sizes[3] <= 1, op, ": the heads of a slot must be contiguous");
-  const auto* from = reinterpret_cast<const int64_t*>(source.data);
-  const auto* to = reinterpret_cast<const int64_t*>(target.data);
-  for (int64_t row = 0; row < rows; ++row) {
-    check_range(from[row], 0, cache.sizes[2], op, "source slot");
-    check_range(to[row], 0, cache.sizes[2], op, "target slot");
-  }
-  if (rows == 0 || layers == 0) return;
-  const int64_t bytes = cache.sizes[3] * cache.sizes[4] * size, slot_bytes = cache.strides[2] * size;
-  parallel(layers, 4, [&](int64_t begin, int64_t end) {
-    char* rows_read = ssd::thread_scratch(rows * bytes);  // all of a layer before any is written: overlap is safe
-    for (int64_t layer = begin; layer < end; ++layer) {
-      char* base = cache.data + (layer / 2 * cache.strides[0] + layer % 2 * cache.strides[1]) * size;
-      for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(rows_read + row * bytes, base + from[row] * slot_bytes, bytes);
-      for (int64_t row = 0; row < rows; ++row)
-        std::memcpy(base + to[row] * slot_bytes, rows_read + row * bytes, bytes);
-    }
-  });
-}
-
-void write_kv_(const Tensor& kv, const Tensor& key, const Tensor& value, const Tensor& slots) {
-  const char* op = "write_kv_";
-  const View cache(kv), kk(key), vv(value), slot(slots);
-  check_dim(kk, 3, op, "key");
-  check_dim(vv, 3, op, "value");
-  check_int64(slot, 1, op, "slots");
-  check_kv(cache, kk.sizes[2], op);
-  SSD_CHECK(kk.type == vv.type, op, ": key and value must have one dtype");
-  ssd::RopeArgs args{};  // a rotary write without a rotation
-  args.dtype = float_dtype(kk, op, "key");
-  args.angle_dtype = args.dtype;
-  args.kv_dtype = float_dtype(cache, op, "kv");
-  args.num_rows = kk.sizes[0];
-  args.num_kv_heads = kk.sizes[1];
-  args.head_dim = kk.sizes[2];
-  check_size(cache.sizes[2], args.num_kv_heads, op, "the number of heads of kv");
-  for (int d = 0; d < 3; ++d) check_size(vv.sizes[d], kk.sizes[d], op, "a dimension of value");
-  check_size(slot.sizes[0], args.num_rows, op, "the number of slots");
-  args.slots = reinterpret_cast<const int64_t*>(slot.data);
-  for (int64_t row = 0; row < args.num_rows; ++row) check_range(args.slots[row], 0, cache.sizes[1], op, "slot");
-  args.k = kk.data;
-  args.v = vv.data;
-  for (int i = 0; i < 2; ++i) {
-    args.k_strides[i] = kk.strides[i];
-    args.v_strides[i] = vv.strides[i];
-  }
-  args.kv = cache.data;
-  for (int i = 0; i < 3; ++i) args.kv_strides[i] = cache.strides[i];
-  ssd::kernels().rope_write(args);
-}
-
-// ---- tokens
-
-std::tuple<Tensor, Tensor> match_outcomes(const Tensor& target_tokens, const Tensor& draft_tokens,
-                                          const Tensor& lengths) {
-  const char* op = "match_outcomes";
-  const View target(target_tokens), draft(draft_tokens), length(lengths);
-  check_int64(target, 2, op, "target_tokens");
-  check_int64(draft, 2, op, "draft_tokens");
-  check_int64(length, 1, op, "lengths");
-  const int64_t rows = target.sizes[0];
-  check_size(draft.sizes[0], rows, op, "the number of rows of draft_tokens");
-  check_size(length.sizes[0], rows, op, "the number of lengths");
-  check_size(target.sizes[1], draft.sizes[1] + 1, op, "the number of columns of target_tokens");
-  const auto* count = reinterpret_cast<const int64_t*>(length.data);
-  for (int64_t row = 0; row < rows; ++row) check_range(count[row], 0, draft.sizes[1] + 1, op, "length");
-  Tensor accepted = empty_cpu({rows}, ScalarType::Long), bonus = empty_cpu({rows}, ScalarType::Long);
-  auto* accepted_data = static_cast<int64_t*>(accepted.data_ptr());
-  auto* bonus_data = static_cast<int64_t*>(bonus.data_ptr());
-  for (int64_t row = 0; row < rows; ++row) {
-    const auto* own = reinterpret_cast<const int64_t*>(target.data) + row * target.strides[0];
-    const auto* guessed = reinterpret_cast<const int64_t*>(draft.data) + row * draft.strides[0];
-    int64_t matched = 0;
-    while (matched < count[row] && own[matched] == guessed[matched]) ++matched;
-    accepted_data[row] = matched;
-    bonus_data[row] = own[matched];
-  }
-  return {accepted, bonus};
-}
-
-const double* doubles(const View& view, int64_t rows, const char* op, const char* name) {
-  SSD_CHECK(view.type == ScalarType::Double, op, ": ", name, " must be float64");
-  check_dim(view, 1, op, name);
-  check_size(view.sizes[0], rows, op, "the length of temperature, top_p and min_p");
-  return reinterpret_cast<const double*>(view.data);
-}
-
-std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-                                               const Tensor& top_p, const Tensor& min_p, const Tensor& key,
-                                               int64_t count) {
-  const char* op = "sample_shared_noise";
-  const View lv(logits), kv(top_k), keys(key);
-  const ssd::Dtype dtype = float_dtype(lv, op, "logits");
-  check_dim(lv, 2, op, "logits");
-  check_int64(kv, 1, op, "top_k");
-  check_int64(keys, 1, op, "key");
-  SSD_CHECK(count >= 1, op, ": count must be at least 1, not ", count);
-  const int64_t rows = lv.sizes[0], vocabulary = lv.sizes[1];
-  check_size(kv.sizes[0], rows, op, "the length of top_k");
-  check_size(keys.sizes[0], rows, op, "the length of key");
-  const double* temperatures = doubles(View(temperature), rows, op, "temperature");
-  const double* top_ps = doubles(View(top_p), rows, op, "top_p");
-  const double* min_ps = doubles(View(min_p), rows, op, "min_p");
-  Tensor tokens = empty_cpu({rows, count}, ScalarType::Long), scores = empty_cpu({rows, count}, ScalarType::Double);
-  auto* token = static_cast<int64_t*>(tokens.data_ptr());
-  auto* score = static_cast<double*>(scores.data_ptr());
-  std::fill(token, token + rows * count, int64_t{-1});
-  std::fill(score, score + rows * count, -std::numeric_limits<double>::infinity());
-  const int64_t size = dtype == ssd::Dtype::kFloat32 ? 4 : 2, padded = (vocabulary + 15) / 16 * 16;
-  parallel(rows, 1, [&](int64_t begin, int64_t end) {
-    auto* z = reinterpret_cast<float*>(ssd::thread_scratch(padded * 8));
-    for (int64_t row = begin; row < end; ++row) {
-      const ssd::Draw draw{temperatures[row], top_ps[row], min_ps[row], reinterpret_cast<const int64_t*>(kv.data)[row],
-                           reinterpret_cast<const int64_t*>(keys.data)[row]};
-      ssd::Ranking ranking{count, 0, score + row * count, token + row * count};
-      ssd::rank_row(ssd::kernels(), lv.data + row * lv.strides[0] * size, dtype, vocabulary, draw, z, z + padded,
-                    ranking);
-    }
-  });
-  return {tokens, scores};
-}
-
 std::string cpu_level() { return ssd::kernels().level; }
 
 }  // namespace
@@ -435,12 +295,6 @@ STABLE_TORCH_LIBRARY(ssd_runtime, m) {
   m.def(
       "paged_attention(Tensor q, Tensor kv, Tensor sequence, Tensor tables, Tensor prefix, Tensor chain, float scale)"
       " -> Tensor");
-  m.def("copy_branch_(Tensor(a!) kv, Tensor source_slots, Tensor target_slots) -> ()");
-  m.def("write_kv_(Tensor(a!) kv, Tensor key, Tensor value, Tensor slots) -> ()");
-  m.def("match_outcomes(Tensor target_tokens, Tensor draft_tokens, Tensor lengths) -> (Tensor, Tensor)");
-  m.def(
-      "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor key,"
-      " int count) -> (Tensor, Tensor)");
   m.def("cpu_level() -> str");
 }
 
@@ -454,10 +308,6 @@ STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) {
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
   m.impl("rope_write_", TORCH_BOX(&rope_write_));
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
-  m.impl("copy_branch_", TORCH_BOX(&copy_branch_));
-  m.impl("write_kv_", TORCH_BOX(&write_kv_));
-  m.impl("match_outcomes", TORCH_BOX(&match_outcomes));
-  m.impl("sample_shared_noise", TORCH_BOX(&sample_shared_noise));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
