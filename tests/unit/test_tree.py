@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -36,13 +37,18 @@ class Grown:
         fan_out: FanOut | None = None,
         predraft: bool = True,
         budget: int = 4,
-        position: int = 0,
+        prompt: Sequence[int] = (1,),
+        recycle: int = 0,
     ) -> None:
-        policy = fan_out or fan_out_policy("uniform")
         self.tree = TokenTree(
-            1, position, lookahead=lookahead, max_position=max_position, fan_out=policy, predraft=predraft
+            prompt,
+            lookahead=lookahead,
+            max_position=max_position,
+            fan_out=fan_out or fan_out_policy("uniform"),
+            predraft=predraft,
+            recycle=recycle,
         )
-        self.committed: list[int] = []  # tokens before the root
+        self.committed = list(prompt[:-1])  # tokens before the root
         self.budget = budget
         self.slots_taken: set[int] = set()
         self._next_slot = 0
@@ -53,7 +59,7 @@ class Grown:
         frontier: list[Node] = []
         for _ in range(steps):
             frontier = self.tree.frontier(self.budget)
-            for node in frontier:
+            for node in frontier:  # parents before children, as the rows of one forward must be
                 self._forward(node)
         return frontier
 
@@ -68,16 +74,12 @@ class Grown:
         assert all(above.slot != NO_SLOT for above in path[:-1]), "a parent has no row yet"
         context = (*self.committed, *(above.token for above in path))
         assert context not in self._forwarded, f"{context} is forwarded twice"
-        assert node.position == len(context) - 1 + self._offset
+        assert node.position == len(context) - 1
         self._forwarded.add(context)
         node.slot = self._next_slot
         self._next_slot += 1
         self.slots_taken.add(node.slot)
-        node.ranking = rank(context)
-
-    @property
-    def _offset(self) -> int:
-        return self.tree.root.position - len(self.committed)
+        self.tree.record(node, rank(context))
 
     def advance(self, num_accepted: int, bonus_token: int) -> Advance:
         advance = self.tree.advance(Outcome(num_accepted, bonus_token))
@@ -194,10 +196,11 @@ def test_no_branch_is_longer_than_the_lookahead() -> None:
         assert lengths == ({lookahead} if lookahead else set())
 
 
+@pytest.mark.parametrize("recycle", [0, 3])
 @pytest.mark.parametrize("room", [1, 2, 3, 4, 5])
-def test_nothing_is_drafted_at_the_end_of_the_sequence_or_beyond(room: int) -> None:
+def test_nothing_is_drafted_at_the_end_of_the_sequence_or_beyond(room: int, recycle: int) -> None:
     """`room` positions follow the root."""
-    grown = Grown(lookahead=3, position=9, max_position=10 + room)
+    grown = Grown(lookahead=3, prompt=range(10), max_position=10 + room, recycle=recycle)
     grown.grow_fully()
     longest = max((len(tokens) for tokens in grown.branches().values()), default=0)
     assert longest == min(3, room - 1)  # t* takes one of them
@@ -216,17 +219,45 @@ def test_without_predrafting_only_what_is_asked_for_is_drafted() -> None:
     assert grown.branches() == {}
 
 
+@pytest.mark.parametrize(("recycle", "drafted"), [(0, 1), (1, 2), (3, 2)])
+def test_a_bet_that_holds_drafts_two_tokens_in_one_step(recycle: int, drafted: int) -> None:
+    """The prompt has "1 2 x" in it, where x is what the draft says after "1 2"; now it ends in "1" and 2 comes."""
+    expected = rank((1, 2)).tokens[0]
+    grown = Grown(prompt=(1, 2, expected, 1), predraft=False, recycle=recycle)
+    grown.advance(0, 2)
+    assert len(grown.grow()) >= drafted
+    ((_, tokens),) = grown.branches().items()
+    assert tokens == (expected, rank((2, expected)).tokens[0])[:drafted]
+
+
+def test_a_bet_that_fails_costs_rows_and_nothing_else() -> None:
+    unexpected = rank((1, 2)).tokens[-1]
+    grown = Grown(prompt=(1, 2, unexpected, 1), predraft=False, recycle=1)
+    grown.advance(0, 2)
+    assert [node.token for node in grown.grow()] == [2, unexpected]
+    ((_, tokens),) = grown.branches().items()
+    assert tokens == rank((1, 2)).tokens[:1]
+
+
+def test_branches_come_likeliest_first() -> None:
+    grown = Grown(lookahead=2, budget=30)
+    grown.grow_fully()
+    found = [branch.outcome.bonus_token for branch in grown.tree.branches(0)]
+    assert found == list(rank((1,)).tokens)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     policy=st.sampled_from(["uniform", "geometric", "confidence"]),
     predraft=st.booleans(),
     lookahead=st.integers(0, 4),
     budget=st.integers(1, 9),
+    recycle=st.integers(0, 3),
     end=st.integers(2, 60),
     data=st.data(),
 )
 def test_whatever_the_outcomes_every_slot_is_accounted_for_and_nothing_is_forwarded_twice(
-    policy: str, predraft: bool, lookahead: int, budget: int, end: int, data: st.DataObject
+    policy: str, predraft: bool, lookahead: int, budget: int, recycle: int, end: int, data: st.DataObject
 ) -> None:
     """`Grown` asserts both at every step; here come the outcomes, the backups and a draft of any speed."""
     grown = Grown(
@@ -235,6 +266,7 @@ def test_whatever_the_outcomes_every_slot_is_accounted_for_and_nothing_is_forwar
         fan_out=fan_out_policy(policy),  # type: ignore[arg-type]
         predraft=predraft,
         budget=budget,
+        recycle=recycle,
     )
     tree = grown.tree
     while tree.root.position < end - 1:
