@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.torchrun import num_ranks
 from ssd_runtime.comm.messages import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, RequestError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def check_engine(config: Config) -> None:
     """Raise ConfigError for what would keep the engine from starting."""
     check_port(config)
+    check_devices(config)
     if config.speculation.mode == "ar":  # no draft is loaded
         inspect(replace(config, draft=config.target))
         return
@@ -48,6 +50,16 @@ def check_port(config: Config) -> None:
     except OSError as error:
         remedy = "set serve.port to another, or to 0 for any free one"
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
+
+
+def check_devices(config: Config) -> None:
+    """Raise ConfigError for GPUs and cores that this host does not have."""
+    from ssd_runtime import topology
+
+    count = num_ranks(config)
+    topology.cores_by_role(config, count)
+    for rank, model in enumerate((config.target, config.draft)[:count]):
+        topology.device_for(model.device, rank)
 
 
 def check_request(request: Generate, config: Config) -> None:
