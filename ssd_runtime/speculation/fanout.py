@@ -8,7 +8,7 @@ online.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 from ssd_runtime.speculation.sampling import Ranking
@@ -156,26 +156,30 @@ class ConfidenceFanOut:
         for k, ranking in enumerate(rankings):
             if ranking is None:  # an n-gram's token, or one not forwarded yet: nothing is known from here on
                 break
-            for token, rank in candidates_at(k, ranking, speculation):
-                outcomes.append((reach * self.chance(ranking, rank), (k, token)))
-            if k < len(speculation):
-                reach *= self._chance_of(ranking, speculation[k])
+            accepted = speculation[k] if k < len(speculation) else None
+            accepted_chance = self._least
+            for rank, chance in enumerate(self.chances(ranking)):
+                if ranking.tokens[rank] == accepted:
+                    accepted_chance = chance
+                elif reach * chance >= self._least:
+                    outcomes.append((reach * chance, (k, ranking.tokens[rank])))
+                else:
+                    break  # later ranks are less likely still
+            reach *= accepted_chance
         outcomes.sort(key=lambda outcome: -outcome[0])
-        return [fork for chance, fork in outcomes[:budget] if chance >= self._least]
+        return [fork for _, fork in outcomes[:budget]]
 
-    def chance(self, ranking: Ranking, rank: int) -> float:
-        """The chance that the target chooses the token of this rank."""
+    def chances(self, ranking: Ranking) -> Iterator[float]:
+        """The chance that the target chooses the first, second, ... token of a ranking."""
         agree = self._class(ranking).rate
-        if rank == 0:
-            return agree
         second, third = (estimate.rate for estimate in self._ranks)
-        if rank == 1:
-            return (1.0 - agree) * second
+        yield agree
+        left = 1.0 - agree
         # What neither the second nor the third takes is thought to halve from rank to rank.
-        return (1.0 - agree) * (1.0 - second) * (third if rank == 2 else (1.0 - third) * 0.5 ** (rank - 2))
-
-    def _chance_of(self, ranking: Ranking, token: int) -> float:
-        return self.chance(ranking, ranking.tokens.index(token)) if token in ranking.tokens else self._least
+        for rank in range(1, len(ranking.tokens)):
+            taken = left * (second if rank == 1 else third if rank == 2 else 0.5)
+            left -= taken
+            yield taken
 
     def _class(self, ranking: Ranking) -> AcceptanceEstimate:
         margin = ranking.margins[1] if len(ranking.margins) > 1 else float("inf")
