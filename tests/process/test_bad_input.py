@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.process.conftest import Start
-from tests.process.runs import SSD, TORCHRUN, error_line, free_port
+from tests.process.runs import SSD, TORCHRUN, Run, error_line, free_port
 from tests.tiny_models import write_hf
 
 pytestmark = pytest.mark.process
-AT_ONCE_S = 20.0  # of a loaded machine; what matters is that nobody waits for a deadline
+AT_ONCE_S = 40.0  # of a loaded machine; the deadlines that nobody must wait for are longer together
 
 
 def truncated(models: Path) -> str:
@@ -45,14 +45,25 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.fixture(scope="module")
+def answers(models: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """All cases at once: they share two cores for the seconds that Python takes to import."""
+    directory = tmp_path_factory.mktemp("cases")
+    command = [*SSD, "generate", "--config", str(config), "-p", "Hello"]
+    runs = {case: Run(directory / case, [*command, *arguments(models)]) for case, (arguments, _) in CASES.items()}
+    yield runs
+    for run in runs.values():
+        run.kill()
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_ssd_says_what_is_wrong(ssd: Start, models: Path, case: str) -> None:
-    arguments, message = CASES[case]
-    done = ssd("generate", "-p", "Hello", *arguments(models))
+def test_ssd_says_what_is_wrong(answers: dict[str, Run], case: str) -> None:
+    done = answers[case]
     assert done.exit_code(AT_ONCE_S) == 2
-    assert message in error_line(done.err)
+    assert CASES[case][1] in error_line(done.err)
     assert done.out.strip() == ""
     done.assert_nothing_is_left(within_s=1)
+    assert list(done.temporary.iterdir()) == []
 
 
 def test_a_config_file_with_an_unknown_key_is_named_too(run: Start, tmp_path: Path) -> None:
@@ -97,7 +108,7 @@ def last_line(err: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(("number", "world_size"), [(0, 3), (2, 3), (0, 0), (5, 2)])
+@pytest.mark.parametrize(("number", "world_size"), [(0, 3), (5, 2)])
 def test_impossible_ranks_are_refused(rank: Start, number: int, world_size: int) -> None:
     done = rank(number, world_size)
     assert done.exit_code(AT_ONCE_S) == 2
@@ -130,9 +141,8 @@ def test_a_draft_without_a_target_gives_up(rank: Start) -> None:
     assert "cannot reach torchrun's store at 127.0.0.1" in done.err.splitlines()[-1]  # torch has its say before that
 
 
-@pytest.mark.parametrize("section", ["engine.block_size=4", "speculation.budget=5"])
-def test_a_draft_with_another_configuration_is_refused_on_both_sides(rank: Start, section: str) -> None:
-    target, draft = rank(0, 2), rank(1, 2, "--set", section)
+def test_a_draft_with_another_configuration_is_refused_on_both_sides(rank: Start) -> None:
+    target, draft = rank(0, 2), rank(1, 2, "--set", "speculation.budget=5")
     assert (target.exit_code(40), draft.exit_code(10)) == (2, 2)
     for done in (target, draft):
         assert "start both with the same [engine] and [speculation] sections" in last_line(done.err)

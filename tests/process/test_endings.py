@@ -58,11 +58,10 @@ def test_ctrl_c_in_the_middle_of_an_answer(ssd: Start) -> None:
     assert list(answering.temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_ranks_come_up(ssd: Start, signum: signal.Signals) -> None:
+def test_ctrl_c_while_the_ranks_come_up(ssd: Start) -> None:
     starting = ssd("generate", "-p", "x")
     eventually(lambda: len(starting.members()) >= 3 or starting.ended, 60, "a rank exists")
-    starting.process.send_signal(signum)
+    starting.process.send_signal(signal.SIGINT)
     assert starting.exit_code(15) == 130
     assert error_line(starting.err) == "ssd: error: interrupted"
     starting.assert_nothing_is_left(within_s=1)
@@ -119,7 +118,7 @@ def assert_drafting_hides_behind_verification(trace: Path, rounds: int) -> None:
     steps = spans_of(spans, rows["draft rank 1"], "draft step")
     assert len(verifications) == rounds
     overlapping = sum(any(a < end and start < b for a, b in steps) for start, end in verifications)
-    assert overlapping > rounds / 4
+    assert overlapping > rounds / 2
 
 
 def spans_of(spans: list[dict], pid: int, name: str) -> list[tuple[float, float]]:
