@@ -18,6 +18,12 @@ void check_slots(const int64_t* slots, int64_t count, int64_t num_slots, const c
   for (int64_t row = 0; row < count; ++row) check_range(slots[row], 0, num_slots, op, name);
 }
 
+// Slots are scattered, so the hardware does not see the next row coming.
+template <bool for_writing>
+void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, for_writing ? 1 : 0);
+}
+
 void copy_branch_(const Tensor& kv, const Tensor& source_slots, const Tensor& target_slots) {
   const CopyArgs args = copy_args(kv, source_slots, target_slots);
   const CacheRows& cache = args.cache;
@@ -25,13 +31,18 @@ void copy_branch_(const Tensor& kv, const Tensor& source_slots, const Tensor& ta
   check_slots(args.target, args.num_rows, cache.num_slots, "copy_branch_", "target slot");
   if (args.num_rows == 0) return;
   parallel(cache.num_planes, 4, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = cache.row_bytes;
+    const int64_t bytes = cache.row_bytes, ahead = std::max<int64_t>(1, 4096 / std::max<int64_t>(bytes, 1));
     char* held = thread_scratch(args.num_rows * bytes);  // all of a plane before any is written: overlap is safe
     for (int64_t plane = begin; plane < end; ++plane) {
-      for (int64_t row = 0; row < args.num_rows; ++row)
-        std::memcpy(held + row * bytes, cache.data + row_offset(cache, plane, args.source[row]), bytes);
-      for (int64_t row = 0; row < args.num_rows; ++row)
-        std::memcpy(cache.data + row_offset(cache, plane, args.target[row]), held + row * bytes, bytes);
+      const auto at = [&](int64_t slot) { return cache.data + row_offset(cache, plane, slot); };
+      for (int64_t row = 0; row < args.num_rows; ++row) {
+        if (row + ahead < args.num_rows) prefetch_row<false>(at(args.source[row + ahead]), bytes);
+        std::memcpy(held + row * bytes, at(args.source[row]), bytes);
+      }
+      for (int64_t row = 0; row < args.num_rows; ++row) {
+        if (row + ahead < args.num_rows) prefetch_row<true>(at(args.target[row + ahead]), bytes);
+        std::memcpy(at(args.target[row]), held + row * bytes, bytes);
+      }
     }
   });
 }
