@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from cuda_ext import fakes, reference
+from cuda_ext import fakes, fallbacks, reference
 from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
 
 
@@ -24,6 +24,8 @@ def _load() -> None:
 
 _load()
 fakes.register()
+HAS_CUDA_KERNELS = fallbacks.has_cuda_kernel("copy_branch_")
+_fallbacks = fallbacks.register()
 _ops = torch.ops.ssd_runtime
 _pack_linear = _ops.pack_linear.default
 _linear_int8 = _ops.linear_int8.default
@@ -50,29 +52,41 @@ def cpu_level() -> str:
 
 
 def pack_int8(weight_OI: Tensor) -> PackedInt8:
+    if weight_OI.device.type != "cpu":
+        return reference.pack_int8(weight_OI)
     plain = reference.pack_int8(weight_OI)
     return PackedInt8(_pack_linear(plain.data, plain.scales_O), plain.scales_O, plain.in_features, plain.out_features)
 
 
 def pack_bf16(weight_OI: Tensor) -> PackedBf16:
+    if weight_OI.device.type != "cpu":
+        return reference.pack_bf16(weight_OI)
     return PackedBf16(
         _pack_linear(weight_OI.to(torch.bfloat16).contiguous(), None), weight_OI.shape[1], weight_OI.shape[0]
     )
 
 
 def pack_fp32(weight_OI: Tensor) -> PackedFp32:
+    if weight_OI.device.type != "cpu":
+        return reference.pack_fp32(weight_OI)
     return PackedFp32(_pack_linear(weight_OI.float().contiguous(), None), weight_OI.shape[1], weight_OI.shape[0])
 
 
 def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tensor:
+    if x_NI.device.type != "cpu":
+        return reference.linear_int8(x_NI, packed, bias_O)
     return _linear_int8(x_NI, packed.data, packed.out_features, bias_O)
 
 
 def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tensor:
+    if x_NI.device.type != "cpu":
+        return reference.linear_bf16(x_NI, packed, bias_O)
     return _linear_bf16(x_NI, packed.data, packed.out_features, bias_O)
 
 
 def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tensor:
+    if x_NI.device.type != "cpu":
+        return reference.linear_fp32(x_NI, packed, bias_O)
     return _linear_fp32(x_NI, packed.data, packed.out_features, bias_O)
 
 

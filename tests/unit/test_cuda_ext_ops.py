@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -55,3 +56,19 @@ def test_lower_cpu_levels_give_the_same_integers(level):
     if picked != level:
         pytest.skip(f"this CPU has no {level}")
     assert digest == run_python(LEVEL_DIGEST, SSD_CPU_LEVEL="").split()[1]
+
+
+def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
+    pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    packed = {"pack_linear", "linear_int8", "linear_bf16", "linear_fp32", "decoder_layers_", "cpu_level"}
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("ssd_runtime::") and (operator := name.split("::")[1].split(".")[0]) not in packed:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{operator}", "CUDA"), operator
+
+
+@pytest.mark.parametrize("kind", ["int8", "bf16", "fp32"])
+def test_weights_of_another_device_stay_plain(kind):
+    compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    packed = getattr(compiled, f"pack_{kind}")(torch.empty(4, 8, device="meta"))
+    assert packed.data.shape == (4, 8)
+    assert getattr(compiled, f"linear_{kind}")(torch.empty(3, 8, device="meta"), packed, None).shape == (3, 4)

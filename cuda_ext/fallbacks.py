@@ -1,0 +1,38 @@
+"""Plain torch for CUDA tensors where the compiled library holds no CUDA kernel of an operator."""
+
+from __future__ import annotations
+
+import torch
+
+from cuda_ext import reference
+
+# The forward operators have CPU kernels only; the others have CUDA kernels where the library was built with nvcc.
+NAMES = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "rope_write_",
+    "paged_attention",
+    "copy_branch_",
+    "write_kv_",
+    "rollback_",
+    "match_outcomes",
+    "lookup_branches",
+    "sample_shared_noise",
+    "raise_faults",
+)
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether anything serves CUDA tensors: the library, or what `register` has added."""
+    served: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{name}", "CUDA")
+    return served
+
+
+def register() -> torch.library.Library:
+    """Register them; they last as long as the result is held."""
+    library = torch.library.Library("ssd_runtime", "IMPL")
+    for name in NAMES:
+        if not has_cuda_kernel(name):
+            library.impl(name, getattr(reference, name), "CUDA")
+    return library
