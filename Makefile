@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PROJECT := $(VENV)/.stamp-project
 TESTING := $(VENV)/.stamp-testing
-EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*)
+EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*.* cuda_ext/csrc/cuda/*)
 
-.PHONY: help demo install ext fetch test lint format clean distclean
+.PHONY: help demo install ext fetch test test-gpu cuda-check sanitize lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,9 @@ help:
 	@echo "make test    install what the tests need and run them all"
 	@echo "make lint    ruff, mypy and the import floors"
 	@echo "make ext     rebuild the compiled extension"
+	@echo "make cuda-check  compile the CUDA kernels (needs nvcc, no GPU) and hold them to their budgets"
+	@echo "make sanitize    the kernels' tests under AddressSanitizer and UBSan"
+	@echo "make test-gpu    the CUDA kernels on a GPU: needs one, and a CUDA build of torch"
 	@echo "make clean   remove build products (distclean: the virtual environment too)"
 
 # torch first, then the project against it: a build without isolation compiles for the torch that will run it.
@@ -54,6 +57,16 @@ demo: fetch
 
 test: $(TESTING) fetch
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cuda-check: $(VENV)/.stamp-torch
+	$(BIN)/python ops/cuda_check.py
+
+sanitize: $(TESTING)
+	ops/sanitize.sh $(BIN)/python
+
+test-gpu: $(TESTING) ext
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python ops/bench/kv.py --device cuda
 
 lint: $(TESTING)
 	$(BIN)/ruff check .
