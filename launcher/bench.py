@@ -164,6 +164,7 @@ def _unseen(text: str) -> None:
 
 def _request(run: Run, prompt: Prompt, params: SamplingParams, max_tokens: int) -> Generate:
     return Generate(
+        stream=False,
         request_id=uuid.uuid4().hex,
         messages=(ChatMessage("user", prompt.prompt),),
         params=params,

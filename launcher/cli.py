@@ -145,7 +145,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     request = _request(prompt, raw, max_tokens, stop, mode, SamplingParams(**sampling))
-    request = replace(request, lookahead=lookahead)
+    request = replace(request, lookahead=lookahead, stream=not as_json)
     preflight.check_not_empty(request)
     with _session(config, config_path, overrides, connect, trace, request) as session:
         try:

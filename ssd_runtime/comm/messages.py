@@ -118,7 +118,11 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Generate:
-    """Client -> leader: exactly one of prompt, messages and token_ids. None for mode or lookahead: as configured."""
+    """Client -> leader: exactly one of prompt, messages and token_ids. None for mode or lookahead: as configured.
+
+    Attributes:
+        stream: chunks as tokens come; False: one chunk at the end, which costs the leader less.
+    """
 
     request_id: str
     prompt: str | None = None
@@ -130,6 +134,7 @@ class Generate:
     mode: Mode | None = None
     lookahead: int | None = None
     ignore_eos: bool = False
+    stream: bool = True
 
 
 @dataclass(frozen=True)

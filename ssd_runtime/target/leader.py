@@ -22,7 +22,7 @@ from ssd_runtime.comm.messages import (
 )
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.sequence import FinishReason, Request, Sequence
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.target.speculators import LinkSpeculator
@@ -40,6 +40,16 @@ class Stop:
 
     def __bool__(self) -> bool:
         return bool(self.reason)
+
+
+@dataclass
+class _Client:
+    """Who asked, and what it has not been sent yet because it does not stream."""
+
+    identity: bytes
+    stream: bool
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
 
 
 class Leader:
@@ -72,7 +82,7 @@ class Leader:
         self._link = link
         self._cores = cores
         self._stop = stop
-        self._clients: dict[str, bytes] = {}
+        self._clients: dict[str, _Client] = {}
 
     def run(self) -> None:
         """Until `stop` is set or a client asks for shutdown. Requests that still run are told."""
@@ -87,8 +97,10 @@ class Leader:
                     self._link.check()
         finally:
             reason = self._stop.reason or "the engine failed; see its log"
-            for request_id, identity in self._clients.items():
-                self._server.send(identity, Failed(request_id, "engine", f"the request was not finished: {reason}"))
+            for request_id, client in self._clients.items():
+                self._server.send(
+                    client.identity, Failed(request_id, "engine", f"the request was not finished: {reason}")
+                )
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -115,7 +127,7 @@ class Leader:
         except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
             self._server.send(identity, Failed(message.request_id, "request", str(error)))
         else:
-            self._clients[message.request_id] = identity
+            self._clients[message.request_id] = _Client(identity, message.stream)
 
     def _request(self, message: Generate) -> Request:
         speculation = self._config.speculation
@@ -142,11 +154,10 @@ class Leader:
         return self._tokenizer.encode(chat, add_special=False)
 
     def _cancel(self, request_id: str) -> None:
-        identity = self._clients.pop(request_id, None)
+        client = self._clients.pop(request_id, None)
         sequence = self._engine.cancel(request_id)
-        if identity is not None and sequence is not None:
-            usage = Usage(sequence.num_prompt, sequence.num_output)
-            self._server.send(identity, Finished(request_id, "abort", usage, sequence.statistics()))
+        if client is not None and sequence is not None:
+            self._finish(client, sequence, "abort")
 
     def _status(self) -> Status:
         draft = "none" if self._link is None else "lost" if self._link.lost else "linked"
@@ -166,14 +177,26 @@ class Leader:
     def _publish(self, progressed: Progressed) -> None:
         sequence, delta = progressed.sequence, progressed.delta
         request_id = sequence.request.request_id
-        identity = self._clients.get(request_id)
-        if identity is None:  # its client left between two deltas of one round
+        client = self._clients.get(request_id)
+        if client is None:  # it left between two deltas of one round
             return
-        there = self._server.send(identity, Chunk(request_id, delta.text, delta.token_ids))
+        client.text += delta.text
+        client.token_ids += delta.token_ids
         if delta.finish_reason:
             del self._clients[request_id]
-            usage = Usage(sequence.num_prompt, sequence.num_output)
-            self._server.send(identity, Finished(request_id, delta.finish_reason, usage, sequence.statistics()))
-        elif not there:
+            self._finish(client, sequence, delta.finish_reason)
+        elif client.stream and not self._send_chunk(client, request_id):
             log.info("the client of request %s is gone; cancelling it", request_id)
             self._cancel(request_id)
+
+    def _send_chunk(self, client: _Client, request_id: str) -> bool:
+        chunk = Chunk(request_id, client.text, client.token_ids)
+        client.text, client.token_ids = "", ()
+        return self._server.send(client.identity, chunk)
+
+    def _finish(self, client: _Client, sequence: Sequence, reason: FinishReason) -> None:
+        request_id = sequence.request.request_id
+        if client.token_ids:
+            self._send_chunk(client, request_id)
+        usage = Usage(sequence.num_prompt, sequence.num_output)
+        self._server.send(client.identity, Finished(request_id, reason, usage, sequence.statistics()))
