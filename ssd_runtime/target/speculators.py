@@ -72,7 +72,9 @@ class LinkSpeculator:
         self._cache = SpeculationCache()
         self._acceptance = AcceptanceEstimate()
         self._step_seconds = _Smoothed()
+        self._token_seconds = _Smoothed()
         self._verify_seconds = _Smoothed()
+        self._drafting_seconds = 0.0  # of all steps heard of since the last round
         self._steps: list[tuple[float, int]] = []
         self.lost: PeerLost | None = None
 
@@ -142,6 +144,7 @@ class LinkSpeculator:
             self._cache.advance(sequence.sequence_id, sequence.turn)
         self._with_draft(lambda: self._send(round, rows))
         steps, self._steps = self._steps, []
+        self._drafting_seconds = sum(milliseconds for milliseconds, _ in steps) / 1e3
         return Proposals(tuple(speculations), tuple(hits), waited, tuple(steps))
 
     def observe(
@@ -151,6 +154,9 @@ class LinkSpeculator:
         verify_seconds: float,
     ) -> None:
         self._verify_seconds.observe(verify_seconds)
+        if self._drafting_seconds:
+            emitted = sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
+            self._token_seconds.observe(self._drafting_seconds / emitted)
         for speculation, outcome in zip(speculations, outcomes, strict=True):
             self._acceptance.observe(outcome.num_accepted, len(speculation.tokens))
 
@@ -180,9 +186,12 @@ class LinkSpeculator:
         length = len(self._lookup(sequence))
         if length >= sequence.most_speculated:
             return True
-        if sequence.request.mode == "sd" or self._step_seconds.value is None or self._verify_seconds.value is None:
+        step, token, verify = self._step_seconds.value, self._token_seconds.value, self._verify_seconds.value
+        if sequence.request.mode == "sd" or step is None or token is None or verify is None:
             return False
-        return not worth_waiting(length, self._acceptance.rate, self._step_seconds.value, self._verify_seconds.value)
+        # Where drafting is the longer half, a round lasts from the outcome until the draft has got this far again.
+        round_seconds = max(verify, step + length * token)
+        return not worth_waiting(length, self._acceptance.rate, token, round_seconds)
 
     def _speculation(self, sequence: Sequence, tokens: tuple[int, ...]) -> Speculation:
         if tokens:

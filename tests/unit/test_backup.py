@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.backup import NgramIndex, ngram_match_oracle, worth_waiting
+from ssd_runtime.speculation.backup import PATIENCE, NgramIndex, ngram_match_oracle, worth_waiting
 
 
 @given(
@@ -58,7 +58,9 @@ def test_waiting_pays_when_a_token_more_is_worth_its_time(
         expected += acceptance**tokens * (tokens + 1)
         return expected / (further_wait_ms + verify_ms)
 
+    # Patience counts the tokens that are added for a little more than they are.
     now, later = tokens_per_ms(length, 0.0), tokens_per_ms(length + 1, step_ms)
+    later += (PATIENCE - 1) * acceptance ** (length + 1) / (step_ms + verify_ms)
     if now != pytest.approx(later, rel=1e-9):
         assert worth_waiting(length, acceptance, step_ms / 1e3, verify_ms / 1e3) == (later > now)
 
