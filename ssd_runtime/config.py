@@ -76,13 +76,14 @@ class SpeculationConfig:
         lookahead: K, most draft tokens in one speculation.
         fan_out: how the budget is spread over the fork positions.
         budget: B, bonus candidates prepared in one verification (sum of F_k).
-        recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token.
+        recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
+            first leads a chain of as many tokens.
         backup: what speculates after a miss.
         coupling: how draft and target randomness relate; "shared-noise" is exact and drafter-invariant.
     """
 
     mode: Mode = "ssd"
-    lookahead: int = 4
+    lookahead: int = 6
     fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: int = 8
     recycle: int = 3

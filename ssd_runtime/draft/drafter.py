@@ -213,6 +213,6 @@ class Drafter:
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:
     """Blocks of the draft's pool: the target's number for sequences, and scratch for two generations of trees."""
-    nodes = 2 * (speculation.budget + 1 + speculation.recycle) * (speculation.lookahead + 2)
+    nodes = 2 * (speculation.budget + 1 + 2 * speculation.recycle) * (speculation.lookahead + 2)
     scratch = engine.max_num_seqs * -(-nodes // engine.block_size) + 1
     return engine.pool_blocks + scratch

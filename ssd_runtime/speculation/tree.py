@@ -94,7 +94,8 @@ class TokenTree:
         max_position: tokens at this position or beyond are not drafted (the end of the sequence).
         fan_out: policy that chooses the outcomes to draft for; shared by the trees of one draft.
         predraft: whether outcomes are drafted for ahead of time (SSD) or only when asked for (SD).
-        recycle: recycled candidates forwarded together with the token that they may follow.
+        recycle: recycled candidates forwarded together with the token that they may follow; the first of them leads a
+            chain of as many tokens.
     """
 
     def __init__(
@@ -169,12 +170,18 @@ class TokenTree:
         return rows if main is None or main not in rows else [*rows, *self._recycled(main)]
 
     def _recycled(self, node: Node) -> list[Node]:
-        """Likely children of a node that is about to be forwarded."""
-        if not self._recycle or not self._allowed(node):
-            return []
+        """Bets below a node that is about to be forwarded: likely children, and what may follow the likeliest one."""
+        children = [child for child in self._guessed(node, self._recycle) if self._allowed(child)]
+        bets = list(children)
+        while children and len(bets) < 2 * self._recycle - 1:
+            children = [child for child in self._guessed(children[0], 1) if self._allowed(child)]
+            bets += children
+        return [bet for bet in bets if bet.ranking is None]
+
+    def _guessed(self, node: Node, count: int) -> list[Node]:
+        """Children of a node by what followed its token earlier, the likeliest first."""
         previous = self._before_root if node.parent is None else node.parent.token
-        children = [node.child(token) for token in self._recycler.guess(previous, node.token, self._recycle)]
-        return [child for child in children if child.ranking is None and self._allowed(child)]
+        return [node.child(token) for token in self._recycler.guess(previous, node.token, count)]
 
     def record(self, node: Node, ranking: Ranking) -> None:
         """A node was forwarded."""

@@ -227,7 +227,20 @@ def test_a_bet_that_holds_drafts_two_tokens_in_one_step(recycle: int, drafted: i
     grown.advance(0, 2)
     assert len(grown.grow()) >= drafted
     ((_, tokens),) = grown.branches().items()
-    assert tokens == (expected, rank((2, expected)).tokens[0])[:drafted]
+    assert tokens[:drafted] == (expected, rank((2, expected)).tokens[0])[:drafted]
+
+
+def test_the_first_bet_leads_a_chain() -> None:
+    """All of what the draft says after "1 2" is in the prompt: three tokens in one step."""
+    text = [1, 2]
+    for _ in range(3):
+        text.append(rank(tuple(text[-2:])).tokens[0])
+    grown = Grown(lookahead=4, prompt=(*text, 1), predraft=False, recycle=2)
+    grown.advance(0, 2)
+    grown.grow()
+    ((_, tokens),) = grown.branches().items()
+    assert len(tokens) >= 3
+    assert tokens[:3] == tuple(text[2:])
 
 
 def test_a_bet_that_fails_costs_rows_and_nothing_else() -> None:
