@@ -54,9 +54,10 @@ class DraftLoop:
         """
         try:
             while not self._leaving:
-                self._handle(self._control.poll(0.0))
+                # Frames say which control messages they rest on, so between two steps a look at the link is enough.
                 self._advance(self._link.poll_outcomes())
                 if not self._grow():
+                    self._handle(self._control.poll(0.0))
                     self._advance(self._link.wait_outcomes(IDLE_WAIT_S))
         except PeerLost:
             self._farewell()
