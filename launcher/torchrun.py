@@ -20,7 +20,7 @@ from pathlib import Path
 import zmq
 
 from launcher import processes
-from ssd_runtime.comm import messages
+from ssd_runtime.comm import codec, messages
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
 
@@ -152,7 +152,7 @@ class Ranks:
     def _heard(self, timeout_s: float) -> Sequence[messages.Message]:
         heard = []
         while self._announcements.poll(int(timeout_s * 1000)):
-            message = messages.decode(self._announcements.recv())
+            message = codec.decode(self._announcements.recv())
             if isinstance(message, messages.WorkerFailed):
                 if message.kind == "config":
                     raise ConfigError(message.reason)

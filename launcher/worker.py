@@ -24,9 +24,10 @@ import zmq
 
 from launcher import processes
 from ssd_runtime import logs, topology
+from ssd_runtime.comm.codec import encode
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.link import LinkHost, LinkTiming, open_draft_link, open_target_link
-from ssd_runtime.comm.messages import Hello, Message, Progress, Ready, Refused, Shutdown, Welcome, WorkerFailed, encode
+from ssd_runtime.comm.messages import Hello, Message, Progress, Ready, Refused, Shutdown, Welcome, WorkerFailed
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape
 from ssd_runtime.config import Config, Mode, load_config
 from ssd_runtime.draft.drafter import Drafter
@@ -38,9 +39,10 @@ from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.draft_peer import DraftPeer, welcome_draft
 from ssd_runtime.target.leader import Leader, Stop
-from ssd_runtime.target.speculators import ColocatedSpeculator, LinkSpeculator
+from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.trace import Tracer, part_path
 
 log = logging.getLogger("ssd.worker")

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import Admit, Finish, Message, decode, encode
+from ssd_runtime.comm.messages import Admit, Finish, Message
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
@@ -17,7 +18,8 @@ from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
-from ssd_runtime.target.speculators import ColocatedSpeculator, LinkSpeculator
+from ssd_runtime.target.colocated import ColocatedSpeculator
+from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.trace import Tracer
 
 

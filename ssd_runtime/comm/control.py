@@ -19,15 +19,9 @@ from typing import Self
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ssd_runtime.comm.messages import (
-    MAX_MESSAGE_BYTES,
-    Heartbeat,
-    Message,
-    ProtocolError,
-    Refused,
-    decode,
-    encode,
-)
+from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES, decode, encode
+from ssd_runtime.comm.messages import Heartbeat, Message, Refused
+from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import ConfigError, PeerLost
 
 log = logging.getLogger(__name__)

@@ -4,19 +4,15 @@ A link is built for one epoch and never repaired: when the peer dies, falls sile
 PeerLost, and the caller builds the next one. Knows frames, not what they mean; knows no control messages.
 
 Sending happens at once in the caller's thread unless several frames are in flight; a thread completes those, sends
-what had to queue, and sends keepalives. Another thread owns the receives. Facts this rests on (torch 2.13, Gloo): a
-receive completes only in a wait; a wait that times out closes every connection of its group, which also frees whoever
-else waits there - that is how a deadline ends a link and how close() ends a blocked receive.
+what had to queue, and sends keepalives. Another thread owns the receives. What the process groups themselves do is in
+pipes.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
-import socket
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +24,7 @@ from torch import Tensor
 
 from ssd_runtime.comm.frames import FrameCodec, FrameShape, Kind, OutcomeCodec, ProtocolError, TreeCodec, kind_of
 from ssd_runtime.comm.messages import LinkAddress
+from ssd_runtime.comm.pipes import GlooPipe, NcclPipe, Pipe, first_line, gloo_group, nccl_group, own_address
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 
@@ -36,7 +33,6 @@ log = logging.getLogger(__name__)
 TARGET, DRAFT = 0, 1  # ranks inside a link's groups
 UNREAD = 1024  # frames a slow reader may leave unread, or a slow wire unsent, before the link counts as lost
 IN_FLIGHT = 4  # frames posted before the sender thread is woken to complete them; at twice as many, frames queue
-WINDOW = 16  # receives posted at once
 UNREAD_TREES = 64  # older trees than these are forgotten: later ones supersede them
 
 
@@ -89,7 +85,7 @@ class LinkHost:
                 host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
             )
         except RuntimeError as error:
-            raise ConfigError(f"cannot serve a store on {host}: {_first_line(error)}") from None
+            raise ConfigError(f"cannot serve a store on {host}: {first_line(error)}") from None
         self._host, self._session, self._epoch = host, secrets.token_hex(8), 0
 
     def next_address(self, shape: FrameShape) -> LinkAddress:
@@ -182,8 +178,8 @@ class _Endpoint(Generic[Sent, Got]):
         self,
         peer_role: str,
         peer_rank: int,
-        sending: _Pipe,
-        receiving: _Pipe,
+        sending: Pipe,
+        receiving: Pipe,
         encoder: FrameCodec[Sent],
         decoder: FrameCodec[Got],
         timing: LinkTiming,
@@ -282,7 +278,7 @@ class _Endpoint(Generic[Sent, Got]):
                     self._sending.finish(work, self._timing.silence)
             except RuntimeError as error:
                 with self._sendable:
-                    self._lose(f"sending failed: {_first_line(error)}")
+                    self._lose(f"sending failed: {first_line(error)}")
                 return
             if closing:
                 return
@@ -299,7 +295,7 @@ class _Endpoint(Generic[Sent, Got]):
                 kind = kind_of(words)
             except (RuntimeError, ProtocolError) as error:
                 with self._readable:
-                    self._lose(f"receiving failed: {_first_line(error)}")
+                    self._lose(f"receiving failed: {first_line(error)}")
                 return
             if kind is Kind.KEEPALIVE:
                 continue
@@ -320,7 +316,7 @@ class _Endpoint(Generic[Sent, Got]):
         try:
             self._in_flight.append(self._sending.post(words))
         except RuntimeError as error:
-            self._lose(f"sending failed: {_first_line(error)}")
+            self._lose(f"sending failed: {first_line(error)}")
         if len(self._in_flight) >= IN_FLIGHT:
             self._sendable.notify_all()
 
@@ -339,141 +335,25 @@ class _Endpoint(Generic[Sent, Got]):
         return PeerLost(self._peer_role, self._peer_rank, self._round, reason)
 
 
-# ---- one direction over one process group ----------------------------------------------------------------------------
-
-
-class _Pipe(Protocol):
-    """All but `receive` and `finish` return at once. Whatever fails or times out is a RuntimeError, and final."""
-
-    def post(self, words: Tensor) -> Any: ...
-    def finish(self, in_flight: Any, timeout_s: float) -> None: ...
-    def receive(self, num_words: int, timeout_s: float) -> Tensor: ...
-    def cancel(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _GlooPipe:
-    """Frames between CPUs.
-
-    Args:
-        group: a ProcessGroupGloo of two.
-        peer: the other one's rank in it.
-    """
-
-    def __init__(self, group: Any, peer: int) -> None:
-        self._group, self._peer = group, peer
-        self._window: deque[tuple[Any, Tensor]] = deque()
-
-    def post(self, words: Tensor) -> Any:
-        return self._group.send([words], self._peer, 0), words  # the words must outlive the work
-
-    def finish(self, in_flight: Any, timeout_s: float) -> None:
-        in_flight[0].wait(timedelta(seconds=timeout_s))
-
-    def receive(self, num_words: int, timeout_s: float) -> Tensor:
-        if not self._window:  # many at once: posting one between two frames would delay whoever awaits the first
-            rows = torch.empty(WINDOW, num_words, dtype=torch.int64)
-            self._window.extend((self._group.recv([words], self._peer, 0), words) for words in rows)
-        work, words = self._window.popleft()
-        work.wait(timedelta(seconds=timeout_s))
-        return words
-
-    def cancel(self) -> None:
-        """Fail whoever waits in this group: a wait that times out closes its connections."""
-        with contextlib.suppress(RuntimeError):
-            nothing = torch.empty(1, dtype=torch.int64)
-            self._group.recv([nothing], self._peer, 1).wait(timedelta(milliseconds=1))
-
-    def close(self) -> None:
-        self._window.clear()
-        self._group = None
-
-
-class _NcclPipe:
-    """Frames between GPUs, in device memory. Written by reading torch's source; it has not run yet.
-
-    Args:
-        group: a ProcessGroupNCCL of two with a non-blocking communicator.
-        peer: the other one's rank in it.
-        device: of this rank.
-    """
-
-    def __init__(self, group: Any, peer: int, device: torch.device) -> None:
-        self._group, self._peer, self._device = group, peer, device
-
-    def post(self, words: Tensor) -> Any:
-        with torch.cuda.device(self._device):
-            on_device = words.to(self._device)
-            return self._group.send([on_device], self._peer, 0), on_device
-
-    def finish(self, in_flight: Any, timeout_s: float) -> None:
-        work, deadline = in_flight[0], time.monotonic() + timeout_s
-        while not work.is_completed():  # wait() would block the stream, not this thread
-            if time.monotonic() > deadline:
-                self._group.abort()
-                raise RuntimeError(f"no completion within {timeout_s:g} s")
-            time.sleep(50e-6)
-        work.wait()
-
-    def receive(self, num_words: int, timeout_s: float) -> Tensor:
-        with torch.cuda.device(self._device):
-            on_device = torch.empty(num_words, dtype=torch.int64, device=self._device)
-            self.finish((self._group.recv([on_device], self._peer, 0),), timeout_s)
-            return on_device.cpu()
-
-    def cancel(self) -> None:
-        self._group.abort()
-
-    def close(self) -> None:
-        self._group = None
-
-
 def _meet(
     address: LinkAddress, rank: int, timing: LinkTiming, device: torch.device | None, backend: str
-) -> tuple[_Pipe, _Pipe]:
+) -> tuple[Pipe, Pipe]:
     """The pipes of both directions, outcomes first; both sides must call this for the same address."""
     build = timedelta(seconds=timing.build)
     peer = 1 - rank
     role = ("target", "draft")[peer]
     try:
         store = dist.TCPStore(address.host, address.port, is_master=False, wait_for_workers=False, timeout=build)
-        local_host = _own_address(address.host, address.port)
+        local_host = own_address(address.host, address.port)
 
-        def pipe(direction: str) -> _Pipe:
+        def pipe(direction: str) -> Pipe:
             prefix = dist.PrefixStore(f"link/{address.session}/{address.epoch}/{direction}", store)
             if backend == "nccl":
                 assert device is not None, "NCCL needs a device"
-                return _NcclPipe(_nccl_group(prefix, rank, device, build), peer, device)
-            return _GlooPipe(_gloo_group(prefix, rank, local_host, build), peer)
+                return NcclPipe(nccl_group(prefix, rank, device, build), peer, device)
+            return GlooPipe(gloo_group(prefix, rank, local_host, build), peer)
 
         return pipe("outcomes"), pipe("trees")
     except (RuntimeError, OSError) as error:
         met = f"did not meet at {address.host}:{address.port} (epoch {address.epoch}) within {timing.build:g} s"
-        raise PeerLost(role, peer, -1, f"{met}: {_first_line(error)}") from error
-
-
-def _gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_host)]
-    options._timeout, options._threads = timeout, 1
-    return dist.ProcessGroupGloo(store, rank, 2, options)
-
-
-def _nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout, options.config.blocking = timeout, 0
-    group = dist.ProcessGroupNCCL(store, rank, 2, options)
-    group.eager_connect_single_device(device)
-    return group
-
-
-def _own_address(host: str, port: int) -> str:
-    """Which of this machine's addresses leads to `host`: nothing is sent, the kernel only looks up the route."""
-    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(there)
-        return str(probe.getsockname()[0])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise PeerLost(role, peer, -1, f"{met}: {first_line(error)}") from error

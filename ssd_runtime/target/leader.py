@@ -25,7 +25,7 @@ from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import FinishReason, Request, Sequence
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
-from ssd_runtime.target.speculators import LinkSpeculator
+from ssd_runtime.target.link_speculator import LinkSpeculator
 
 log = logging.getLogger(__name__)
 

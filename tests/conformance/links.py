@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.inproc import inproc_pair
 from ssd_runtime.comm.link import (
     DraftLink,
@@ -21,7 +22,7 @@ from ssd_runtime.comm.link import (
     open_draft_link,
     open_target_link,
 )
-from ssd_runtime.comm.messages import LinkAddress, Welcome, decode, encode
+from ssd_runtime.comm.messages import LinkAddress, Welcome
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
 

@@ -14,18 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.comm import messages
-from ssd_runtime.comm.messages import (
-    MESSAGE_TYPES,
-    PROTOCOL_VERSION,
-    Cancel,
-    ChatMessage,
-    Generate,
-    Message,
-    ProtocolError,
-    RequestStatistics,
-    decode,
-    encode,
-)
+from ssd_runtime.comm.codec import decode, encode
+from ssd_runtime.comm.messages import MESSAGE_TYPES, Cancel, ChatMessage, Generate, Message, RequestStatistics
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, ProtocolError
 from ssd_runtime.speculation.types import SamplingParams
 
 

@@ -1,0 +1,137 @@
+"""One direction of a link over one process group of two: Gloo between CPUs, NCCL between GPUs. Knows words, no frames.
+
+Facts this rests on (torch 2.13, Gloo): a receive completes only in a wait; a wait that times out closes every
+connection of its group, which also frees whoever else waits there - that is how a deadline ends a link and how close()
+ends a blocked receive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections import deque
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WINDOW = 16  # receives posted at once
+
+
+class Pipe(Protocol):
+    """All but `receive` and `finish` return at once. Whatever fails or times out is a RuntimeError, and final."""
+
+    def post(self, words: Tensor) -> Any: ...
+    def finish(self, in_flight: Any, timeout_s: float) -> None: ...
+    def receive(self, num_words: int, timeout_s: float) -> Tensor: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class GlooPipe:
+    """Frames between CPUs.
+
+    Args:
+        group: a ProcessGroupGloo of two.
+        peer: the other one's rank in it.
+    """
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+        self._window: deque[tuple[Any, Tensor]] = deque()
+
+    def post(self, words: Tensor) -> Any:
+        return self._group.send([words], self._peer, 0), words  # the words must outlive the work
+
+    def finish(self, in_flight: Any, timeout_s: float) -> None:
+        in_flight[0].wait(timedelta(seconds=timeout_s))
+
+    def receive(self, num_words: int, timeout_s: float) -> Tensor:
+        if not self._window:  # many at once: posting one between two frames would delay whoever awaits the first
+            rows = torch.empty(WINDOW, num_words, dtype=torch.int64)
+            self._window.extend((self._group.recv([words], self._peer, 0), words) for words in rows)
+        work, words = self._window.popleft()
+        work.wait(timedelta(seconds=timeout_s))
+        return words
+
+    def cancel(self) -> None:
+        """Fail whoever waits in this group: a wait that times out closes its connections."""
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.int64)
+            self._group.recv([nothing], self._peer, 1).wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        self._window.clear()
+        self._group = None
+
+
+class NcclPipe:
+    """Frames between GPUs, in device memory. Written by reading torch's source; it has not run yet.
+
+    Args:
+        group: a ProcessGroupNCCL of two with a non-blocking communicator.
+        peer: the other one's rank in it.
+        device: of this rank.
+    """
+
+    def __init__(self, group: Any, peer: int, device: torch.device) -> None:
+        self._group, self._peer, self._device = group, peer, device
+
+    def post(self, words: Tensor) -> Any:
+        with torch.cuda.device(self._device):
+            on_device = words.to(self._device)
+            return self._group.send([on_device], self._peer, 0), on_device
+
+    def finish(self, in_flight: Any, timeout_s: float) -> None:
+        work, deadline = in_flight[0], time.monotonic() + timeout_s
+        while not work.is_completed():  # wait() would block the stream, not this thread
+            if time.monotonic() > deadline:
+                self._group.abort()
+                raise RuntimeError(f"no completion within {timeout_s:g} s")
+            time.sleep(50e-6)
+        work.wait()
+
+    def receive(self, num_words: int, timeout_s: float) -> Tensor:
+        with torch.cuda.device(self._device):
+            on_device = torch.empty(num_words, dtype=torch.int64, device=self._device)
+            self.finish((self._group.recv([on_device], self._peer, 0),), timeout_s)
+            return on_device.cpu()
+
+    def cancel(self) -> None:
+        self._group.abort()
+
+    def close(self) -> None:
+        self._group = None
+
+
+def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta) -> Any:
+    """A group of two between CPUs that listens at `local_host`."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_host)]
+    options._timeout, options._threads = timeout, 1
+    return dist.ProcessGroupGloo(store, rank, 2, options)
+
+
+def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta) -> Any:
+    """A group of two between GPUs with a non-blocking communicator."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout, options.config.blocking = timeout, 0
+    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
+def own_address(host: str, port: int) -> str:
+    """Which of this machine's addresses leads to `host`: nothing is sent, the kernel only looks up the route."""
+    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(there)
+        return str(probe.getsockname()[0])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch appends."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
