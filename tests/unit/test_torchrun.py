@@ -16,7 +16,8 @@ from ssd_runtime.errors import ConfigError, SsdError
 
 PRELUDE = """
 import sys, time, zmq
-from ssd_runtime.comm.messages import Progress, Ready, WorkerFailed, encode
+from ssd_runtime.comm.codec import encode
+from ssd_runtime.comm.messages import Progress, Ready, WorkerFailed
 socket = zmq.Context().socket(zmq.PUSH)
 socket.connect(sys.argv[1])
 say = lambda message: socket.send(encode(message))
