@@ -36,8 +36,9 @@ def _sample_shared_noise(
     top_k_R: Tensor,
     top_p_R: Tensor,
     min_p_R: Tensor,
-    key_R: Tensor,
-    count: int,
+    seed_R: Tensor,
+    position_R: Tensor,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
     num_rows = logits_RV.shape[0]
-    return key_R.new_empty(num_rows, count), temperature_R.new_empty(num_rows, count)
+    return seed_R.new_empty(num_rows, count), temperature_R.new_empty(num_rows, count)

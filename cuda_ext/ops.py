@@ -161,10 +161,13 @@ def sample_shared_noise(
     top_k_R: Tensor,
     top_p_R: Tensor,
     min_p_R: Tensor,
-    key_R: Tensor,
-    count: int,
+    seed_R: Tensor,
+    position_R: Tensor,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    return _kernels().sample_shared_noise(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, key_R, count)
+    return _kernels().sample_shared_noise(
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count
+    )
 
 
 def copy_branch_(kv: Tensor, source_slots_N: Tensor, target_slots_N: Tensor) -> None:

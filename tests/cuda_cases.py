@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cuda_ext import reference
-from ssd_runtime.speculation.noise import noise_key
+from ssd_runtime.speculation.noise import signed
 from ssd_runtime.speculation.sampling import Draw
 from ssd_runtime.speculation.types import SamplingParams
 
@@ -210,7 +210,7 @@ DRAWS = st.builds(
         top_k=st.sampled_from([0, 1, 2, 20, 300, 5000]),
         top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-6]),
         min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
-        seed=st.integers(0, 2**64 - 1),
+        seed=st.integers(-(2**63), 2**64 - 1),
     ),
     position=st.integers(0, 10**6),
 )
@@ -232,8 +232,8 @@ def sample_arguments(logits: Tensor, draws: list[Draw], count: int) -> tuple:
         torch.tensor([getattr(p, name) for p in params], dtype=torch.float64)
         for name in ("temperature", "top_p", "min_p")
     ]
-    keys = ints([noise_key(draw.params.seed, draw.position) for draw in draws])
-    return logits, doubles[0], ints([p.top_k for p in params]), doubles[1], doubles[2], keys, count
+    seeds, positions = ints([signed(p.seed) for p in params]), ints([draw.position for draw in draws])
+    return logits, doubles[0], ints([p.top_k for p in params]), doubles[1], doubles[2], seeds, positions, count
 
 
 def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int]) -> None:

@@ -174,20 +174,28 @@ inline const double* doubles(const Tensor& tensor, int64_t rows, const char* op,
 }
 
 inline SampleArgs sample_args(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-                              const Tensor& top_p, const Tensor& min_p, const Tensor& key, int64_t count) {
+                              const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position,
+                              int64_t count) {
   const char* op = "sample_shared_noise";
   check_device(logits,
-               {{&temperature, "temperature"}, {&top_k, "top_k"}, {&top_p, "top_p"}, {&min_p, "min_p"}, {&key, "key"}},
+               {{&temperature, "temperature"},
+                {&top_k, "top_k"},
+                {&top_p, "top_p"},
+                {&min_p, "min_p"},
+                {&seed, "seed"},
+                {&position, "position"}},
                op);
-  const View view(logits), k(top_k), keys(key);
+  const View view(logits), k(top_k), seeds(seed), positions(position);
   float_dtype(view, op, "logits");
   check_dim(view, 2, op, "logits");
   check_int64(k, 1, op, "top_k");
-  check_int64(keys, 1, op, "key");
+  check_int64(seeds, 1, op, "seed");
+  check_int64(positions, 1, op, "position");
   SSD_CHECK(count >= 1, op, ": count must be at least 1, not ", count);
   const int64_t rows = view.sizes[0];
   check_size(k.sizes[0], rows, op, "the length of top_k");
-  check_size(keys.sizes[0], rows, op, "the length of key");
+  check_size(seeds.sizes[0], rows, op, "the length of seed");
+  check_size(positions.sizes[0], rows, op, "the length of position");
   SampleArgs args{};
   args.num_rows = rows;
   args.vocabulary = view.sizes[1];
@@ -198,7 +206,8 @@ inline SampleArgs sample_args(const Tensor& logits, const Tensor& temperature, c
   args.top_p = doubles(top_p, rows, op, "top_p");
   args.min_p = doubles(min_p, rows, op, "min_p");
   args.top_k = int64s(k);
-  args.keys = int64s(keys);
+  args.seeds = int64s(seeds);
+  args.positions = int64s(positions);
   return args;
 }
 

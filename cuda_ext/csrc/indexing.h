@@ -136,7 +136,7 @@ struct SampleArgs {
   int64_t num_rows, vocabulary, count, logit_stride;
   const void* logits;
   const double *temperature, *top_p, *min_p;
-  const int64_t *top_k, *keys;
+  const int64_t *top_k, *seeds, *positions;
   int64_t* tokens;
   double* scores;
 };

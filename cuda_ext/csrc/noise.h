@@ -57,13 +57,23 @@ SSD_HD float float_of_ordered(uint32_t ordered) {
   return float_of(ordered ^ ((ordered >> 31) != 0 ? 0x80000000u : 0xFFFFFFFFu));
 }
 
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u, kMix1 = 0xBF58476D1CE4E5B9u, kMix2 = 0x94D049BB133111EBu;
+
+SSD_HD uint64_t splitmix64(uint64_t value) {
+  value += kGolden;
+  value = (value ^ (value >> 30)) * kMix1;
+  value = (value ^ (value >> 27)) * kMix2;
+  return value ^ (value >> 31);
+}
+
+// The key of one position of one request.
+SSD_HD int64_t noise_key(int64_t seed, int64_t position) {
+  return static_cast<int64_t>(splitmix64(splitmix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(position)));
+}
+
 // The upper 32 bits of splitmix64(key + token * golden).
 SSD_HD uint32_t token_noise_bits(int64_t key, int64_t token) {
-  const uint64_t golden = 0x9E3779B97F4A7C15u;
-  uint64_t state = static_cast<uint64_t>(key) + golden * static_cast<uint64_t>(token) + golden;
-  state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
-  state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
-  return static_cast<uint32_t>((state ^ (state >> 31)) >> 32);
+  return static_cast<uint32_t>(splitmix64(static_cast<uint64_t>(key) + kGolden * static_cast<uint64_t>(token)) >> 32);
 }
 
 SSD_HD double gumbel_noise(uint32_t bits) {

@@ -68,8 +68,8 @@ def bench_sample(compiled, device: torch.device, top_k: int, top_p: float, tempe
     """One forward's rows: every logit is read once at least."""
     logits = torch.randn(ROWS, VOCABULARY, device=device) * 3
     ones = torch.ones(ROWS, dtype=torch.float64, device=device)
-    keys: Tensor = torch.arange(ROWS, device=device)
-    arguments = (logits, ones * temperature, keys * 0 + top_k, ones * top_p, ones * 0, keys, 1)
+    ids: Tensor = torch.arange(ROWS, device=device)
+    arguments = (logits, ones * temperature, ids * 0 + top_k, ones * top_p, ones * 0, ids, ids, 1)
     assert torch.equal(compiled.sample_shared_noise(*arguments)[0], reference.sample_shared_noise(*arguments)[0])
     plain = best_seconds(lambda: reference.sample_shared_noise(*arguments), device, runs=5)
     own = best_seconds(lambda: compiled.sample_shared_noise(*arguments), device)

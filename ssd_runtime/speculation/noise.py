@@ -24,7 +24,7 @@ MAX_NOISE = -math.log(-math.log1p(-(2.0 ** -(_UNIFORM_BITS + 1))))
 MIN_NOISE = -math.log(-math.log(2.0 ** -(_UNIFORM_BITS + 1)))
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """The same 64 bits as torch's int64 reads them."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
@@ -40,7 +40,7 @@ def splitmix64(value: int) -> int:
 
 def noise_key(seed: int, position: int) -> int:
     """The 64-bit key of one position of one request, as a signed integer that fits an int64 tensor."""
-    return _signed(splitmix64(splitmix64(seed & _MASK) ^ (position & _MASK)))
+    return signed(splitmix64(splitmix64(seed & _MASK) ^ (position & _MASK)))
 
 
 def gumbel_noise(key: int | Tensor, tokens: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def gumbel_noise(key: int | Tensor, tokens: Tensor) -> Tensor:
         float64 tensor of the broadcast shape, between MIN_NOISE and MAX_NOISE.
     """
     # int64 products wrap modulo 2^64 on every device; shifts are arithmetic, hence the masks.
-    bits = tokens * _signed(_GOLDEN) + key + _signed(_GOLDEN)
-    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * _signed(_MIX_1)
-    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * _signed(_MIX_2)
+    bits = tokens * signed(_GOLDEN) + key + signed(_GOLDEN)
+    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * signed(_MIX_1)
+    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * signed(_MIX_2)
     bits = bits ^ ((bits >> 31) & ((1 << 33) - 1))
     upper = (bits >> (64 - _UNIFORM_BITS)) & ((1 << _UNIFORM_BITS) - 1)
     uniform = (upper.to(torch.float64) + 0.5) * 2.0**-_UNIFORM_BITS

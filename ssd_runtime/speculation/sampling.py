@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cuda_ext import ops
 from ssd_runtime.errors import RequestError
-from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key
+from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
 from ssd_runtime.speculation.types import SamplingParams
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
@@ -145,7 +145,8 @@ def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list
         torch.tensor([one.top_k for one in params], dtype=torch.int64),
         torch.tensor([one.top_p for one in params], dtype=torch.float64),
         torch.tensor([one.min_p for one in params], dtype=torch.float64),
-        torch.tensor([noise_key(draw.params.seed, draw.position) for draw in draws], dtype=torch.int64),
+        torch.tensor([signed(one.seed) for one in params], dtype=torch.int64),
+        torch.tensor([draw.position for draw in draws], dtype=torch.int64),
         count,
     )
     rankings = []

@@ -22,8 +22,8 @@ STABLE_TORCH_LIBRARY(ssd_emulated, m) {
   m.def("match_outcomes(Tensor target_tokens, Tensor draft_tokens, Tensor lengths) -> (Tensor, Tensor)");
   m.def("lookup_branches(Tensor keys, Tensor tokens, Tensor lengths, Tensor outcomes) -> (Tensor, Tensor)");
   m.def(
-      "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor key,"
-      " int count) -> (Tensor, Tensor)");
+      "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
+      " Tensor position, int count=1) -> (Tensor, Tensor)");
   m.def("raise_faults(Tensor like) -> ()");
   m.def("configure(int threads, int seed) -> ()");
 }

@@ -93,7 +93,7 @@ def test_one_graph_holds_a_round_and_replays_it_on_new_values(kernels):
     changed = [kv, tables, lengths]
 
     def turn(ops):
-        tokens, _ = ops.sample_shared_noise(logits, ones, off, ones, ones * 0, off + 7, 1)
+        tokens, _ = ops.sample_shared_noise(logits, ones, off, ones, ones * 0, off + 7, off + 5, 1)
         accepted, bonus = ops.match_outcomes(tokens.view(batch, lookahead + 1), draft, full)
         found, found_lengths = ops.lookup_branches(keys, branches, branch_lengths, torch.stack((accepted, bonus), 1))
         ops.copy_branch_(kv, source, target)

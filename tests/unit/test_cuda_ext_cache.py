@@ -143,7 +143,7 @@ def arguments(name: str) -> tuple:
         "rollback_": (ints([0, 1, 2], [3, 4, 5]), ints(2, 3), ints(1), ints(1), 2, kv),
         "match_outcomes": (ints([1, 2, 3]), ints([1, 5]), ints(2)),
         "lookup_branches": (ints([0, 1], [-1, 0]), ints([1, 2, 3], [3, 4, 5]), ints(2, 0), ints([0, 1])),
-        "sample_shared_noise": (torch.randn(2, 40), ones, ids, ones, ones * 0, ids, 3),
+        "sample_shared_noise": (torch.randn(2, 40), ones, ids, ones, ones * 0, ids, ids, 3),
     }[name]
 
 

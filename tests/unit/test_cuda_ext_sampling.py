@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cuda_ext import reference
 from ssd_runtime.kv.paged import copy_branch_oracle
-from ssd_runtime.speculation.noise import noise_key
+from ssd_runtime.speculation.noise import gumbel_noise, noise_key, signed
 from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.speculation.verify import verify
@@ -30,7 +30,8 @@ def sample(backend, logits: torch.Tensor, draws: list[Draw], count: int) -> list
         torch.tensor([p.top_k for p in params], dtype=torch.int64),
         torch.tensor([p.top_p for p in params], dtype=torch.float64),
         torch.tensor([p.min_p for p in params], dtype=torch.float64),
-        torch.tensor([noise_key(draw.params.seed, draw.position) for draw in draws], dtype=torch.int64),
+        torch.tensor([signed(p.seed) for p in params], dtype=torch.int64),
+        torch.tensor([draw.position for draw in draws], dtype=torch.int64),
         count,
     )
     assert torch.equal(ranked >= 0, scores > -torch.inf)
@@ -45,7 +46,7 @@ DRAWS = st.builds(
         top_k=st.sampled_from([0, 1, 2, 20, 300, 5000]),
         top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-6]),
         min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
-        seed=st.integers(0, 2**64 - 1),
+        seed=st.integers(-(2**63), 2**64 - 1),
     ),
     position=st.integers(0, 10**6),
 )
@@ -75,20 +76,43 @@ def test_excluded_tokens_are_never_chosen(backend):
 
 
 def test_scores_equal_those_of_plain_torch():
-    keys, off = torch.tensor([5, -7]), torch.zeros(2, dtype=torch.int64)
-    arguments = (random(0, 2, 1000), torch.tensor([0.7, 0.0]).double(), off, off.double() + 1, off.double(), keys, 6)
+    seeds, off = torch.tensor([5, -7]), torch.zeros(2, dtype=torch.int64)
+    ones = off.double() + 1
+    arguments = (random(0, 2, 1000), torch.tensor([0.7, 0.0]).double(), off, ones, ones * 0, seeds, off + 9, 6)
     expected = reference.sample_shared_noise(*arguments)
     torch.testing.assert_close(compiled.sample_shared_noise(*arguments), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), -1])
+@pytest.mark.parametrize("position", [0, 7, 2**40])
+def test_the_noise_of_seed_and_position_is_that_of_the_runtime(backend, seed, position):
+    """Equal logits leave nothing but noise in the scores: every bit of the key shows."""
+    one, off = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    seeds, positions = torch.tensor([signed(seed)]), torch.tensor([position])
+    tokens, scores = backend.sample_shared_noise(torch.zeros(1, 40), one, off, one, one * 0, seeds, positions, 40)
+    expected = gumbel_noise(noise_key(seed, position), tokens)
+    torch.testing.assert_close(scores, expected, rtol=1e-14, atol=1e-14)
+    assert sorted(tokens[0].tolist()) == list(range(40))
 
 
 def test_sampling_refuses_wrong_inputs():
     ones, ids = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="count must be at least 1"):
-        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, ids, 0)
+        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, ids, ids, 0)
     with pytest.raises(RuntimeError, match="temperature must be float64"):
-        compiled.sample_shared_noise(torch.zeros(2, 8), ones.float(), ids, ones, ones, ids, 1)
-    with pytest.raises(RuntimeError, match="length of key must be 2, not 3"):
-        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, torch.zeros(3, dtype=torch.int64), 1)
+        compiled.sample_shared_noise(torch.zeros(2, 8), ones.float(), ids, ones, ones, ids, ids)
+    three = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="length of seed must be 2, not 3"):
+        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, three, ids)
+    with pytest.raises(RuntimeError, match="length of position must be 2, not 3"):
+        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, ids, three)
+    with pytest.raises(RuntimeError, match="position must be int64"):
+        compiled.sample_shared_noise(torch.zeros(2, 8), ones, ids, ones, ones, ids, ids.int())
+    with pytest.raises(RuntimeError, match="logits must be float32 or bfloat16"):
+        compiled.sample_shared_noise(torch.zeros(2, 8).half(), ones, ids, ones, ones, ids, ids)
+    with pytest.raises(RuntimeError, match="logits must have 2 dimensions, not 1"):
+        compiled.sample_shared_noise(torch.zeros(8), ones, ids, ones, ones, ids, ids)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

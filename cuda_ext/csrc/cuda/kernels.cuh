@@ -292,7 +292,7 @@ SSD_KERNEL SSD_BOUNDS(kMaxThreads) sample_shared_noise_kernel(SampleArgs args) {
   const double temperature = args.temperature[index], top_p = args.top_p[index], min_p = args.min_p[index];
   const int64_t top_k = args.top_k[index];
   const SampleRow<Element> row{static_cast<const Element*>(args.logits) + index * args.logit_stride, args.vocabulary,
-                               args.keys[index], static_cast<float>(temperature)};
+                               noise_key(args.seeds[index], args.positions[index]), static_cast<float>(temperature)};
   float floor = -INFINITY;
   const bool cuts_k = top_k > 0 && top_k < args.vocabulary;
   if (temperature != 0.0 && (cuts_k || top_p < 1.0 || min_p > 0.0)) {
