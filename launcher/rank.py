@@ -1,0 +1,102 @@
+"""What every rank has, whatever its role: a place, signals, a trace, models to load."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.announcer import Announcer
+from ssd_runtime import topology
+from ssd_runtime.comm.link import LinkTiming
+from ssd_runtime.comm.messages import Progress
+from ssd_runtime.config import Config
+from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.load import load_decoder
+from ssd_runtime.trace import Tracer, part_path
+
+log = logging.getLogger("ssd.rank")
+
+
+class Stopped(Exception):  # not an error: a signal came before the loop was there to be asked
+    """A signal asked this rank to leave."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a rank is started with.
+
+    Attributes:
+        config: of the run.
+        place: role, device and cores of this rank.
+        announcer: to the launcher.
+        trace: where the run's trace goes; None for no trace.
+    """
+
+    config: Config
+    place: topology.Placement
+    announcer: Announcer
+    trace: Path | None
+
+
+class Rank:
+    """One rank; the roles fill in `serve`."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._config = surroundings.config
+        self._place = place = surroundings.place
+        self._announcer = surroundings.announcer
+        self._trace = surroundings.trace
+        self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=self._trace is not None, sort_index=place.rank)
+        self._on_stop: Callable[[str], None] | None = None
+
+    def run(self) -> None:
+        """Until told to leave. Raises SsdError for everything that can go wrong."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._signalled)
+        topology.settle(self._place)
+        try:
+            self.serve()
+        except Stopped as stopped:
+            log.info("leaving: %s", stopped)
+        finally:
+            if self._trace is not None:
+                self._tracer.write(part_path(self._trace, self._place.rank))
+
+    def serve(self) -> None:
+        """The work of the role."""
+        raise NotImplementedError
+
+    def _signalled(self, signum: int, frame: FrameType | None) -> None:
+        reason = f"received {signal.Signals(signum).name}"
+        if self._on_stop is None:
+            raise Stopped(reason)
+        self._on_stop(reason)
+
+    def _frames_travel_by(self) -> dict[str, Any]:
+        backend = self._place.link_backend
+        return {"backend": backend, "device": topology.link_device(backend, self._place.device)}
+
+    def _load(self, phase: str, model: str, dtype: Any) -> Decoder:
+        def progress(fraction: float) -> None:
+            self._announcer.say(Progress(self._place.role, self._place.rank, f"load {phase}", fraction))
+
+        progress(0.0)
+        decoder = load_decoder(resolve(model), dtype, self._place.device, progress)
+        decoder.arch.check_length(self._config.engine.max_model_len, f"{phase} model {model}")
+        return decoder
+
+
+def link_timing(config: Config) -> LinkTiming:
+    """The deadlines of the link, the same for both roles."""
+    timeouts = config.timeouts
+    return LinkTiming(
+        build=timeouts.handshake,
+        heartbeat=timeouts.idle_heartbeat,
+        silence=max(timeouts.link, 3 * timeouts.idle_heartbeat),
+    )

@@ -1,0 +1,48 @@
+"""How the ranks of one torchrun find each other: its store, and the leader's control address in it."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ssd_runtime.config import Config
+from ssd_runtime.errors import ConfigError
+
+CONTROL_KEY = "ssd/control"
+
+
+def store(config: Config) -> Any:
+    """A client of torchrun's own store: built directly, since init_process_group would join a world of all ranks."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serve = not agent_serves and os.environ["RANK"] == "0"
+    timeout = timedelta(seconds=config.timeouts.handshake)
+    try:
+        served = dist.TCPStore(host, port, is_master=serve, wait_for_workers=False, timeout=timeout)
+    except RuntimeError as error:
+        raise ConfigError(f"cannot reach torchrun's store at {host}:{port}: {str(error).splitlines()[0]}") from None
+    return dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{_restarts()}", served)
+
+
+def await_key(store: Any, key: str, timeout_s: float) -> str:
+    """What the target wrote under `key`; raises ConfigError if it did not within `timeout_s`."""
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        value: bytes = store.get(key)
+    except RuntimeError:
+        raise ConfigError(f"no target came within {timeout_s:g} s: is rank 0 running?") from None
+    return value.decode()
+
+
+def link_host(config: Config) -> str:
+    """Where the draft finds the link's store: the front door's host, or torchrun's if that one is a wildcard."""
+    host = config.serve.host
+    return os.environ["MASTER_ADDR"] if host in ("0.0.0.0", "*") else host
+
+
+def _restarts() -> str:
+    """A restarted world must not read what the last one wrote. All ranks of one agent see the same count."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,0 +1,116 @@
+"""The target's rank: loads the model, opens the front door, meets the draft, serves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import click
+
+from launcher import rendezvous
+from launcher.rank import Rank, Stopped, Surroundings, link_timing
+from ssd_runtime import topology
+from ssd_runtime.comm.control import ControlServer
+from ssd_runtime.comm.link import LinkHost, open_target_link
+from ssd_runtime.comm.messages import Ready
+from ssd_runtime.comm.protocol import FrameShape
+from ssd_runtime.config import Mode
+from ssd_runtime.draft.drafter import Drafter
+from ssd_runtime.engine.engine import Engine
+from ssd_runtime.engine.speculator import NoSpeculation, Speculator
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.target.colocated import ColocatedSpeculator
+from ssd_runtime.target.draft_peer import DraftPeer, welcome_draft
+from ssd_runtime.target.leader import Leader, Stop
+from ssd_runtime.target.link_speculator import LinkSpeculator
+
+log = logging.getLogger("ssd.target")
+
+
+class TargetRank(Rank):
+    """Rank 0: the leader."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self._stop = Stop()
+
+    def serve(self) -> None:
+        config, has_draft = self._config, self._place.world_size > 1
+        with contextlib.closing(ControlServer(config.serve.host, config.serve.port)) as server:
+            store = rendezvous.store(config) if has_draft else None  # kept: it may be this rank's own to serve
+            if store is not None:
+                store.set(rendezvous.CONTROL_KEY, server.address)
+            tokenizer = Tokenizer.from_model(resolve(config.target.model))
+            decoder = self._load("target", config.target.model, config.target.dtype)
+            with self._speculators(server, decoder, tokenizer) as speculators:
+                link = speculators.get("ssd")
+                assert link is None or isinstance(link, LinkSpeculator)
+                engine = Engine(decoder, config.engine, config.speculation.lookahead, speculators, self._tracer)
+                cores = topology.cores_by_role(config, self._place.world_size)
+                leader = Leader(config, engine, tokenizer, server, link, cores, self._stop)
+                self._on_stop = self._set_stop
+                self._announcer.say(Ready(server.address, cores))
+                if self._announcer.address is None:  # started by hand: nobody else says it
+                    click.echo(f"address: {server.address}")
+                log.info("ready at %s", server.address)
+                leader.run()
+                log.info("leaving: %s", self._stop.reason)
+
+    def _set_stop(self, reason: str) -> None:
+        self._stop.reason = self._stop.reason or reason
+
+    @contextlib.contextmanager
+    def _speculators(
+        self, server: ControlServer, decoder: Decoder, tokenizer: Tokenizer
+    ) -> Iterator[dict[Mode, Speculator]]:
+        """How this engine can speculate: every mode the ranks at hand allow."""
+        config = self._config
+        speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
+        if self._place.world_size == 1:
+            if config.speculation.mode == "sd-colocated":
+                drafter = self._drafter(tokenizer)
+                speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
+            yield speculators
+            return
+        with contextlib.closing(LinkHost(rendezvous.link_host(config), timeout_s=config.timeouts.link)) as host:
+            peer = self._welcome(server, host, tokenizer)
+            vocab_size = decoder.arch.vocab_size
+            link = LinkSpeculator(peer, config.speculation.backup, vocab_size, config.timeouts.link)
+            colocated = ColocatedSpeculator(lambda: self._drafter(tokenizer))
+            speculators |= {"ssd": link, "sd": link, "sd-colocated": colocated}
+            try:
+                yield speculators
+            finally:
+                peer.close(self._stop.reason or "the target failed")
+
+    def _drafter(self, tokenizer: Tokenizer) -> Drafter:
+        """A draft in this process."""
+        config = self._config
+        draft = Tokenizer.from_model(resolve(config.draft.model))
+        reason = tokenizer.vocabulary().difference(draft.vocabulary())
+        if reason is not None:
+            raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
+        decoder = self._load("draft in the target's process", config.draft.model, config.draft.dtype)
+        return Drafter(decoder, config.engine, config.speculation, len(draft.vocabulary().tokens))
+
+    def _welcome(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer) -> DraftPeer:
+        config = self._config
+        speculation = config.speculation
+        peer = welcome_draft(
+            server,
+            host,
+            FrameShape.of(config.engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget),
+            config_digest=config.digest(),
+            vocabulary=tokenizer.vocabulary().digest(),
+            timing=link_timing(config),
+            deadline_s=config.timeouts.load + config.timeouts.handshake,
+            stopping=lambda: bool(self._stop),
+            open_link=lambda address, timing: open_target_link(address, timing, **self._frames_travel_by()),
+        )
+        if peer is None:
+            raise Stopped(self._stop.reason)
+        return peer
