@@ -21,6 +21,8 @@ from ssd_runtime.errors import ConfigError
 Dtype = Literal["fp32", "bf16", "int8"]
 Device = Literal["cpu", "cuda"]
 Mode = Literal["ar", "sd", "sd-colocated", "ssd"]
+Numerics = Literal["fast", "invariant"]
+NUMERICS: tuple[Numerics, ...] = ("fast", "invariant")
 MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
 
 
@@ -53,6 +55,9 @@ class EngineConfig:
         block_size: KV slots in one block.
         num_blocks: blocks in the pool; 0 means enough for max_num_seqs sequences of max_model_len.
         prefill_chunk: most prompt tokens of one forward.
+        numerics: "invariant": a row's rounding depends on nothing that shares its forward, so the tokens are the same
+            in every mode, speculation length and batch in bf16 and int8 too. Free with the compiled operators, which
+            round so anyway; elsewhere one forward a sequence, of a fixed shape. "fast" leaves it to the operators.
     """
 
     max_model_len: int = 2048
@@ -60,6 +65,7 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int = 0
     prefill_chunk: int = 256
+    numerics: Numerics = "fast"
 
     @property
     def pool_blocks(self) -> int:

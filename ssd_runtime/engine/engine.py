@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, Mode
+from ssd_runtime.engine.numerics import FreshTokens, Rounding, spare_slots
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
@@ -60,7 +61,9 @@ class Engine:
         self._speculators = dict(speculators)
         self._tracer = tracer
         self.allocator = BlockAllocator(config.pool_blocks)
-        self._kv = decoder.new_kv(config.pool_blocks * config.block_size)
+        num_slots = config.pool_blocks * config.block_size
+        self._kv = decoder.new_kv(num_slots + spare_slots(decoder, config.numerics))
+        self._rounding = Rounding(decoder, config.numerics, spare_slot=num_slots)
         self.scheduler = Scheduler(config)
         self._next_id = 0
         self._round = 0
@@ -182,17 +185,15 @@ class Engine:
         return progressed
 
     def _forward(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> Tensor:
-        """One forward of 1 + len(speculation) rows a sequence."""
-        rows = RowBuilder(self._decoder.device)
+        """Logits of 1 + len(speculation) rows a sequence."""
+        verified = []
         for sequence, speculation in zip(batch, speculations, strict=True):
             start = len(sequence.tokens) - 1
             fresh = (sequence.tokens[-1], *speculation.tokens)
             sequence.table.reserve(start + len(fresh))
             sequence.table.length = start + len(fresh)
-            rows.begin_sequence(sequence.table)
-            rows.add_trunk(fresh, start)
-            rows.want_logits(len(fresh))
-        return self._decoder.forward(rows.build(), self._kv)
+            verified.append(FreshTokens(sequence.table, fresh, start))
+        return self._rounding.forward(verified, self._kv)
 
     def _outcomes(
         self, batch: Sequences[Sequence], speculations: Sequences[Speculation], logits_RV: Tensor

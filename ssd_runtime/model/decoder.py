@@ -49,6 +49,14 @@ class Decoder:
         self._scale = arch.head_dim**-0.5
         self._packed = _pack(arch, self._layers, norm_E)
 
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's result is the same to the bit whatever other rows share its forward, and in whatever place.
+
+        The compiled operators promise it on the CPU. Plain torch picks kernels by shape, on every device.
+        """
+        return self.device.type == "cpu" and ops.backend() == "compiled"
+
     def new_kv(self, num_slots: int) -> Tensor:
         """An empty KV pool: [layer, 2, slot, kv_head, dim] in the activations' dtype, zeros."""
         arch = self.arch

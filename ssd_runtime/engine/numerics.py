@@ -1,0 +1,103 @@
+"""How the rows of a verification become forwards, so that rounding does or does not depend on what shares a forward.
+
+The one place that knows what each backend needs for `engine.numerics = "invariant"`: a row's bits may depend on its own
+token and on what is before it in its sequence, and on nothing else. Knows no requests and no speculators.
+
+The compiled operators promise it for any batch (each row is accumulated in an order of its own), so there both settings
+are one. In plain torch and on GPUs the library picks a kernel by the shape of its input, and inside a kernel a row's
+place may decide how it is summed. Hence windows: the positions of a text are cut into windows of WINDOW; a forward is
+over one window of one sequence, with every row in its place (position modulo WINDOW) and the attention as wide as the
+window reaches. Rows of the window that are not asked for are padding. So a position is always computed in the same
+place of a forward of the same shape, in every mode, at every speculation length and in every batch. Prompts are
+computed in chunks from their beginning, one sequence a forward, which is the same everywhere already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_runtime.config import Numerics
+from ssd_runtime.engine.rows import RowBuilder
+from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.model.batch import ForwardBatch
+from ssd_runtime.model.decoder import Decoder
+
+WINDOW = 16  # rows; a speculation of 6 and its bonus token meet a second window three times in eight
+
+
+@dataclass(frozen=True)
+class FreshTokens:
+    """Consecutive tokens of one sequence without KV rows; their places in the table are reserved."""
+
+    table: BlockTable
+    tokens: Sequence[int]
+    start: int
+
+
+class Rounding:
+    """Runs a decoder on the rows of verifications.
+
+    Args:
+        decoder: the target model.
+        numerics: whether rounding may depend on what shares a forward.
+        spare_slot: the first of WINDOW slots of the KV pool that belong to nobody; see `spare_slots`.
+    """
+
+    def __init__(self, decoder: Decoder, numerics: Numerics, spare_slot: int) -> None:
+        self._decoder = decoder
+        self._windows = needs_windows(decoder, numerics)
+        self._spare_slot = spare_slot
+
+    def forward(self, batch: Sequence[FreshTokens], kv: Tensor) -> Tensor:
+        """Logits of all fresh tokens, sequence by sequence, float32 [R, vocabulary]; their KV rows are written."""
+        if not self._windows:
+            rows = RowBuilder(self._decoder.device)
+            for fresh in batch:
+                rows.begin_sequence(fresh.table)
+                rows.add_trunk(fresh.tokens, fresh.start)
+                rows.want_logits(len(fresh.tokens))
+            return self._decoder.forward(rows.build(), kv)
+        found = []
+        for fresh in batch:
+            for window, asked in self._cut(fresh):
+                found.append(self._decoder.forward(window, kv)[asked])
+        return torch.cat(found)
+
+    def _cut(self, fresh: FreshTokens) -> Iterator[tuple[ForwardBatch, slice]]:
+        """The windows that hold the fresh tokens, and which of their rows were asked for."""
+        device, end = self._decoder.device, fresh.start + len(fresh.tokens)
+        for first in range(fresh.start // WINDOW * WINDOW, end, WINDOW):
+            reach = min(first + WINDOW, len(fresh.table.slots))
+            rows = []
+            for index in range(WINDOW):
+                position = first + index
+                if fresh.start <= position < end:
+                    token, slot = fresh.tokens[position - fresh.start], fresh.table.slot(position)
+                    rows.append((token, position, slot, 0, position + 1))
+                else:  # it sees the whole window, so that the attention is always as wide; what comes out is dropped
+                    rows.append((0, position, self._spare_slot + index, 0, reach))
+            rows_5N = torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
+            batch = ForwardBatch(
+                tokens_N=rows_5N[0],
+                positions_N=rows_5N[1],
+                slots_N=rows_5N[2],
+                sequence_N=rows_5N[3],
+                tables_SC=fresh.table.slots[None, :reach],
+                prefix_N=rows_5N[4],
+                chain_ND=torch.empty(WINDOW, 0, dtype=torch.int64, device=device),
+            )
+            yield batch, slice(max(fresh.start - first, 0), min(end - first, WINDOW))
+
+
+def needs_windows(decoder: Decoder, numerics: Numerics) -> bool:
+    """Whether forwards have to be cut into windows: only where they were asked to be invariant and are not anyway."""
+    return numerics == "invariant" and not decoder.row_invariant
+
+
+def spare_slots(decoder: Decoder, numerics: Numerics) -> int:
+    """KV slots that padding rows are written to, beyond those of the pool."""
+    return WINDOW if needs_windows(decoder, numerics) else 0
