@@ -65,6 +65,8 @@ def _reader(hint: Any) -> Reader:
         return _literal_reader(arguments)
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return _tuple_reader(arguments[0])
+    if origin is tuple:
+        return _fixed_tuple_reader(arguments)
     if origin is dict and arguments[0] is str:
         return _dict_reader(arguments[1])
     if origin in (types.UnionType, typing.Union) and len(arguments) == 2 and arguments[1] is types.NoneType:
@@ -107,6 +109,19 @@ def _tuple_reader(item: Any) -> Reader:
         if item is int and set(map(type, value)) <= {int}:  # prompts: thousands of them, all well
             return value
         return tuple(inner(element, f"{where}[{i}]") for i, element in enumerate(value))
+
+    return read
+
+
+def _fixed_tuple_reader(items: tuple[Any, ...]) -> Reader:
+    inner = [_reader(item) for item in items]
+
+    def read(value: Any, where: str) -> Any:
+        if not isinstance(value, tuple) or len(value) != len(inner):
+            raise _ill_typed(value, where, f"a list of {len(inner)}")
+        return tuple(
+            reader(element, f"{where}[{i}]") for i, (reader, element) in enumerate(zip(inner, value, strict=True))
+        )
 
     return read
 

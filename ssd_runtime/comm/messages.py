@@ -61,7 +61,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Admit:
-    """Target -> draft: a sequence begins. Counts towards control_seq."""
+    """Target -> draft: a sequence begins. Counts towards control_seq.
+
+    Attributes:
+        end_tokens: those that end the sequence; told because `params.min_tokens` keeps them from being chosen.
+    """
 
     sequence_id: int
     prompt_tokens: tuple[int, ...]
@@ -69,6 +73,7 @@ class Admit:
     mode: Mode
     lookahead: int
     max_tokens: int
+    end_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

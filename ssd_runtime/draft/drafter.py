@@ -19,6 +19,7 @@ from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.fanout import fan_out_policy
+from ssd_runtime.speculation.processors import process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
@@ -36,9 +37,10 @@ class DraftStep:
 class _Sequence:
     """What the draft keeps of one sequence. Committed tokens without a KV row yet are caught up in the next forward."""
 
-    def __init__(self, request: Admit, table: BlockTable, tree: TokenTree) -> None:
+    def __init__(self, request: Admit, table: BlockTable, tree: TokenTree, vocab_size: int) -> None:
         self.sequence_id = request.sequence_id
         self.params: SamplingParams = request.params
+        self.processors = processors_of(request.params, request.prompt_tokens, vocab_size, request.end_tokens)
         self.tokens = list(request.prompt_tokens)
         self.table = table
         self.tree = tree
@@ -89,7 +91,7 @@ class Drafter:
             predraft=request.mode == "ssd",
             recycle=self._speculation.recycle,
         )
-        self._sequences[request.sequence_id] = _Sequence(request, table, tree)
+        self._sequences[request.sequence_id] = _Sequence(request, table, tree, self._vocab_size)
 
     def finish(self, sequence_id: int) -> None:
         """A sequence is over: its rows go back to the pool."""
@@ -149,8 +151,10 @@ class Drafter:
             assert sequence.table.length == forwarded[0].position, "the root is forwarded after what comes before it"
             sequence.table.length += len(forwarded)
             sequence.table.reserve(sequence.table.length)
-        sequence.tokens += [node.token for node in advance.committed[1:]]
-        sequence.tokens.append(row.outcome.bonus_token)
+        emitted = [*(node.token for node in advance.committed[1:]), row.outcome.bonus_token]
+        sequence.tokens += emitted
+        if sequence.processors is not None:
+            sequence.processors.extend(emitted)
         return forwarded, list(advance.dropped_slots)
 
     def grow(self) -> DraftStep | None:
@@ -195,7 +199,11 @@ class Drafter:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # One more than can be forked: at a position inside the speculation its own token is left out.
         count = budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
-        rankings = rank_tokens(logits_RV[:, : self._vocab_size].contiguous(), draws, count)
+        logits_RV = process_rows(
+            logits_RV[:, : self._vocab_size],
+            [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],
+        )
+        rankings = rank_tokens(logits_RV.contiguous(), draws, count)
         for (sequence, node), ranking in zip(nodes, rankings, strict=True):
             sequence.tree.record(node, ranking)
 
@@ -209,6 +217,11 @@ class Drafter:
         step, self._last_step = self._last_step, None
         step_us = (step.end_ns - step.start_ns) // 1000 if step else 0
         return TreeFrame(self._round, tuple(branches), step_us, step.rows if step else 0)
+
+
+def _path(node: Node) -> list[int]:
+    """The tokens that lead to a node from the root, which the sequence has."""
+    return [above.token for above in node.ancestors()[1:]]
 
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:

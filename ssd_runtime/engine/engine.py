@@ -22,6 +22,7 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
 from ssd_runtime.speculation.types import Outcome, Speculation
 from ssd_runtime.speculation.verify import verify
@@ -79,13 +80,19 @@ class Engine:
         """
         self._check(request)
         table = BlockTable(self.allocator, self._config.block_size, self._config.max_model_len, self._decoder.device)
-        sequence = Sequence(self._next_id, request, table, text or NoText(), self._config.max_model_len)
+        params, prompt, end_tokens = request.params, request.prompt_tokens, request.eos_token_ids
+        processors = processors_of(params, prompt, self._decoder.arch.vocab_size, end_tokens)
+        longest = self._config.max_model_len
+        sequence = Sequence(self._next_id, request, table, text or NoText(), longest, processors)
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence
 
     def _check(self, request: Request) -> None:
         check_sampling(request.params)
+        check_processors(request.params, self._decoder.arch.vocab_size, request.eos_token_ids)
+        if request.params.min_tokens > request.max_tokens:
+            raise RequestError(f"min_tokens {request.params.min_tokens} is above max_tokens {request.max_tokens}")
         length, longest = len(request.prompt_tokens), self._config.max_model_len
         if length == 0:
             raise RequestError("the prompt is empty: give at least one token")
@@ -157,6 +164,7 @@ class Engine:
         sequence.table.length = end
         progressed = []
         if end == sequence.num_prompt:
+            logits_RV = process_rows(logits_RV, [(sequence.processors, ())])
             (token,) = choose_tokens(logits_RV, [Draw(sequence.request.params, end)])
             progressed = [Progressed(sequence, sequence.commit(Outcome(0, token), Speculation()))]
         end_ns = time.monotonic_ns()
@@ -198,12 +206,17 @@ class Engine:
     def _outcomes(
         self, batch: Sequences[Sequence], speculations: Sequences[Speculation], logits_RV: Tensor
     ) -> list[Outcome]:
+        rows = [
+            (sequence.processors, speculation.tokens[:offset])
+            for sequence, speculation in zip(batch, speculations, strict=True)
+            for offset in range(len(speculation.tokens) + 1)
+        ]
         draws = [
             Draw(sequence.request.params, len(sequence.tokens) + offset)
             for sequence, speculation in zip(batch, speculations, strict=True)
             for offset in range(len(speculation.tokens) + 1)
         ]
-        chosen = choose_tokens(logits_RV, draws)
+        chosen = choose_tokens(process_rows(logits_RV, rows), draws)
         outcomes = []
         for speculation in speculations:
             count = len(speculation.tokens) + 1

@@ -14,6 +14,7 @@ from ssd_runtime.comm.messages import RequestStatistics
 from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.backup import NgramIndex
+from ssd_runtime.speculation.processors import LogitsProcessors
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -152,14 +153,22 @@ class Sequence:
         tokens: prompt and output. The last one has no KV row yet: it is the first row of the next forward.
         turn: verifications so far; -1 until the prefill has chosen the first token.
         outcome: of the last verification (of the prefill: no draft token, the first token).
+        processors: what the sampling parameters ask for beyond sampling; None if nothing.
     """
 
     def __init__(
-        self, sequence_id: int, request: Request, table: BlockTable, text: TextStream, max_length: int
+        self,
+        sequence_id: int,
+        request: Request,
+        table: BlockTable,
+        text: TextStream,
+        max_length: int,
+        processors: LogitsProcessors | None = None,
     ) -> None:
         self.sequence_id = sequence_id
         self.request = request
         self.table = table
+        self.processors = processors
         self.tokens = list(request.prompt_tokens)
         self.max_tokens = min(request.max_tokens, max_length - len(request.prompt_tokens))
         self.turn = -1
@@ -199,6 +208,8 @@ class Sequence:
             if reason:
                 self.finish_reason = reason
                 break
+        if self.processors is not None:
+            self.processors.extend(emitted)
         now = time.monotonic()
         if self.turn < 0:
             self.measured.first_token = now

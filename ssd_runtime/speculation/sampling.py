@@ -7,7 +7,8 @@ logits, so the draft's best token is its best guess of what the target will choo
 definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance, or is
 the compiled operator.
 
-Processors in order: temperature, top-k, top-p, min-p (each on what the one before left).
+Processors in order: those of processors.py, which come first and elsewhere, then temperature, top-k, top-p, min-p
+(each on what the one before left).
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
     best = logits_RV.topk(count, dim=-1)
     rankings = []
     for first, tokens, values in zip(first_R, best.indices.tolist(), best.values.tolist(), strict=True):
-        rest = [(token, value) for token, value in zip(tokens, values, strict=True) if token != first][: count - 1]
+        rest = [(token, value) for token, value in zip(tokens, values, strict=True) if token != first]
+        rest = [(token, value) for token, value in rest if value > -torch.inf][: count - 1]
         margins = (values[0] - value for _, value in rest)
         rankings.append(Ranking((first, *(token for token, _ in rest)), (0.0, *margins)))
     return rankings

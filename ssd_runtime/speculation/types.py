@@ -16,6 +16,15 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
         min_p: keep tokens at least min_p times as probable as the best; 0 keeps all.
         seed: key of the shared noise, together with position and token.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: the same, times how often the token is there.
+        logit_bias: (token, what is added to its logit), each token once.
+        allowed_tokens: nothing else is chosen; None allows all.
+        banned_tokens: never chosen.
+        min_tokens: the tokens that end a sequence are not chosen before so many. A stop string still ends it.
+
+    The order in which they act is that of processors.py, then sampling.py.
     """
 
     temperature: float = 0.0
@@ -23,6 +32,13 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_tokens: tuple[int, ...] | None = None
+    banned_tokens: tuple[int, ...] = ()
+    min_tokens: int = 0
 
 
 class Source(IntEnum):

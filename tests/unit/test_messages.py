@@ -26,6 +26,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         return messages_of(typing.cast(type, hint))
     if origin is Literal:
         return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return st.tuples(*map(values_of, arguments))
     if origin is tuple:
         return st.lists(values_of(arguments[0]), max_size=5).map(tuple)
     if origin is dict:
@@ -90,6 +92,14 @@ def test_damaged_messages_are_messages_or_protocol_errors_never_another_error(da
         (packed("Generate", {"request_id": "a", "token_ids": [1, "2"]}), r"Generate.token_ids\[1\] must be int"),
         (packed("Generate", {"request_id": "a", "params": {"heat": 1}}), "unknown field Generate.params.heat"),
         (packed("Generate", {"request_id": "a", "params": {"top_p": float("nan")}}), "params.top_p must be a finite"),
+        (
+            packed("Generate", {"request_id": "a", "params": {"logit_bias": [[1]]}}),
+            r"logit_bias\[0\] must be a list of 2",
+        ),
+        (
+            packed("Generate", {"request_id": "a", "params": {"logit_bias": [[1, "x"]]}}),
+            r"bias\[0\]\[1\] must be a fin",
+        ),
         (packed("Status", {"state": "ready"}), "missing field Status."),
         (packed("Ready", {"address": "a", "cores": {b"x": [1]}}), "Ready.cores must be a map from text"),
         (msgpack.packb({"type": "Cancel"}), "expected .version, type, fields."),

@@ -1,0 +1,212 @@
+"""Logits processors that look at the text so far or at single tokens. Knows no models and no ranks.
+
+In order, on float32 logits z, before everything in sampling.py (temperature, top-k, top-p, min-p):
+
+1. repetition penalty r, for every token of prompt or output: z / r where z > 0, else z * r (Keskar et al., "CTRL",
+   arXiv 1909.05858, as in Transformers and vLLM);
+2. frequency penalty f: z - f * c, with c the times the token occurs in the output (OpenAI, vLLM: never the prompt);
+3. presence penalty p: z - p for every token of the output;
+4. logit bias: z + bias;
+5. allowed tokens: all others are excluded; then banned tokens, and the end tokens below `min_tokens`.
+
+The text so far, at a row whose logits decide position i, is prompt and output before i, *and the speculated tokens
+before i*: each row of a verification, each node of a draft's tree, has a text of its own. A row is kept only if those
+tokens were accepted, so this is the text that plain decoding would have had there.
+
+`process_history` is the definition, by counting the whole text. `LogitsProcessors` counts as tokens come and touches
+only the tokens concerned. Requests that ask for nothing of this have none (`processors_of`) and pay nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_runtime.errors import RequestError
+from ssd_runtime.speculation.types import SamplingParams
+
+MOST_BIAS = 100.0  # as OpenAI's
+
+
+@dataclass(frozen=True)
+class History:
+    """The text before one position.
+
+    Attributes:
+        prompt, output: its tokens; speculated tokens count as output.
+        end_tokens: those that end the sequence.
+    """
+
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    end_tokens: tuple[int, ...] = ()
+
+
+def check_processors(params: SamplingParams, vocab_size: int, end_tokens: Sequence[int] = ()) -> None:
+    """Raise RequestError, naming the parameter, unless all of them can be honoured in a vocabulary of that size."""
+    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0.0):
+        raise RequestError(f"repetition_penalty must be above 0 (1 is off), not {params.repetition_penalty}")
+    for name, penalty in (("presence", params.presence_penalty), ("frequency", params.frequency_penalty)):
+        if not -2.0 <= penalty <= 2.0:
+            raise RequestError(f"{name}_penalty must be between -2 and 2, not {penalty}")
+    biased = [token for token, _ in params.logit_bias]
+    for token, bias in params.logit_bias:
+        if not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise RequestError(f"logit_bias of token {token} must be between -100 and 100, not {bias}")
+    if len(set(biased)) < len(biased):
+        twice = next(token for token in biased if biased.count(token) > 1)
+        raise RequestError(f"logit_bias names token {twice} twice")
+    if params.min_tokens < 0:
+        raise RequestError(f"min_tokens must be 0 (off) or more, not {params.min_tokens}")
+    named = {"logit_bias": biased, "allowed_tokens": params.allowed_tokens or (), "banned_tokens": params.banned_tokens}
+    for name, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise RequestError(f"{name} names token {token}, outside the vocabulary of {vocab_size} tokens")
+    if not _leaves_a_token(params, vocab_size, end_tokens):
+        raise RequestError("allowed_tokens, banned_tokens and min_tokens together leave no token to choose from")
+
+
+def _leaves_a_token(params: SamplingParams, vocab_size: int, end_tokens: Sequence[int]) -> bool:
+    """Whether something can be chosen at every position."""
+    excluded = {*params.banned_tokens, *(end_tokens if params.min_tokens else ())}
+    if params.allowed_tokens is not None:
+        return any(token < vocab_size and token not in excluded for token in params.allowed_tokens)
+    return sum(token < vocab_size for token in excluded) < vocab_size
+
+
+def process_history(logits_V: Tensor, params: SamplingParams, history: History) -> Tensor:
+    """Logits after the processors of this file, float32 [V], by definition: one token after the other."""
+    z_V = logits_V.float().clone()
+    for token in {*history.prompt, *history.output}:
+        z = z_V[token]
+        z_V[token] = z / params.repetition_penalty if z > 0 else z * params.repetition_penalty
+    for token in set(history.output):
+        z_V[token] -= torch.tensor(float(history.output.count(token))) * params.frequency_penalty
+        z_V[token] -= params.presence_penalty
+    for token, bias in params.logit_bias:
+        z_V[token] += bias
+    for token in range(len(z_V)):
+        if params.allowed_tokens is not None and token not in params.allowed_tokens:
+            z_V[token] = -torch.inf
+    for token in (*params.banned_tokens, *(history.end_tokens if len(history.output) < params.min_tokens else ())):
+        z_V[token] = -torch.inf
+    return z_V
+
+
+class LogitsProcessors:
+    """The processors of one sequence and its text so far, counted.
+
+    Args:
+        params: of the request.
+        prompt: its tokens.
+        vocab_size: width of the logits. Tokens beyond it cannot be chosen here and are left aside: a draft's
+            vocabulary may be the shorter one. If 5. leaves nothing of a draft's vocabulary, it drafts without 5.
+        end_tokens: those that end the sequence.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, end_tokens: Sequence[int] = ()
+    ) -> None:
+        self._params = params
+        self._vocab_size = vocab_size
+        self._penalises = _penalises(params)
+        self._counts = dict.fromkeys((token for token in prompt if token < vocab_size), 0) if self._penalises else {}
+        self._num_output = 0
+        self._bias = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
+        excludes = _leaves_a_token(params, vocab_size, end_tokens)
+        allowed = params.allowed_tokens if excludes else None
+        self._allowed = None if allowed is None else [token for token in allowed if token < vocab_size]
+        self._banned = [token for token in params.banned_tokens if token < vocab_size and excludes]
+        self._end = [token for token in end_tokens if token < vocab_size and excludes]
+        self._text: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """The output grew by these tokens."""
+        self._num_output += len(tokens)
+        if self._penalises:
+            for token in tokens:
+                if token < self._vocab_size:
+                    self._counts[token] = self._counts.get(token, 0) + 1
+            self._text = None
+
+    def process(self, logits_V: Tensor, speculated: Sequence[int]) -> Tensor:
+        """New logits of the row behind `speculated`, tokens that follow the text so far; float32 [V]."""
+        z_V = logits_V.float().clone()
+        if self._penalises:
+            self._penalise(logits_V, z_V, self._counted(logits_V.device))
+            if speculated:
+                self._penalise(logits_V, z_V, self._counted_with(speculated, logits_V.device))
+        if self._bias:
+            tokens = torch.tensor([token for token, _ in self._bias], device=z_V.device)
+            z_V[tokens] += torch.tensor([bias for _, bias in self._bias], dtype=torch.float32, device=z_V.device)
+        if self._allowed is not None:
+            tokens = torch.tensor(self._allowed, device=z_V.device)
+            z_V = torch.full_like(z_V, -torch.inf).index_copy_(0, tokens, z_V[tokens])
+        if self._banned:
+            z_V[self._banned] = -torch.inf
+        if self._end and self._num_output + len(speculated) < self._params.min_tokens:
+            z_V[self._end] = -torch.inf
+        return z_V
+
+    def _counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Every token of the text so far and its count in the output; made anew only after `extend`."""
+        if self._text is None:
+            tokens, counts = list(self._counts), list(self._counts.values())
+            self._text = _tensors(tokens, counts, device)
+        return self._text
+
+    def _counted_with(self, speculated: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The speculated tokens alone, and their counts in the output that ends with them."""
+        tokens = [token for token in dict.fromkeys(speculated) if token < self._vocab_size]
+        return _tensors(tokens, [self._counts.get(token, 0) + speculated.count(token) for token in tokens], device)
+
+    def _penalise(self, logits_V: Tensor, z_V: Tensor, counted: tuple[Tensor, Tensor]) -> None:
+        """Write the penalised logits of the counted tokens, from the unpenalised ones."""
+        tokens_U, counts_U = counted
+        z_U = logits_V[tokens_U].float()
+        penalty = self._params.repetition_penalty
+        z_U = torch.where(z_U > 0, z_U / penalty, z_U * penalty)
+        z_U = z_U - counts_U * self._params.frequency_penalty
+        z_V[tokens_U] = z_U - (counts_U > 0) * self._params.presence_penalty
+
+
+def _tensors(tokens: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    return (
+        torch.tensor(tokens, dtype=torch.int64, device=device),
+        torch.tensor(counts, dtype=torch.float32, device=device),
+    )
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+def processors_of(
+    params: SamplingParams, prompt: Sequence[int], vocab_size: int, end_tokens: Sequence[int] = ()
+) -> LogitsProcessors | None:
+    """The processors of a sequence, None if it asks for none."""
+    edits = params.logit_bias or params.banned_tokens or (params.min_tokens and end_tokens)
+    if not _penalises(params) and not edits and params.allowed_tokens is None:
+        return None
+    return LogitsProcessors(params, prompt, vocab_size, end_tokens)
+
+
+def process_rows(logits_RV: Tensor, rows: Sequence[tuple[LogitsProcessors | None, Sequence[int]]]) -> Tensor:
+    """Logits after the processors of each row, [R, V]; the same tensor if no row has any.
+
+    Args:
+        logits_RV: of the model.
+        rows: the processors of each row's sequence, and the speculated tokens between its text and the row.
+    """
+    if all(processors is None for processors, _ in rows):
+        return logits_RV
+    z_RV = logits_RV.float().clone()
+    for z_V, logits_V, (processors, speculated) in zip(z_RV, logits_RV, rows, strict=True):
+        if processors is not None:
+            z_V.copy_(processors.process(logits_V, speculated))
+    return z_RV
