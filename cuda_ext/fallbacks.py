@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cuda_ext import reference
 
@@ -23,6 +24,14 @@ NAMES = (
 )
 
 
+def rope_write_(
+    q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, cos_ND: Tensor, sin_ND: Tensor, kv_2SGD: Tensor, slots_N: Tensor
+) -> None:
+    """The rotation in plain torch, the scatter by `write_kv_`, which has a CUDA kernel where the library has any."""
+    reference.rotate_(q_NHD, k_NGD, cos_ND, sin_ND)
+    torch.ops.ssd_runtime.write_kv_(kv_2SGD, k_NGD, v_NGD, slots_N)
+
+
 def has_cuda_kernel(name: str) -> bool:
     """Whether anything serves CUDA tensors: the library, or what `register` has added."""
     served: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{name}", "CUDA")
@@ -34,5 +43,5 @@ def register() -> torch.library.Library:
     library = torch.library.Library("ssd_runtime", "IMPL")
     for name in NAMES:
         if not has_cuda_kernel(name):
-            library.impl(name, getattr(reference, name), "CUDA")
+            library.impl(name, rope_write_ if name == "rope_write_" else getattr(reference, name), "CUDA")
     return library

@@ -13,6 +13,7 @@ import os
 from types import ModuleType
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from cuda_ext import reference
@@ -25,8 +26,10 @@ __all__ = [
     "PackedBf16",
     "PackedFp32",
     "PackedInt8",
+    "about",
     "add_rms_norm",
     "backend",
+    "compiled_for",
     "copy_branch_",
     "decoder_layers_",
     "linear_bf16",
@@ -62,6 +65,23 @@ def _kernels() -> ModuleType:
 def backend() -> Literal["compiled", "plain"]:
     """Which implementation this process uses."""
     return "plain" if _kernels() is reference else "compiled"
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether compiled kernels serve the operators on the cache and on tokens on this kind of device."""
+    if backend() == "plain":
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and bool(_kernels().HAS_CUDA_KERNELS))
+
+
+def about() -> str:
+    """One line for people: which implementation, its level on this CPU, and whether it holds CUDA kernels."""
+    if backend() == "compiled":
+        cuda = "built in" if _kernels().HAS_CUDA_KERNELS else "not built in (plain torch serves CUDA tensors)"
+        return f"compiled extension: CPU kernels {_kernels().cpu_level()}, CUDA kernels {cuda}"
+    if os.environ.get("SSD_CUDA_EXT") == "0":
+        return "plain torch, which is slower (SSD_CUDA_EXT=0 asks for it)"
+    return "plain torch, which is slower (`make ext` builds the extension)"
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:

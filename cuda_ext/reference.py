@@ -102,13 +102,17 @@ def rope_write_(
     The rotation pairs feature i with i + D/2 (Hugging Face's half rotation), in float32, rounded once. Inputs may be
     views of one fused projection (features of a head contiguous). The cache may have another dtype.
     """
+    rotate_(q_NHD, k_NGD, cos_ND, sin_ND)
+    write_kv_(kv_2SGD, k_NGD, v_NGD, slots_N)
+
+
+def rotate_(q_NHD: Tensor, k_NGD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> None:
+    """The rotary embedding of `rope_write_`, in place."""
     cos_N1D, sin_N1D = cos_ND.float()[:, None], sin_ND.float()[:, None]
     for heads in (q_NHD, k_NGD):
         heads32 = heads.float()
         first, second = heads32.chunk(2, dim=-1)
         heads.copy_(heads32 * cos_N1D + torch.cat((-second, first), -1) * sin_N1D)
-    kv_2SGD[0, slots_N] = k_NGD.to(kv_2SGD.dtype)
-    kv_2SGD[1, slots_N] = v_NGD.to(kv_2SGD.dtype)
 
 
 def paged_attention(

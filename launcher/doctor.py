@@ -66,8 +66,7 @@ def _torch() -> str:
 def _operators() -> str:
     from cuda_ext import ops
 
-    backend = ops.backend()
-    return "compiled extension" if backend == "compiled" else "plain torch (slower; `make ext` builds the extension)"
+    return ops.about()
 
 
 def _compiler() -> str:

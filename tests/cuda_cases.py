@@ -246,6 +246,68 @@ def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int]) -> None
     torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12)
 
 
+# ---- a whole round
+
+
+class Round:
+    """Sample, match, look up, write, move and roll back, in fixed memory, so that a CUDA graph can hold it."""
+
+    BATCH, LOOKAHEAD, SLOTS = 2, 3, 32
+
+    def __init__(self, kernels: Kernels) -> None:
+        on, generator = kernels.on, torch.Generator().manual_seed(0)
+        rows = self.BATCH * (self.LOOKAHEAD + 1)
+        self.logits = on(torch.zeros(rows, 500))
+        self.ones, self.ids = on(torch.ones(rows, dtype=torch.float64)), on(torch.zeros(rows, dtype=torch.int64))
+        self.draft = on(torch.zeros(self.BATCH, self.LOOKAHEAD, dtype=torch.int64))
+        self.full = on(torch.full((self.BATCH,), self.LOOKAHEAD))
+        self.keys = on(torch.randint(0, 3, (20, 2), generator=generator))
+        self.branches = on(torch.randint(0, 500, (20, self.LOOKAHEAD), generator=generator))
+        self.branch_lengths = on(torch.randint(0, self.LOOKAHEAD + 1, (20,), generator=generator))
+        self.kv = on(torch.zeros(2, 2, self.SLOTS, 2, 8))
+        self.fresh, self.fresh_slots = on(torch.zeros(2, 3, 4, 8)), on(ints([7, 30, 8]))
+        self.source, self.target = on(ints([20, 21])), on(ints([3, 4]))
+        self.tables, self.lengths = on(ints([0] * 16, self.BATCH, 8)), on(ints([0] * self.BATCH))
+        self.sequences = on(ints([0, 1]))
+        self.set(0)
+
+    def set(self, seed: int) -> None:
+        """New values in the same memory; the draft agrees with some of the target's tokens."""
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in (self.logits, self.kv, self.fresh):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        self.ids.fill_(seed)
+        self.source.copy_(ints([20 + seed, 10]))
+        self.fresh_slots.copy_(ints([9 + seed, 31, 0]))
+        self.tables.copy_(torch.arange(16).view(self.BATCH, 8))
+        self.lengths.copy_(ints([6, 5]))
+        chosen, _ = reference.sample_shared_noise(*self._sampling())
+        self.draft.copy_(chosen.view(self.BATCH, -1)[:, : self.LOOKAHEAD])
+        self.draft[0, seed % self.LOOKAHEAD] += 1
+
+    def _sampling(self) -> tuple:
+        return self.logits, self.ones, self.ids * 0, self.ones, self.ones * 0, self.ids, self.ids + 7
+
+    def run(self, ops: Any) -> tuple[Tensor, ...]:
+        tokens, _ = ops.sample_shared_noise(*self._sampling(), 1)
+        accepted, bonus = ops.match_outcomes(tokens.view(self.BATCH, -1), self.draft, self.full)
+        outcomes = torch.stack((accepted, bonus % 3), 1)
+        found, found_lengths = ops.lookup_branches(self.keys, self.branches, self.branch_lengths, outcomes)
+        ops.write_kv_(self.kv[1], self.fresh[0, :, ::2], self.fresh[1, :, 1::2], self.fresh_slots)
+        ops.copy_branch_(self.kv, self.source, self.target)
+        ops.rollback_(self.tables, self.lengths, self.sequences, accepted, 2, self.kv)
+        return tokens, accepted, bonus, found, found_lengths
+
+    def check(self, seed: int, results: tuple[Tensor, ...]) -> None:
+        """What a run after `set(seed)` left behind and returned is what plain torch makes of the same values."""
+        mine = [tensor.cpu().clone() for tensor in (*results, self.kv, self.tables, self.lengths)]
+        self.set(seed)
+        expected = (*self.run(reference), self.kv, self.tables, self.lengths)
+        for own, plain in zip(mine, expected, strict=True):
+            same(own, plain.cpu())
+        assert mine[1].tolist() == [seed % self.LOOKAHEAD, self.LOOKAHEAD]
+
+
 # ---- wrong inputs
 
 

@@ -16,7 +16,7 @@ from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch
+from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.fanout import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows, processors_of
@@ -118,6 +118,7 @@ class Drafter:
         Raises:
             ProtocolError: an outcome that cannot follow what was known before.
         """
+        raise_faults(self._kv)  # the rankings of the last step have been read: there is nothing to wait for
         self._round = frame.round
         sources: list[int] = []
         targets: list[int] = []

@@ -20,7 +20,7 @@ from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextSt
 from ssd_runtime.engine.speculator import Proposals, Speculator
 from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
@@ -181,6 +181,7 @@ class Engine:
         logits_RV = self._forward(batch, proposals.speculations)
         forward_ns = time.monotonic_ns()
         outcomes = self._outcomes(batch, proposals.speculations, logits_RV)
+        raise_faults(self._kv)
         progressed = []
         for sequence, speculation, outcome in zip(batch, proposals.speculations, outcomes, strict=True):
             # The bonus token has no row yet; rejected rows go back.

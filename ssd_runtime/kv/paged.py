@@ -110,6 +110,16 @@ def copy_branch(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[
     ops.copy_branch_(kv, source, target)
 
 
+def raise_faults(kv: Tensor) -> None:
+    """Raise RuntimeError where a kernel on kv's device has met a slot outside the pool since the last call.
+
+    Device kernels leave such a row alone and record it, since a launch cannot look at values. Waits for the device, so
+    it belongs where results have just been read. CPU kernels check before they write: nothing to do there.
+    """
+    if kv.device.type != "cpu":
+        ops.raise_faults(kv)
+
+
 def copy_branch_oracle(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:
     """`copy_branch` by definition: remember every source row, then write row by row."""
     rows = [kv[:, :, slot].clone() for slot in source_slots]

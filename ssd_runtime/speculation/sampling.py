@@ -123,7 +123,7 @@ def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ra
         count: how many, at least 1.
     """
     count = min(count, logits_RV.shape[1])
-    if logits_RV.device.type == "cpu" and ops.backend() == "compiled":
+    if ops.compiled_for(logits_RV.device):
         return _rank_compiled(logits_RV, draws, count)
     greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
     ranked: dict[int, Ranking] = {}
@@ -140,15 +140,13 @@ def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list
     """All rows in one operator."""
     params = [draw.params for draw in draws]
     temperatures = [one.temperature for one in params]
+    real_3R = [temperatures, [one.top_p for one in params], [one.min_p for one in params]]
+    whole_3R = [[one.top_k for one in params], [signed(one.seed) for one in params], [draw.position for draw in draws]]
+    # Two copies to the device, not six.
+    temperature_R, top_p_R, min_p_R = torch.tensor(real_3R, dtype=torch.float64).to(logits_RV.device)
+    top_k_R, seed_R, position_R = torch.tensor(whole_3R, dtype=torch.int64).to(logits_RV.device)
     tokens_RF, scores_RF = ops.sample_shared_noise(
-        logits_RV,
-        torch.tensor(temperatures, dtype=torch.float64),
-        torch.tensor([one.top_k for one in params], dtype=torch.int64),
-        torch.tensor([one.top_p for one in params], dtype=torch.float64),
-        torch.tensor([one.min_p for one in params], dtype=torch.float64),
-        torch.tensor([signed(one.seed) for one in params], dtype=torch.int64),
-        torch.tensor([draw.position for draw in draws], dtype=torch.int64),
-        count,
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count
     )
     rankings = []
     for tokens, scores, temperature in zip(tokens_RF.tolist(), scores_RF.tolist(), temperatures, strict=True):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from cuda_ext import reference
 from tests import cuda_cases
 
 pytestmark = pytest.mark.gpu
@@ -73,54 +72,20 @@ def test_tensors_on_two_devices_are_refused(kernels):
 
 
 def test_one_graph_holds_a_round_and_replays_it_on_new_values(kernels):
-    """Look up the outcomes, sample, match, roll back and move rows, captured once; then with other values."""
-    on = kernels.on
-    generator = torch.Generator().manual_seed(0)
-    batch, lookahead, slots = 2, 3, 32
-    logits = on(torch.randn(batch * (lookahead + 1), 500, generator=generator))
-    rows = logits.shape[0]
-    ones, off = on(torch.ones(rows, dtype=torch.float64)), on(torch.zeros(rows, dtype=torch.int64))
-    draft = on(torch.zeros(batch, lookahead, dtype=torch.int64))
-    full = on(torch.full((batch,), lookahead))
-    keys = on(torch.randint(0, 3, (20, 2), generator=generator))
-    branches = on(torch.randint(0, 500, (20, lookahead), generator=generator))
-    branch_lengths = on(torch.randint(0, lookahead + 1, (20,), generator=generator))
-    kv = on(torch.randn(2, 2, slots, 2, 8, generator=generator))
-    source, target = on(torch.tensor([20, 21])), on(torch.tensor([3, 4]))
-    tables = on(torch.arange(16).view(batch, 8).clone())
-    lengths = on(torch.tensor([6, 5]))
-    sequences = on(torch.tensor([0, 1]))
-    changed = [kv, tables, lengths]
-
-    def turn(ops):
-        tokens, _ = ops.sample_shared_noise(logits, ones, off, ones, ones * 0, off + 7, off + 5, 1)
-        accepted, bonus = ops.match_outcomes(tokens.view(batch, lookahead + 1), draft, full)
-        found, found_lengths = ops.lookup_branches(keys, branches, branch_lengths, torch.stack((accepted, bonus), 1))
-        ops.copy_branch_(kv, source, target)
-        ops.rollback_(tables, lengths, sequences, accepted, 2, None)
-        return tokens, accepted, bonus, found, found_lengths
-
-    before = [tensor.clone() for tensor in changed]
+    """All six operators, captured once; then with other values in the same memory."""
+    turn = cuda_cases.Round(kernels)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        turn(kernels.ops)  # warm up
+        turn.run(kernels.ops)  # warm up
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = turn(kernels.ops)
+        results = turn.run(kernels.ops)
     for seed in range(3):
-        logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
-        source.copy_(torch.tensor([20 + seed, 10]))
-        for tensor, old in zip(changed, before, strict=True):
-            tensor.copy_(old)
+        turn.set(seed)
         graph.replay()
-        mine = [tensor.cpu() for tensor in (*results, *changed)]
-        for tensor, old in zip(changed, before, strict=True):
-            tensor.copy_(old)
-        expected = [tensor.cpu() for tensor in (*turn(reference), *changed)]
-        for own, plain in zip(mine, expected, strict=True):
-            assert torch.equal(own, plain)
-    kernels.ops.raise_faults(kv)
+        turn.check(seed, results)
+    kernels.ops.raise_faults(turn.kv)
 
 
 def test_copy_branch_moves_bytes_at_a_good_share_of_the_copy_rate(kernels):

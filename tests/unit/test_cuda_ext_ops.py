@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from cuda_ext import ops, reference
 
 
 def run_python(code: str, **environment: str) -> str:
@@ -72,3 +75,30 @@ def test_weights_of_another_device_stay_plain(kind):
     packed = getattr(compiled, f"pack_{kind}")(torch.empty(4, 8, device="meta"))
     assert packed.data.shape == (4, 8)
     assert getattr(compiled, f"linear_{kind}")(torch.empty(3, 8, device="meta"), packed, None).shape == (3, 4)
+
+
+@pytest.mark.parametrize("has_cuda_kernels", [True, False])
+def test_compiled_kernels_serve_a_gpu_only_where_they_were_built_for_one(monkeypatch, has_cuda_kernels):
+    monkeypatch.setattr(ops, "_kernels", lambda: SimpleNamespace(HAS_CUDA_KERNELS=has_cuda_kernels))
+    assert ops.compiled_for(torch.device("cpu"))
+    assert ops.compiled_for(torch.device("cuda", 1)) == has_cuda_kernels
+    assert not ops.compiled_for(torch.device("meta"))
+    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+    assert not ops.compiled_for(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_the_fallback_of_rope_write_does_what_plain_torch_does(kv_dtype):
+    pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    from cuda_ext import fallbacks
+
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for rope_write in (fallbacks.rope_write_, reference.rope_write_):
+        generator.manual_seed(0)
+        fused, angles = torch.randn(3, 5, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+        kv = torch.zeros(2, 6, 1, 8, dtype=kv_dtype)
+        rope_write(fused[:, :3], fused[:, 3:4], fused[:, 4:], *angles, kv, torch.tensor([5, 0, 2]))
+        results.append((fused, kv))
+    for own, plain in zip(*results, strict=True):
+        assert torch.equal(own, plain)

@@ -120,7 +120,9 @@ std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tenso
 void raise_faults(const Tensor& like) {
   const OnDevice device(like);
   const char* fault = take_fault(device.stream);
-  SSD_CHECK(fault == nullptr, "a kernel has met ", fault == nullptr ? "" : fault, " and left that row alone");
+  SSD_CHECK(fault == nullptr, "a kernel has met ", fault == nullptr ? "" : fault,
+            " and left that row alone: the KV cache of this process cannot be trusted any more. Restart it;"
+            " SSD_CUDA_EXT=0 makes it use plain torch");
 }
 
 }  // namespace
