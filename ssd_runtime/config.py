@@ -81,7 +81,9 @@ class SpeculationConfig:
         mode: what a request gets that does not ask for a mode itself.
         lookahead: K, most draft tokens in one speculation.
         fan_out: how the budget is spread over the fork positions.
-        budget: B, bonus candidates prepared in one verification (sum of F_k).
+        fan_out_list: F_0..F_K for fan_out "list".
+        budget: B, bonus candidates prepared in one verification (sum of F_k): of one sequence, on average over the
+            batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
         backup: what speculates after a miss.
@@ -90,7 +92,8 @@ class SpeculationConfig:
 
     mode: Mode = "ssd"
     lookahead: int = 6
-    fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
+    fan_out: Literal["uniform", "geometric", "confidence", "list"] = "confidence"
+    fan_out_list: tuple[int, ...] = ()
     budget: int = 8
     recycle: int = 3
     backup: Literal["draft", "ngram", "none"] = "draft"
@@ -235,9 +238,23 @@ def _validate(config: Config) -> None:
     at_least("speculation", "lookahead", 0)
     at_least("speculation", "budget", 1)
     at_least("speculation", "recycle", 0)
+    _validate_fan_out(config.speculation)
     for role in ("target", "draft"):
         at_least(role, "threads", 1)
     for spec in dataclasses.fields(TimeoutConfig):
         at_least("timeouts", spec.name, 0.01)
     if not 0 <= config.serve.port <= 65535:
         raise ConfigError(f"config key 'serve.port' must be between 0 and 65535, not {config.serve.port}")
+
+
+def _validate_fan_out(speculation: SpeculationConfig) -> None:
+    counts, key = speculation.fan_out_list, "config key 'speculation.fan_out_list'"
+    if speculation.fan_out != "list":
+        if counts:
+            raise ConfigError(f'{key} is for speculation.fan_out = "list", which is {speculation.fan_out!r}')
+        return
+    if len(counts) != speculation.lookahead + 1 or min(counts) < 0:
+        wanted = f"speculation.lookahead + 1 = {speculation.lookahead + 1} numbers of at least 0"
+        raise ConfigError(f"{key} must have {wanted}, not {list(counts)}")
+    if sum(counts) > speculation.budget:
+        raise ConfigError(f"{key} sums to {sum(counts)}: raise speculation.budget = {speculation.budget} to that")

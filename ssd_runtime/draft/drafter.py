@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.fanout import fan_out_policy
+from ssd_runtime.speculation.fanout import Fork, share_budget
+from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
@@ -67,9 +69,9 @@ class Drafter:
         self._engine = engine
         self._speculation = speculation
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
-        self._fan_out = fan_out_policy(speculation.fan_out)
+        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
-        self._scratch = ScratchSlots(self.allocator, engine.block_size)
+        self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
         self._sequences: dict[int, _Sequence] = {}
         self._round = 0
@@ -89,6 +91,7 @@ class Drafter:
             max_position=min(len(prompt) + request.max_tokens, self._engine.max_model_len),
             fan_out=self._fan_out,
             predraft=request.mode == "ssd",
+            temperature=request.params.temperature,
             recycle=self._speculation.recycle,
         )
         self._sequences[request.sequence_id] = _Sequence(request, table, tree, self._vocab_size)
@@ -127,7 +130,8 @@ class Drafter:
             sequence = self._sequences.get(row.sequence_id)
             if sequence is None:  # finished meanwhile
                 continue
-            if row.turn == sequence.tree.turn + 1:
+            in_time = row.turn == sequence.tree.turn + 1
+            if in_time:
                 committed, dropped = self._commit(sequence, row)
                 sources += [node.slot for node in committed]
                 targets += [sequence.table.slot(node.position) for node in committed]
@@ -135,7 +139,8 @@ class Drafter:
             elif row.turn != sequence.tree.turn:
                 raise ProtocolError(f"sequence {row.sequence_id}: turn {row.turn} after turn {sequence.tree.turn}")
             if row.source != Source.PENDING and sequence.tree.trunk is None:
-                sequence.tree.resolve(row.length, row.tokens)
+                after_hit = in_time and row.source == Source.DRAFT
+                sequence.tree.resolve(row.length, row.tokens, after_hit=after_hit)
         copy_branch(self._kv, sources, targets)
         self._scratch.give_back(sources + freed)
         asked = [row.sequence_id for row in frame.rows if row.source == Source.PENDING]
@@ -164,9 +169,8 @@ class Drafter:
         rows = RowBuilder(self._decoder.device)
         nodes: list[tuple[_Sequence, Node]] = []
         room = self._engine.prefill_chunk
-        budget = max(1, self._speculation.budget // max(1, len(self._sequences)))
-        for sequence in self._sequences.values():
-            frontier = sequence.tree.frontier(budget)
+        for sequence, forks in zip(self._sequences.values(), self._forks(), strict=True):
+            frontier = sequence.tree.frontier(forks)
             catch_up = min(sequence.missing, room)
             if not frontier and (sequence.tree.turn >= 0 or not catch_up):
                 continue
@@ -184,10 +188,19 @@ class Drafter:
             return None
         logits_RV = self._decoder.forward(rows.build(), self._kv)
         if nodes:
-            self._rank(logits_RV, nodes, budget)
+            self._rank(logits_RV, nodes)
         step = DraftStep(start_ns, time.monotonic_ns(), len(rows))
         self._last_step = step if nodes else None  # the prompt's chunks are no drafting steps
         return step
+
+    def _forks(self) -> list[list[Fork]]:
+        """The outcomes to draft for, of each sequence: the most gainful of all, B a sequence on average."""
+        trees = [sequence.tree for sequence in self._sequences.values()]
+        total = self._speculation.budget * sum(tree.predraft for tree in trees)
+        # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
+        # enough left for the chain of every sequence.
+        total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))
+        return share_budget([tree.forks(total) for tree in trees], total)
 
     def _add_frontier(self, rows: RowBuilder, sequence: _Sequence, frontier: Sequence[Node]) -> None:
         prefix = sequence.tree.root.position
@@ -196,10 +209,10 @@ class Drafter:
             rows.add_branch_row(node.token, node.position, prefix, [above.slot for above in node.ancestors()])
             rows.want_logits()
 
-    def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[_Sequence, Node]], budget: int) -> None:
+    def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[_Sequence, Node]]) -> None:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
-        # One more than can be forked: at a position inside the speculation its own token is left out.
-        count = budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
+        # No position gets more than the share of a sequence; at one inside the speculation its own token is left out.
+        count = self._speculation.budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
         logits_RV = process_rows(
             logits_RV[:, : self._vocab_size],
             [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],
@@ -210,11 +223,11 @@ class Drafter:
 
     def tree(self) -> TreeFrame:
         """All branches that are ready, of all sequences. The step that grew them is reported once."""
-        branches = [
-            branch
-            for sequence in self._sequences.values()
-            for branch in sequence.tree.branches(sequence.sequence_id)[: self._speculation.budget + 1]
-        ]
+        found = [sequence.tree.branches(sequence.sequence_id) for sequence in self._sequences.values()]
+        room = (self._speculation.budget + 1) * len(found)
+        # Should there be more than a frame holds, every sequence sends its likeliest ones.
+        in_turns = (branch for rank in itertools.zip_longest(*found) for branch in rank if branch is not None)
+        branches = itertools.islice(in_turns, room)
         step, self._last_step = self._last_step, None
         step_us = (step.end_ns - step.start_ns) // 1000 if step else 0
         return TreeFrame(self._round, tuple(branches), step_us, step.rows if step else 0)
@@ -227,6 +240,11 @@ def _path(node: Node) -> list[int]:
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:
     """Blocks of the draft's pool: the target's number for sequences, and scratch for two generations of trees."""
-    nodes = 2 * (speculation.budget + 1 + 2 * speculation.recycle) * (speculation.lookahead + 2)
+    nodes = 2 * (speculation.budget * (speculation.lookahead + 2) + chain_nodes(speculation))
     scratch = engine.max_num_seqs * -(-nodes // engine.block_size) + 1
     return engine.pool_blocks + scratch
+
+
+def chain_nodes(speculation: SpeculationConfig) -> int:
+    """Most nodes of one chain with all bets on it: a trunk with its root, or a branch drafted just in time."""
+    return (1 + 2 * speculation.recycle) * (speculation.lookahead + 2)

@@ -71,13 +71,23 @@ class BlockTable:
 
 
 class ScratchSlots:
-    """Slots for the rows of a tree, taken from the same pool in whole blocks and given back when none is in use."""
+    """Slots for the rows of a tree, taken from the same pool in whole blocks and given back when none is in use.
 
-    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+    Args:
+        max_blocks: how much of the pool may be used for them; the rest is for sequences.
+    """
+
+    def __init__(self, allocator: BlockAllocator, block_size: int, max_blocks: int) -> None:
         self._allocator = allocator
         self._block_size = block_size
+        self._max_blocks = max_blocks
         self._blocks: list[int] = []
         self._free: list[int] = []
+
+    @property
+    def room(self) -> int:
+        """Slots that may still be taken."""
+        return len(self._free) + (self._max_blocks - len(self._blocks)) * self._block_size
 
     def take(self) -> int:
         if not self._free:

@@ -12,10 +12,11 @@ that is still being drafted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ssd_runtime.speculation.fanout import FanOut
+from ssd_runtime.speculation.fanout import FanOut, Fork, Verified
 from ssd_runtime.speculation.recycling import KEPT, Recycler
 from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.types import Branch, Outcome
@@ -94,6 +95,7 @@ class TokenTree:
         max_position: tokens at this position or beyond are not drafted (the end of the sequence).
         fan_out: policy that chooses the outcomes to draft for; shared by the trees of one draft.
         predraft: whether outcomes are drafted for ahead of time (SSD) or only when asked for (SD).
+        temperature: of the request, for the policy.
         recycle: recycled candidates forwarded together with the token that they may follow; the first of them leads a
             chain of as many tokens.
     """
@@ -106,6 +108,7 @@ class TokenTree:
         max_position: int,
         fan_out: FanOut,
         predraft: bool,
+        temperature: float = 0.0,
         recycle: int = 0,
     ) -> None:
         root_token = prompt[-1]
@@ -117,6 +120,9 @@ class TokenTree:
         self._max_position = max_position
         self._fan_out = fan_out
         self.predraft = predraft
+        self._temperature = temperature
+        self._after_hit = True
+        self._gains: dict[Outcome, float] = {}
         self._recycle = recycle
         self._recycler = Recycler(prompt if recycle else ())
         self._before_root = prompt[-2] if len(prompt) > 1 else None
@@ -126,8 +132,7 @@ class TokenTree:
     def advance(self, outcome: Outcome) -> Advance:
         """Verification `turn` came out as `outcome`: its subtree becomes the tree, the rest is dropped."""
         assert self.trunk is not None, "an outcome before the speculation it is the outcome of"
-        speculation = [node.token for node in self.trunk]
-        self._fan_out.observe(self._rankings(), speculation, outcome.num_accepted, outcome.bonus_token)
+        self._fan_out.observe(self._verified(), outcome.num_accepted, outcome.bonus_token)
         committed = (self.root, *self.trunk[: outcome.num_accepted])
         root = committed[-1].child(outcome.bonus_token)
         committed[-1].children.pop(root.token)
@@ -140,11 +145,17 @@ class TokenTree:
         self._before_root = text[-2]
         self.root, self.trunk = root, None
         self.turn, self.outcome = self.turn + 1, outcome
+        self._gains = {}
         return Advance(committed, tuple(slot for slot in gone if slot not in kept))
 
-    def resolve(self, length: int, tokens: Sequence[int] = ()) -> None:
-        """Verification `turn` starts: of `tokens` if given, else of the first `length` tokens of the best chain."""
+    def resolve(self, length: int, tokens: Sequence[int] = (), *, after_hit: bool = True) -> None:
+        """Verification `turn` starts: of `tokens` if given, else of the first `length` tokens of the best chain.
+
+        Args:
+            after_hit: whether the target found the speculation in its cache.
+        """
         self.trunk = []
+        self._after_hit = after_hit
         node = self.root
         for index in range(length):
             node = node.child(tokens[index]) if tokens else node.best_child()
@@ -152,8 +163,18 @@ class TokenTree:
 
     # -- growth --------------------------------------------------------------------------------------------------
 
-    def frontier(self, budget: int) -> list[Node]:
-        """The nodes the next forward should run on, parents before children; empty when there is nothing to gain."""
+    def forks(self, budget: int) -> list[Fork]:
+        """Up to `budget` outcomes the policy would draft for, the most gainful first; none while a miss is open."""
+        if self.trunk is None or not self.predraft:
+            return []
+        return self._fan_out.forks(self._verified(), budget)
+
+    def frontier(self, forks: Sequence[Fork]) -> list[Node]:
+        """The nodes the next forward should run on, parents before children; empty when there is nothing to gain.
+
+        Args:
+            forks: the share that this sequence got of what `forks` wanted.
+        """
         if self.trunk is None:
             tip = self._tip(self.root)
             return [] if tip is None else [tip, *self._recycled(tip)]
@@ -163,7 +184,8 @@ class TokenTree:
         rows = [node for node in nodes if node.ranking is None and self._allowed(node)]
         # The likeliest outcome is that all is accepted: what comes next there is worth a bet.
         main = rows[-1] if rows else self._tip(nodes[-1].best_child()) if nodes[-1].ranking else None
-        for k, token in self._fan_out.forks(self._rankings(), [node.token for node in self.trunk], budget):
+        for k, token, gain in forks:
+            self._gains[Outcome(k, token)] = gain
             tip = self._tip(nodes[k].child(token))
             if tip is not None:
                 rows.append(tip)
@@ -190,9 +212,10 @@ class TokenTree:
             previous = self._before_root if node.parent is None else node.parent.token
             self._recycler.learn(previous, node.token, ranking.tokens[:KEPT])
 
-    def _rankings(self) -> list[Ranking | None]:
+    def _verified(self) -> Verified:
         assert self.trunk is not None
-        return [node.ranking for node in (self.root, *self.trunk)]
+        rankings = [node.ranking for node in (self.root, *self.trunk)]
+        return Verified([node.token for node in self.trunk], rankings, self._temperature, self._after_hit)
 
     def _tip(self, start: Node) -> Node | None:
         """The node to forward for one more token on the branch that starts below `start`; None if it is complete."""
@@ -223,16 +246,17 @@ class TokenTree:
         ]
 
     def _outcomes(self) -> list[tuple[int, Node]]:
-        """(k, bonus node) of every forwarded bonus candidate, by rank, later positions first among equals."""
+        """(k, bonus node) of every forwarded bonus candidate, the most gainful first, later positions among equals."""
         assert self.trunk is not None
-        ranked: list[tuple[int, int, Node]] = []
+        ranked: list[tuple[float, int, int, Node]] = []
         for k, node in enumerate((self.root, *self.trunk)):
             accepted = self.trunk[k].token if k < len(self.trunk) else None
             for rank, token in enumerate(node.ranking.tokens if node.ranking else ()):
                 child = node.children.get(token)
                 if child is not None and child.ranking is not None and token != accepted:
-                    ranked.append((rank, -k, child))
-        return [(-k, child) for rank, k, child in sorted(ranked, key=lambda item: item[:2])]
+                    gain = self._gains.get(Outcome(k, token), -math.inf)
+                    ranked.append((-gain, rank, -k, child))
+        return [(-k, child) for _, _, k, child in sorted(ranked, key=lambda item: item[:3])]
 
     def _branch_tokens(self, start: Node) -> tuple[int, ...]:
         tokens: list[int] = []

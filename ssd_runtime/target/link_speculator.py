@@ -17,7 +17,7 @@ from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.backup import worth_waiting
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.fanout import AcceptanceEstimate
+from ssd_runtime.speculation.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame
 
 log = logging.getLogger(__name__)

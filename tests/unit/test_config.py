@@ -98,3 +98,23 @@ def test_the_digest_covers_what_both_roles_must_agree_on() -> None:
     other = load_config(None, ["speculation.budget=9"])
     assert same.digest() == Config().digest()
     assert other.digest() != Config().digest()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["speculation.fan_out_list=[1, 2]"], "is for speculation.fan_out"),
+        (["speculation.fan_out=list"], r"lookahead \+ 1 = 7 numbers"),
+        (["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1]"], r"lookahead \+ 1 = 7 numbers"),
+        (["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, -1]"], "at least 0"),
+        (["speculation.fan_out=list", "speculation.fan_out_list=[2, 2, 2, 2, 2, 2, 2]"], "sums to 14: raise"),
+    ],
+)
+def test_a_fan_out_list_must_fit_the_rest(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, overrides)
+
+
+def test_a_fan_out_list_is_read() -> None:
+    config = load_config(None, ["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, 2]"])
+    assert config.speculation.fan_out_list == (1, 1, 1, 1, 1, 1, 2)

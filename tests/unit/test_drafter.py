@@ -115,7 +115,7 @@ def test_outcomes_of_a_finished_sequence_are_nothing() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
     backup=st.sampled_from(["draft", "ngram", "none"]),
     lookahead=st.integers(1, 6),
     budget=st.integers(1, 12),
@@ -131,6 +131,7 @@ def test_the_pool_suffices_when_every_sequence_fills_its_share(
         budget=budget,
         recycle=recycle,
         fan_out=fan_out,
+        fan_out_list=(1,) * (lookahead + 1),
         backup=backup,  # type: ignore[arg-type]
     )
     process = in_process(decoder(0), decoder(seed % 2), ENGINE, speculation, random_steps(seed, most=20))

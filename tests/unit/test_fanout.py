@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.fanout import (
-    POWER_LAW_EXPONENT,
-    AcceptanceEstimate,
-    ConfidenceFanOut,
-    fan_out_policy,
-    geometric_counts,
-    uniform_counts,
-)
+from ssd_runtime.speculation.confidence import ConfidenceFanOut
+from ssd_runtime.speculation.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
+from ssd_runtime.speculation.estimates import AcceptanceEstimate, PowerLawEstimate
+from ssd_runtime.speculation.fanout import UNKNOWN, FanOut, Fork, Verified, share_budget
+from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.sampling import Ranking
 
 SURE = Ranking((10, 11, 12, 13), (0.0, 9.0, 9.5, 9.9))
 TORN = Ranking((20, 21, 22, 23), (0.0, 0.01, 3.0, 4.0))
 
 
-def expected_misses(counts: list[int] | tuple[int, ...], acceptance: float, exponent: float) -> float:
+def expected_misses(counts: Sequence[float], acceptance: float, exponent: float) -> float:
     """The chance of a miss: the outcome is at k with probability a^k (1 - a) (a^K at the end), missed with 1 / F^r."""
     last = len(counts) - 1
     at = [acceptance**k * (1 - acceptance if k < last else 1.0) for k in range(last + 1)]
@@ -37,40 +35,62 @@ def spreads(budget: int, positions: int) -> Iterator[tuple[int, ...]]:
         yield tuple(after - before for before, after in itertools.pairwise(edges))
 
 
-@given(budget=st.integers(1, 200), length=st.integers(0, 12), acceptance=st.floats(0, 1))
-def test_counts_sum_to_the_budget(budget: int, length: int, acceptance: float) -> None:
-    for counts in (uniform_counts, geometric_counts):
-        found = counts(budget, length, acceptance)
-        assert len(found) == length + 1
-        assert sum(found) == budget
-        assert min(found) >= 0
+NAMES = ("uniform", "geometric", "confidence", "list")
 
 
-def test_uniform_is_even_and_gives_the_rest_to_the_end() -> None:
-    assert uniform_counts(8, 3, 0.5) == [2, 2, 2, 2]
-    assert uniform_counts(10, 3, 0.5) == [2, 2, 3, 3]
-    assert uniform_counts(2, 4, 0.5) == [0, 0, 0, 1, 1]
+def policy(name: str, length: int) -> FanOut:
+    return fan_out_policy(name, [3] * (length + 1))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("acceptance", [0.1, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("length", [0, 1, 4, 7])
-def test_geometric_is_theorem_12(acceptance: float, length: int) -> None:
-    r, budget = POWER_LAW_EXPONENT, 1000
-    direct = [acceptance ** (k / (1 + r)) for k in range(length)]
-    direct.append(acceptance ** (length / (1 + r)) * (1 - acceptance) ** (-1 / (1 + r)))
-    shares = [budget * weight / sum(direct) for weight in direct]
-    for count, share in zip(geometric_counts(budget, length, acceptance), shares, strict=True):
-        assert abs(count - share) < 1
+def counts(forks: Sequence[Fork], length: int) -> list[int]:
+    return [sum(fork.position == k for fork in forks) for k in range(length + 1)]
+
+
+def wide(length: int, candidates: int = 210, **changes: float) -> Verified:
+    """A speculation whose rankings never run out."""
+    ranking = Ranking(tuple(range(candidates)), tuple(map(float, range(candidates))))
+    return Verified([0] * length, [ranking] * (length + 1), **changes)  # type: ignore[arg-type]
+
+
+@given(budget=st.integers(1, 200), length=st.integers(0, 12))
+def test_counts_sum_to_the_budget(budget: int, length: int) -> None:
+    verified = wide(length)
+    for name in ("uniform", "geometric"):
+        forks = policy(name, length).forks(verified, budget)
+        assert len(forks) == budget
+        assert forks == sorted(forks, key=lambda fork: -fork.gain)
+
+
+@given(budget=st.integers(1, 100), length=st.integers(0, 9))
+def test_uniform_is_even_and_gives_the_rest_to_the_end(budget: int, length: int) -> None:
+    found = counts(policy("uniform", length).forks(wide(length), budget), length)
+    assert found == uniform_counts(budget, length)
+    assert sum(found) == budget
+    assert sorted(found) == found
+    assert found[-1] - found[0] <= 1
+
+
+@given(length=st.integers(1, 6), temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0]), data=st.data())
+def test_geometric_is_theorem_12_with_what_was_learned(length: int, temperature: float, data: st.DataObject) -> None:
+    """Its marginal gains give the theorem's shares to the nearest whole number, for the estimates of the class."""
+    verified, gains = wide(length, temperature=temperature), GeometricGains()
+    for _ in range(data.draw(st.integers(0, 60))):
+        gains.observe(verified, data.draw(st.integers(0, length)), data.draw(st.integers(1, 40)))
+    acceptance, power_law = gains.estimates(verified)
+    shares = geometric_shares(100, length, min(max(acceptance.rate, 0.01), 0.99), power_law.law[1])
+    found = counts(CountedFanOut(gains).forks(verified, 100), length)
+    for count, share in zip(found, shares, strict=True):
+        assert abs(count - share) <= 1.0 + 1e-6 * share
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("exponent", [0.5, 0.75, 1.5])
-def test_geometric_cannot_be_bettered_by_moving_candidates(acceptance: float, exponent: float) -> None:
+def test_theorem_12_cannot_be_bettered_by_moving_candidates(acceptance: float, exponent: float) -> None:
     """Lagrange's condition: at the optimum of a convex cost no exchange between two positions pays."""
-    counts = geometric_counts(10_000, 4, acceptance, exponent)
-    least = expected_misses(counts, acceptance, exponent)
+    shares = geometric_shares(10_000, 4, acceptance, exponent)
+    least = expected_misses(shares, acceptance, exponent)
     for giver, taker in itertools.permutations(range(5), 2):
-        moved = list(counts)
+        moved = list(shares)
         moved[giver] -= 20
         moved[taker] += 20
         assert expected_misses(moved, acceptance, exponent) > least
@@ -80,14 +100,92 @@ def test_geometric_cannot_be_bettered_by_moving_candidates(acceptance: float, ex
 @pytest.mark.parametrize(("budget", "length"), [(20, 1), (30, 2), (40, 3)])
 def test_geometric_is_the_best_of_all_spreads_up_to_rounding(acceptance: float, budget: int, length: int) -> None:
     """By brute force, with at least two candidates a position: below that the power law says nothing."""
-    found = geometric_counts(budget, length, acceptance)
+    gains = GeometricGains()
+    estimate, power_law = gains.estimates(wide(length))
+    for accepted in ([True] * round(20 * acceptance) + [False] * round(20 * (1 - acceptance))) * 60:
+        estimate.observe_one(accepted)
+    exponent = power_law.law[1]
+    found = counts(CountedFanOut(gains).forks(wide(length), budget), length)
     costs = {
-        spread: expected_misses(spread, acceptance, POWER_LAW_EXPONENT)
+        spread: expected_misses(spread, acceptance, exponent)
         for spread in spreads(budget, length + 1)
         if min(spread) >= min(2, *found)
     }
     assert costs[tuple(found)] <= 1.01 * min(costs.values())
-    assert costs[tuple(found)] <= expected_misses(uniform_counts(budget, length, 0), acceptance, POWER_LAW_EXPONENT)
+    assert costs[tuple(found)] <= expected_misses(uniform_counts(budget, length), acceptance, exponent)
+
+
+def test_geometric_learns_apart_for_temperatures_and_after_misses() -> None:
+    gains = GeometricGains()
+    kinds = [wide(2, temperature=t, after_hit=hit) for t in (0.0, 0.3, 0.7, 1.0) for hit in (True, False)]
+    before = [
+        [estimate.rate for estimate in gains.estimates(kind)[:1]] + [gains.estimates(kind)[1].law] for kind in kinds
+    ]
+    for _ in range(50):
+        gains.observe(kinds[3], 0, 30)
+    for index, (kind, was) in enumerate(zip(kinds, before, strict=True)):
+        acceptance, power_law = gains.estimates(kind)
+        assert ((acceptance.rate, power_law.law) == tuple(was)) == (index != 3)
+
+
+@pytest.mark.parametrize(("scale", "exponent"), [(0.5, 0.4), (0.3, 1.0), (0.9, 2.0)])
+def test_a_power_law_is_found_in_draws_from_it(scale: float, exponent: float) -> None:
+    estimate, generator = PowerLawEstimate(memory=1e9), random.Random(1)
+    for _ in range(30_000):
+        chance = generator.random()
+        rank = next((f for f in range(1, 25) if scale * f**-exponent < chance), None)
+        estimate.observe(rank, 24)
+    found_scale, found_exponent = estimate.law
+    assert found_scale == pytest.approx(scale, rel=0.1)
+    assert found_exponent == pytest.approx(exponent, rel=0.1)
+
+
+@given(ranks=st.lists(st.tuples(st.none() | st.integers(1, 40), st.integers(1, 40)), max_size=100))
+def test_a_power_law_is_always_a_law(ranks: list[tuple[int | None, int]]) -> None:
+    estimate = PowerLawEstimate(memory=5.0)
+    for rank, candidates in ranks:
+        estimate.observe(rank, candidates)
+        scale, exponent = estimate.law
+        assert 0 < scale <= 1
+        assert 0.1 <= exponent <= 4
+
+
+def test_a_list_is_taken_as_written() -> None:
+    listed = fan_out_policy("list", [1, 0, 2, 5])
+    assert counts(listed.forks(wide(3), 8), 3) == [1, 0, 2, 5]
+    assert counts(listed.forks(wide(2), 8), 2) == [1, 0, 5]  # a shorter speculation ends with "all accepted" too
+    assert counts(listed.forks(wide(3), 4), 3) == [1, 0, 1, 2]  # a smaller budget takes from every position
+
+
+FORKS = st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5), st.integers(0, 8)), max_size=7)
+
+
+@given(wanted=st.lists(FORKS, min_size=1, max_size=5), budget=st.integers(-2, 20))
+def test_no_other_sharing_of_the_budget_gains_more(wanted: list[list[tuple[int, int, int]]], budget: int) -> None:
+    """Against the dearest sum by brute force: the oracle tries how much each sequence could get."""
+    asked = [sorted((Fork(*one) for one in forks), key=lambda fork: -fork.gain) for forks in wanted]
+    shares = share_budget([[fork._replace(token=abs(fork.token)) for fork in forks] for forks in asked], budget)
+    assert sum(map(len, shares)) == min(max(0, budget), sum(map(len, asked)))
+    best = {0: 0.0}  # places taken -> most gain, sequence by sequence
+    for forks in asked:
+        sums = list(itertools.accumulate((fork.gain for fork in forks), initial=0.0))
+        grown: dict[int, float] = {}
+        for (places, gain), taken in itertools.product(best.items(), range(len(forks) + 1)):
+            grown[places + taken] = max(grown.get(places + taken, 0.0), gain + sums[taken])
+        best = grown
+    most = max(gain for places, gain in best.items() if places <= max(0, budget))
+    assert sum(fork.gain for share in shares for fork in share) == most
+    kept = share_budget(asked, budget)
+    assert UNKNOWN not in [fork.token for share in kept for fork in share]
+    assert sum(map(len, kept)) <= max(0, budget)
+
+
+def test_a_torn_sequence_takes_the_budget_of_a_sure_one() -> None:
+    confidence = fan_out_policy("confidence")
+    sure, torn = Verified([10], [SURE, SURE]), Verified([20], [TORN, TORN])
+    sure_share, torn_share = share_budget([confidence.forks(each, 8) for each in (sure, torn)], 5)
+    assert len(torn_share) > len(sure_share)
+    assert Fork(1, 10, sure_share[0].gain) == sure_share[0]
 
 
 def test_acceptance_estimate_moves_from_its_prior_to_what_it_sees() -> None:
@@ -102,7 +200,7 @@ def test_acceptance_estimate_moves_from_its_prior_to_what_it_sees() -> None:
 
 
 @given(
-    name=st.sampled_from(["uniform", "geometric", "confidence"]),
+    name=st.sampled_from(NAMES),
     known=st.lists(st.booleans(), min_size=1, max_size=5),
     budget=st.integers(1, 24),
     data=st.data(),
@@ -112,9 +210,11 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 ) -> None:
     rankings = [data.draw(st.sampled_from([SURE, TORN])) if there else None for there in known]
     speculation = data.draw(st.lists(st.integers(10, 24), min_size=len(known) - 1, max_size=len(known) - 1))
-    forks = fan_out_policy(name).forks(rankings, speculation, budget)  # type: ignore[arg-type]
-    assert len(forks) == len(set(forks)) <= budget
-    for k, token in forks:
+    wanted = policy(name, len(speculation)).forks(Verified(speculation, rankings), budget)
+    assert len(wanted) <= budget
+    (forks,) = share_budget([wanted], budget)
+    assert len(forks) == len({fork[:2] for fork in forks})
+    for k, token, _ in forks:
         ranking = rankings[k]
         assert ranking is not None
         assert token in ranking.tokens
@@ -122,18 +222,26 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 
 
 def test_counted_policies_take_the_best_candidates_of_each_position() -> None:
-    forks = fan_out_policy("uniform").forks([TORN, SURE], [20], 4)
-    assert forks == [(0, 21), (0, 22), (1, 10), (1, 11)]
+    forks = policy("uniform", 1).forks(Verified([20], [TORN, SURE]), 4)
+    assert {fork[:2] for fork in forks} == {(0, 21), (0, 22), (1, 10), (1, 11)}
+
+
+def test_a_position_that_is_not_ranked_yet_keeps_its_places() -> None:
+    for name in ("uniform", "geometric", "list"):
+        forks = policy(name, 1).forks(Verified([20], [TORN, None]), 4)
+        known = policy(name, 1).forks(Verified([20], [TORN, SURE]), 4)
+        (share,) = share_budget([forks], 4)
+        assert [fork for fork in known if fork.position == 0] == share
 
 
 def test_confidence_forks_where_the_draft_is_torn_first() -> None:
-    forks = ConfidenceFanOut().forks([SURE, TORN, SURE], [10, 20], 8)
+    forks = [fork[:2] for fork in ConfidenceFanOut().forks(Verified([10, 20], [SURE, TORN, SURE]), 8)]
     assert set(forks[:2]) == {(2, 10), (1, 21)}
     assert (0, 11) not in forks
 
 
 def test_confidence_leaves_out_what_hardly_ever_happens() -> None:
-    forks = ConfidenceFanOut(least=0.01).forks([SURE], [10], 8)
+    forks = ConfidenceFanOut(least=0.01).forks(Verified([10], [SURE]), 8)
     assert forks == []  # a sure draft is right .99 of the time
 
 
@@ -145,10 +253,10 @@ def test_confidence_learns_that_a_sure_draft_is_wrong() -> None:
     policy = ConfidenceFanOut()
     before = chance(policy, SURE, 0)
     for _ in range(200):
-        policy.observe([SURE, SURE], [10], 0, 11)
+        policy.observe(Verified([10], [SURE, SURE]), 0, 11)
     assert chance(policy, SURE, 0) < 0.1 < 0.9 < before
     assert chance(policy, SURE, 1) > 0.8
-    assert policy.forks([SURE], [10], 1) == [(0, 11)]
+    assert [fork[:2] for fork in policy.forks(Verified([10], [SURE]), 1)] == [(0, 11)]
     assert chance(policy, TORN, 0) == pytest.approx(chance(ConfidenceFanOut(), TORN, 0))  # another class of margin
 
 
@@ -157,7 +265,7 @@ def test_the_chances_of_all_ranks_are_a_distribution(outcomes: list[tuple[Rankin
     policy = ConfidenceFanOut()
     for ranking, rank in outcomes:
         token = ranking.tokens[rank] if rank < len(ranking.tokens) else 99
-        policy.observe([ranking], [], 0, token)
+        policy.observe(Verified([], [ranking]), 0, token)
     for ranking in (SURE, TORN):
         chances = list(policy.chances(Ranking(tuple(range(40)), (*ranking.margins[:2], *[9.0] * 38))))
         assert min(chances) >= 0

@@ -75,7 +75,7 @@ def test_rollback_gives_back_every_whole_block_behind_the_end(length: int, block
 
 def test_scratch_takes_whole_blocks_reuses_slots_and_gives_all_back() -> None:
     allocator = BlockAllocator(3)
-    scratch = ScratchSlots(allocator, BLOCK)
+    scratch = ScratchSlots(allocator, BLOCK, 8)
     taken = [scratch.take() for _ in range(BLOCK + 1)]
     assert len(set(taken)) == BLOCK + 1
     assert allocator.num_free == 1
@@ -114,7 +114,7 @@ class PoolModel(RuleBasedStateMachine):
         self.random = random.Random(seed)
         self.allocator = BlockAllocator(self.NUM_BLOCKS)
         self.kv = torch.full((2, 2, self.NUM_BLOCKS * BLOCK, 1, 2), float("nan"))
-        self.scratch = ScratchSlots(self.allocator, BLOCK)
+        self.scratch = ScratchSlots(self.allocator, BLOCK, 1000)
         self.tables: dict[int, BlockTable] = {}
         self.texts: dict[int, list[float]] = {}
         self.branches: dict[int, dict[int, float]] = {}  # sequence -> scratch slot -> value

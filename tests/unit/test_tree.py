@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.fanout import FanOut, fan_out_policy
+from ssd_runtime.speculation.fanout import FanOut, share_budget
+from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.tree import NO_SLOT, Advance, Node, TokenTree
 from ssd_runtime.speculation.types import Branch, Outcome
@@ -58,10 +59,14 @@ class Grown:
         """Forward the frontier `steps` times; returns the nodes of the last time."""
         frontier: list[Node] = []
         for _ in range(steps):
-            frontier = self.tree.frontier(self.budget)
+            frontier = self.frontier()
             for node in frontier:  # parents before children, as the rows of one forward must be
                 self._forward(node)
         return frontier
+
+    def frontier(self) -> list[Node]:
+        (forks,) = share_budget([self.tree.forks(self.budget)], self.budget)
+        return self.tree.frontier(forks)
 
     def grow_fully(self) -> None:
         for _ in range(100):
@@ -130,7 +135,7 @@ def test_a_hit_forwards_only_the_last_token_and_the_new_forks() -> None:
     assert [node.token for node in trunk] == list(tokens)
     known = (root, *trunk[:-1])
     assert all(node.ranking is not None for node in known)  # no glue pass: these rows were made while drafting
-    frontier = grown.tree.frontier(grown.budget)
+    frontier = grown.frontier()
     assert trunk[-1] in frontier
     assert not set(map(id, frontier)) & set(map(id, known))
     assert all(node.parent in known for node in frontier if node is not trunk[-1])  # forks join in the same step
@@ -174,9 +179,9 @@ def test_a_speculation_of_the_target_itself_becomes_the_trunk() -> None:
     assert grown.branches()
 
 
-@pytest.mark.parametrize("policy", ["uniform", "geometric", "confidence"])
+@pytest.mark.parametrize("policy", ["uniform", "geometric", "confidence", "list"])
 def test_forks_leave_out_the_token_that_was_sent(policy: str) -> None:
-    grown = Grown(lookahead=3, budget=30, fan_out=fan_out_policy(policy))  # type: ignore[arg-type]
+    grown = Grown(lookahead=3, budget=30, fan_out=fan_out_policy(policy, (9, 9, 9, 9)))  # type: ignore[arg-type]
     grown.grow_fully()
     grown.advance(0, rank((1,)).tokens[0])
     grown.tree.resolve(3)
@@ -215,7 +220,7 @@ def test_without_predrafting_only_what_is_asked_for_is_drafted() -> None:
     grown.grow_fully()
     assert [len(tokens) for tokens in grown.branches().values()] == [2]
     grown.tree.resolve(2)
-    assert grown.tree.frontier(8) == []
+    assert grown.frontier() == []
     assert grown.branches() == {}
 
 
@@ -261,7 +266,7 @@ def test_branches_come_likeliest_first() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    policy=st.sampled_from(["uniform", "geometric", "confidence"]),
+    policy=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
     predraft=st.booleans(),
     lookahead=st.integers(0, 4),
     budget=st.integers(1, 9),
@@ -276,7 +281,7 @@ def test_whatever_the_outcomes_every_slot_is_accounted_for_and_nothing_is_forwar
     grown = Grown(
         lookahead=lookahead,
         max_position=end,
-        fan_out=fan_out_policy(policy),  # type: ignore[arg-type]
+        fan_out=fan_out_policy(policy, (2, 0, 1, 3, 3)),  # type: ignore[arg-type]
         predraft=predraft,
         budget=budget,
         recycle=recycle,
