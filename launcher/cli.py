@@ -28,6 +28,7 @@ from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:
+    from launcher.nodes import Nodes
     from launcher.session import Session
     from ssd_runtime.comm.messages import Generate
 
@@ -218,11 +219,34 @@ def bench_command(
 @ssd.command()
 @_config_options
 @_trace_option
-def up(config_path: Path | None, overrides: tuple[str, ...], trace: Path | None) -> None:
-    """Keep an engine running for `ssd generate --connect` until Ctrl-C or SIGTERM."""
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of the world.")
+@click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Of this node; 0 leads.")
+@click.option("--rendezvous", metavar="HOST:PORT", help="Of node 0, the same on all nodes.")
+@click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks on this node, if not the same on all.")
+def up(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    trace: Path | None,
+    nnodes: int,
+    node_rank: int,
+    rendezvous: str | None,
+    nproc_per_node: int | None,
+) -> None:
+    """Keep an engine running for `ssd generate --connect` until Ctrl-C or SIGTERM.
+
+    On several nodes, run it on each with the same --nnodes and --rendezvous.
+    """
+    from launcher.nodes import Nodes
+
+    nodes = Nodes(nnodes, node_rank, rendezvous, nproc_per_node or 0)
+    config = load_config(config_path, overrides)
+    overrides = (*overrides, *nodes.overrides(config))
     config = load_config(config_path, overrides)
     try:
-        with _session(config, config_path, overrides, None, trace, None) as session:
+        if not nodes.leads:
+            _stay(config, config_path, overrides, trace, nodes)
+            return
+        with _session(config, config_path, overrides, None, trace, None, nodes) as session:
             from launcher import screen
 
             click.echo(f"address: {session.address}")
@@ -269,6 +293,24 @@ def fetch(names: tuple[str, ...], config_path: Path | None, overrides: tuple[str
         click.echo(f"{name}: {path}")
 
 
+def _stay(
+    config: Config, config_path: Path | None, overrides: tuple[str, ...], trace: Path | None, nodes: Nodes
+) -> None:
+    """A node of a world that is led from another."""
+    from launcher import preflight
+
+    _check_writable(trace)
+    preflight.check_engine(config, nodes)
+    from launcher import session
+    from launcher.torchrun import Launch
+
+    with session.joined(Launch(config, config_path, overrides, trace, nodes)) as ranks:
+        click.echo(f"node {nodes.rank} of {nodes.count}: ranks started; node 0 says when the engine is ready")
+        while ranks.is_running():
+            time.sleep(UP_POLL_S)
+        ranks.raise_unless_ended_well()
+
+
 def _session(
     config: Config,
     config_path: Path | None,
@@ -276,6 +318,7 @@ def _session(
     connect: str | None,
     trace: Path | None,
     request: Generate | None,
+    nodes: Nodes | None = None,
 ) -> AbstractContextManager[Session]:
     """The engine at `connect`, or one of our own after everything that can be checked beforehand has been."""
     from launcher import preflight
@@ -287,13 +330,14 @@ def _session(
 
         return session.connected(connect, CONNECT_TIMEOUT_S)
     _check_writable(trace)
-    preflight.check_engine(config)
+    preflight.check_engine(config, nodes)
     if request is not None:
         preflight.check_request(request, config)
     from launcher import screen, session  # after the checks, which are to answer at once
     from launcher.torchrun import Launch
 
-    return session.started(Launch(config, config_path, overrides, trace), screen.loading)
+    launch = Launch(config, config_path, overrides, trace)
+    return session.started(launch if nodes is None else replace(launch, nodes=nodes), screen.loading)
 
 
 def _request(

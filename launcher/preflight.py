@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
 from ssd_runtime.comm.messages import Generate
 from ssd_runtime.config import Config
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from ssd_runtime.model.tokenizer import Tokenizer
 
 
-def check_engine(config: Config) -> None:
-    """Raise ConfigError for what would keep the engine from starting."""
-    check_port(config)
-    check_devices(config)
+def check_engine(config: Config, nodes: Nodes | None = None) -> None:
+    """Raise ConfigError for what would keep the engine from starting; each of several nodes checks its devices."""
+    if nodes is None or nodes.leads:
+        check_port(config)
+    if nodes is None or nodes.count == 1:
+        check_devices(config)
     if config.speculation.mode == "ar":  # no draft is loaded
         inspect(replace(config, draft=config.target))
         return

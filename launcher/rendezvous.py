@@ -8,10 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ssd_runtime.comm.pipes import is_loopback, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 
 CONTROL_KEY = "ssd/control"
+WILDCARDS = ("0.0.0.0", "*")
 
 
 def store(config: Config) -> Any:
@@ -37,10 +39,22 @@ def await_key(store: Any, key: str, timeout_s: float) -> str:
     return value.decode()
 
 
-def link_host(config: Config) -> str:
-    """Where the draft finds the link's store: the front door's host, or torchrun's if that one is a wildcard."""
+def own_host(config: Config) -> str:
+    """The address of this node that the other ranks reach: the front door's, or the way to torchrun's store if that
+    one is a wildcard.
+
+    Raises:
+        ConfigError: there are ranks on other nodes and the front door is for this node only.
+    """
     host = config.serve.host
-    return os.environ["MASTER_ADDR"] if host in ("0.0.0.0", "*") else host
+    if host in WILDCARDS:
+        return own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and is_loopback(host):
+        raise ConfigError(
+            f"serve.host = {host} is for this node only, and there are ranks on others; "
+            "set serve.host to an address of this node that they can reach, or to 0.0.0.0"
+        )
+    return host
 
 
 def _restarts() -> str:

@@ -93,6 +93,20 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
+def joined(launch: Launch) -> Iterator[Ranks]:
+    """Start this node's ranks of a world whose leader is on another node, and end them with the block."""
+    ranks = Ranks(launch)
+    try:
+        ranks.start()
+        yield ranks
+    finally:
+        with uninterrupted():
+            _end(ranks, None)
+            if launch.trace is not None:
+                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, num_ranks(launch.config)))
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Keep Ctrl-C and SIGTERM from cutting a (bounded) clean-up short."""
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -40,7 +40,8 @@ class TargetRank(Rank):
 
     def serve(self) -> None:
         config, has_draft = self._config, self._place.world_size > 1
-        with contextlib.closing(ControlServer(config.serve.host, config.serve.port)) as server:
+        known_as = rendezvous.own_host(config) if has_draft else None
+        with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
             store = rendezvous.store(config) if has_draft else None  # kept: it may be this rank's own to serve
             if store is not None:
                 store.set(rendezvous.CONTROL_KEY, server.address)
@@ -76,7 +77,7 @@ class TargetRank(Rank):
                 speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
             yield speculators
             return
-        with contextlib.closing(LinkHost(rendezvous.link_host(config), timeout_s=config.timeouts.link)) as host:
+        with contextlib.closing(LinkHost(rendezvous.own_host(config), timeout_s=config.timeouts.link)) as host:
             peer = self._welcome(server, host, tokenizer)
             vocab_size = decoder.arch.vocab_size
             link = LinkSpeculator(peer, config.speculation.backup, vocab_size, config.timeouts.link)

@@ -12,20 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 
 from launcher import processes
+from launcher.nodes import Nodes
 from ssd_runtime.comm import codec, messages
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
 
 POLL_S = 0.2
-FAILED_RANK = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")  # in torchrun's log; there is one node
+FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Launch:
         config_path: the TOML file the ranks read; None for the defaults.
         overrides: `section.key=value`, as given on the command line.
         trace: where the ranks leave their parts of a trace; None for no trace.
+        nodes: of the world, and which of them this one is.
     """
 
     config: Config
     config_path: Path | None = None
     overrides: tuple[str, ...] = ()
     trace: Path | None = None
+    nodes: Nodes = field(default_factory=Nodes)
 
 
 def num_ranks(config: Config) -> int:
@@ -72,10 +74,11 @@ class Ranks:
 
     def command(self) -> list[str]:
         """The command line, which works by hand too."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1"]
-        torchrun += ["--nproc-per-node", str(num_ranks(self.launch.config)), "--max-restarts", "0"]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--rdzv-id", uuid.uuid4().hex]
-        torchrun += ["--local-addr", "127.0.0.1", "--log-dir", str(self.directory)]
+        nodes = self.launch.nodes
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0"]
+        torchrun += ["--nproc-per-node", str(nodes.ranks_here(num_ranks(self.launch.config)))]
+        torchrun += nodes.torchrun(self.launch.config.timeouts.load)
+        torchrun += ["--log-dir", str(self.directory)]
         worker = ["-m", "launcher.worker", "--announce", self._endpoint]
         if self.launch.config_path is not None:
             worker += ["--config", str(self.launch.config_path.resolve())]
@@ -93,7 +96,10 @@ class Ranks:
             SsdError: a rank broke, ended, or is not ready by `timeouts.load` + `timeouts.handshake`.
         """
         timeouts = self.launch.config.timeouts
-        deadline = time.monotonic() + timeouts.load + timeouts.handshake
+        waited = timeouts.load + timeouts.handshake
+        if self.launch.nodes.count > 1:
+            waited += timeouts.load  # the other nodes may come late
+        deadline = time.monotonic() + waited
         while time.monotonic() < deadline:
             for message in self._heard(POLL_S):
                 if isinstance(message, messages.Ready):
@@ -102,7 +108,6 @@ class Ranks:
                     on_progress(message)
             if self._ended():
                 self.raise_if_failed()
-        waited = timeouts.load + timeouts.handshake
         raise SsdError(
             f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self.see_log()}"
         )
@@ -171,7 +176,7 @@ class Ranks:
         if errors:
             return f": {errors[-1][:300]}"
         if failed := FAILED_RANK.search(log):
-            code, rank = int(failed[1]), int(failed[2])
+            rank, code = int(failed[1]), int(failed[2])
             role = "draft" if rank else "target"
             how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
             return f": {role} rank {rank} {how}"

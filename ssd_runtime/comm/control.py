@@ -68,13 +68,14 @@ class ControlServer(_Socket):
     Args:
         host: address to bind; "0.0.0.0" for all.
         port: 0 takes a free one.
+        known_as: the host to tell others, where `host` is a wildcard.
         heartbeat_s: between pings.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, *, heartbeat_s: float = HEARTBEAT_S) -> None:
+    def __init__(self, host: str, port: int, *, known_as: str | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
         super().__init__(zmq.ROUTER, heartbeat_s)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
@@ -83,7 +84,7 @@ class ControlServer(_Socket):
             self.close()
             raise ConfigError(_bind_failure(host, port, error)) from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
-        self._address = f"tcp://{_reachable(host)}:{bound[2]}"
+        self._address = f"tcp://{known_as or _reachable(host)}:{bound[2]}"
 
     @property
     def address(self) -> str:

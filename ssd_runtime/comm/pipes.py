@@ -8,6 +8,7 @@ ends a blocked receive.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 import time
 from collections import deque
@@ -130,6 +131,14 @@ def own_address(host: str, port: int) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(there)
         return str(probe.getsockname()[0])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is an address that only processes of this machine reach."""
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster import hosts
+from tests.process.conftest import config, models, run  # noqa: F401 - fixtures
 
 
 @functools.cache

@@ -84,8 +84,8 @@ def test_ranks_that_end_without_a_word_are_reported_with_their_log(play) -> None
 @pytest.mark.parametrize(
     ("torchrun_says", "told"),
     [
-        ("failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python", "draft rank 1 was killed by signal 9"),
-        ("failed (exitcode: 3) local_rank: 0 (pid: 7) of binary: python", "target rank 0 left with exit code 3"),
+        ("  rank      : 1 (local_rank: 0)\n  exitcode  : -9 (pid: 7)", "draft rank 1 was killed by signal 9"),
+        ("  rank      : 0 (local_rank: 0)\n  exitcode  : 3 (pid: 7)", "target rank 0 left with exit code 3"),
     ],
 )
 def test_a_rank_that_was_killed_is_named(play, torchrun_says: str, told: str) -> None:
