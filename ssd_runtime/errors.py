@@ -22,11 +22,11 @@ class PeerLost(SsdError):
 
     Args:
         role: "target", "draft" or "client".
-        rank: the peer's global rank (or -1 for a client).
+        rank: the peer's global rank (or -1 for a client, and where it is not known which of several is gone).
         round: the round in which it was missed (or -1 before the first).
         reason: what was awaited and what came instead.
     """
 
     def __init__(self, role: str, rank: int, round: int, reason: str) -> None:
-        super().__init__(f"{role} rank {rank} lost in round {round}: {reason}")
+        super().__init__(f"{role if rank < 0 else f'{role} rank {rank}'} lost in round {round}: {reason}")
         self.role, self.rank, self.round, self.reason = role, rank, round, reason

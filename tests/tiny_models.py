@@ -22,7 +22,7 @@ from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
 CPU = torch.device("cpu")
 TRAINING_TEXT = "the quick brown fox jumps over the lazy dog; 1234 naïve café, print(x) # ok\n"
@@ -50,8 +50,8 @@ class RandomWeights:
     def has(self, name: str) -> bool:
         return name in self._tensors
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def read(self, name: str, part: Part = WHOLE) -> Tensor:
+        return part.of(self._tensors[name])
 
     def rope_factors(self) -> Tensor | None:
         return None

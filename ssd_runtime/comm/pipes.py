@@ -108,19 +108,19 @@ class NcclPipe:
         self._group = None
 
 
-def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta) -> Any:
-    """A group of two between CPUs that listens at `local_host`."""
+def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta, size: int = 2) -> Any:
+    """A group between CPUs that listens at `local_host`."""
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_host)]
     options._timeout, options._threads = timeout, 1
-    return dist.ProcessGroupGloo(store, rank, 2, options)
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta) -> Any:
-    """A group of two between GPUs with a non-blocking communicator."""
+def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta, size: int = 2) -> Any:
+    """A group between GPUs with a non-blocking communicator."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout, options.config.blocking = timeout, 0
-    group = dist.ProcessGroupNCCL(store, rank, 2, options)
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
     group.eager_connect_single_device(device)
     return group
 

@@ -21,7 +21,7 @@ from ssd_runtime.engine.speculator import Proposals, Speculator
 from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
-from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.batch import Model
 from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
 from ssd_runtime.speculation.types import Outcome, Speculation
@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Model,
         config: EngineConfig,
         max_lookahead: int,
         speculators: Mapping[Mode, Speculator],

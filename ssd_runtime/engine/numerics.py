@@ -23,8 +23,7 @@ from torch import Tensor
 from ssd_runtime.config import Numerics
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.paged import BlockTable
-from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.batch import ForwardBatch, Model
 
 WINDOW = 16  # rows; a speculation of 6 and its bonus token meet a second window three times in eight
 
@@ -47,7 +46,7 @@ class Rounding:
         spare_slot: the first of WINDOW slots of the KV pool that belong to nobody; see `spare_slots`.
     """
 
-    def __init__(self, decoder: Decoder, numerics: Numerics, spare_slot: int) -> None:
+    def __init__(self, decoder: Model, numerics: Numerics, spare_slot: int) -> None:
         self._decoder = decoder
         self._windows = needs_windows(decoder, numerics)
         self._spare_slot = spare_slot
@@ -93,11 +92,11 @@ class Rounding:
             yield batch, slice(max(fresh.start - first, 0), min(end - first, WINDOW))
 
 
-def needs_windows(decoder: Decoder, numerics: Numerics) -> bool:
+def needs_windows(decoder: Model, numerics: Numerics) -> bool:
     """Whether forwards have to be cut into windows: only where they were asked to be invariant and are not anyway."""
     return numerics == "invariant" and not decoder.row_invariant
 
 
-def spare_slots(decoder: Decoder, numerics: Numerics) -> int:
+def spare_slots(decoder: Model, numerics: Numerics) -> int:
     """KV slots that padding rows are written to, beyond those of the pool."""
     return WINDOW if needs_windows(decoder, numerics) else 0

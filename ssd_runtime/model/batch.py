@@ -1,10 +1,14 @@
-"""What one forward computes, as tensors. Knows no sequences, no scheduler."""
+"""What one forward computes, as tensors, and what computes it. Knows no sequences, no scheduler."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from ssd_runtime.model.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,23 @@ class ForwardBatch:
     prefix_N: Tensor
     chain_ND: Tensor
     logit_rows_R: Tensor | None = None
+
+
+class Model(Protocol):
+    """A decoder as the engine uses it: in this process (decoder.py) or spread over ranks (target/replay.py).
+
+    All that is ever done to the KV pool is done by `forward`, so that other ranks can do the same to theirs.
+    """
+
+    @property
+    def arch(self) -> Architecture: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def row_invariant(self) -> bool: ...
+
+    def new_kv(self, num_slots: int) -> Tensor: ...
+
+    def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor: ...

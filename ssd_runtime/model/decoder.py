@@ -1,7 +1,7 @@
 """The decoder of the Llama family over a paged KV cache. Knows no sequences, no sampling, no files.
 
 Shape legend: N rows, R rows whose logits are wanted, V vocabulary, E hidden features, H query heads, G key-value heads,
-D features of a head, L layers, S slots.
+D features of a head, L layers, S slots. In a part of a tensor-parallel model H, G and V count what this rank holds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cuda_ext import ops
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.layers import Layer, Linear
+from ssd_runtime.model.parallel import Shard
 from ssd_runtime.model.quantize import PackedLinear
 
 
@@ -27,6 +28,7 @@ class Decoder:
         norm_E: weight of the last norm.
         lm_head: hidden features to logits.
         frequencies_P: of the rotary embedding, on the CPU or the device.
+        shard: which part of a tensor-parallel model this is, with `arch` describing the part; None for a whole one.
     """
 
     def __init__(
@@ -37,8 +39,11 @@ class Decoder:
         norm_E: Tensor,
         lm_head: Linear,
         frequencies_P: Tensor,
+        shard: Shard | None = None,
     ) -> None:
-        self.arch = arch
+        self.arch = shard.plan.arch if shard else arch  # of the whole model
+        self._part = arch
+        self._shard = shard
         self.device = embedding_VE.device
         self.dtype = embedding_VE.dtype
         self._embedding_VE = embedding_VE
@@ -47,7 +52,7 @@ class Decoder:
         self._lm_head = lm_head
         self._frequencies_D = torch.cat((frequencies_P, frequencies_P)).to(self.device)
         self._scale = arch.head_dim**-0.5
-        self._packed = _pack(arch, self._layers, norm_E)
+        self._packed = None if shard else _pack(arch, self._layers, norm_E)
 
     @property
     def row_invariant(self) -> bool:
@@ -59,7 +64,7 @@ class Decoder:
 
     def new_kv(self, num_slots: int) -> Tensor:
         """An empty KV pool: [layer, 2, slot, kv_head, dim] in the activations' dtype, zeros."""
-        arch = self.arch
+        arch = self._part
         shape = (arch.num_layers, 2, num_slots, arch.num_kv_heads, arch.head_dim)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -88,14 +93,23 @@ class Decoder:
             )
         if len(x_RE) == 0:
             return torch.empty(0, self.arch.vocab_size, device=self.device)
-        return self._lm_head(x_RE).float()
+        logits_RV: Tensor = self._lm_head(x_RE).float()
+        return logits_RV if self._shard is None else self._shard.whole_rows(logits_RV)
+
+    def settle(self) -> None:
+        """Return when the forwards so far have happened, raising PeerLost where a rank of the group is gone."""
+        if self._shard is not None:
+            self._shard.group.settle()
 
     def _walk(self, batch: ForwardBatch, cos_ND: Tensor, sin_ND: Tensor, kv_L2SGD: Tensor) -> Tensor:
         """The layers operator by operator: the wanted rows after the last norm (RE)."""
-        arch, eps = self.arch, self.arch.rms_norm_eps
+        arch, eps, shard = self._part, self._part.rms_norm_eps, self._shard
         num_heads, num_kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
         num_rows, last = len(batch.tokens_N), len(self._layers) - 1
-        residual_NE = self._embedding_VE.index_select(0, batch.tokens_N)
+        if shard is None:
+            residual_NE = self._embedding_VE.index_select(0, batch.tokens_N)
+        else:
+            residual_NE = shard.embed(self._embedding_VE, batch.tokens_N)
         x_NE = ops.rms_norm(residual_NE, self._layers[0].input_norm_I, eps)
         for index, (layer, kv_2SGD) in enumerate(zip(self._layers, kv_L2SGD.unbind(0), strict=True)):
             if index:
@@ -115,8 +129,13 @@ class Decoder:
                     return residual_NE[:0]
                 x_NE = x_NE.index_select(0, batch.logit_rows_R)
                 residual_NE = residual_NE.index_select(0, batch.logit_rows_R)
-            x_NE, residual_NE = ops.add_rms_norm(layer.attention_out(x_NE), residual_NE, layer.mlp_norm_I, eps)
+            x_NE = layer.attention_out(x_NE)
+            if shard is not None:
+                x_NE = shard.group.sum(x_NE)
+            x_NE, residual_NE = ops.add_rms_norm(x_NE, residual_NE, layer.mlp_norm_I, eps)
             x_NE = layer.down(ops.silu_mul(layer.gate_up(x_NE)))
+            if shard is not None:
+                x_NE = shard.group.sum(x_NE)
         x_RE, _ = ops.add_rms_norm(x_NE, residual_NE, self._norm_E, eps)
         return x_RE
 

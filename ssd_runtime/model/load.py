@@ -14,6 +14,7 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
+from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_linear
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
@@ -70,19 +71,28 @@ def inspect_model(path: str) -> ModelCard:
     )
 
 
-def load_decoder(path: str, dtype: Dtype, device: torch.device, progress: Progress | None = None) -> Decoder:
+def load_decoder(
+    path: str,
+    dtype: Dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    group: Collective = ALONE,
+) -> Decoder:
     """Load a model, layer by layer: besides the result, one layer (or the embedding table) is in memory at a time.
 
     Args:
         progress: called with the part done, 0 to 1, in the loading thread.
+        group: ranks that share the model; each calls this, reads its own part only and gets a decoder of that part.
 
     Raises:
-        ConfigError: as `open_weights`; or a dtype that does not run on the device.
+        PeerLost: a rank of the group is gone.
+        ConfigError: as `open_weights`; a model that does not divide among the group; or a dtype that does not run on
+            the device.
     """
     check_dtype(dtype, device)
     source = open_weights(path)
     calibration = Tokenizer.from_model(path).encode(CALIBRATION_TEXT) if dtype == "int8" else None
-    return decoder_from_weights(source, dtype, device, progress, calibration)
+    return decoder_from_weights(source, dtype, device, progress, calibration, group)
 
 
 def decoder_from_weights(
@@ -91,13 +101,18 @@ def decoder_from_weights(
     device: torch.device,
     progress: Progress | None = None,
     calibration: Sequence[int] | None = None,
+    group: Collective = ALONE,
 ) -> Decoder:
     """As `load_decoder`, from weights already opened.
 
     Args:
         calibration: tokens of a text on which to smooth the layers; None leaves them as they are.
     """
-    return _Loader(source, dtype, device, progress or (lambda part: None), calibration).run()
+    shard = None
+    if group.size > 1:
+        shard = Shard(ShardPlan(source.architecture, group.rank, group.size), group)
+        source = ShardedWeights(source, shard.plan)
+    return _Loader(source, dtype, device, progress or (lambda part: None), calibration, shard).run()
 
 
 class _Loader:
@@ -110,9 +125,10 @@ class _Loader:
         device: torch.device,
         progress: Progress,
         calibration: Sequence[int] | None,
+        shard: Shard | None,
     ) -> None:
         self.source, self.dtype, self.device, self.progress = source, dtype, device, progress
-        self.calibration = calibration
+        self.calibration, self.shard = calibration, shard
         self.kind = activation_dtype(dtype)
 
     @torch.inference_mode()
@@ -124,7 +140,7 @@ class _Loader:
         table_VE = self._matrix("embed_tokens.weight")
         embedding_VE = table_VE.to(self.device, self.kind)
         if self.calibration:
-            smoother = Smoother(arch, table_VE[list(self.calibration)], frequencies_P)
+            smoother = self._smoother(table_VE, list(self.calibration), frequencies_P)
         if not arch.tie_word_embeddings:
             del table_VE
             table_VE = self._matrix("lm_head.weight")
@@ -137,7 +153,13 @@ class _Loader:
             layers.append(self._layer(smoother.smooth(weights) if smoother else weights))
             self.progress((index + 3) / steps)
         norm_E = self._vector(self.source.read("norm.weight"))
-        return Decoder(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P)
+        return Decoder(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P, self.shard)
+
+    def _smoother(self, table_VE: torch.Tensor, tokens: list[int], frequencies_P: torch.Tensor) -> Smoother:
+        arch = self.source.architecture
+        if self.shard is None:
+            return Smoother(arch, table_VE[tokens], frequencies_P)
+        return Smoother(arch, self.shard.embed(table_VE, torch.tensor(tokens)), frequencies_P, self.shard.group)
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
         attention, mlp, read = f"{prefix}self_attn.", f"{prefix}mlp.", self.source.read

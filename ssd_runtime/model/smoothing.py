@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.parallel import ALONE, Collective
 
 CALIBRATION_TEXT = """The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs to \
 light the lamp. In 1912 a storm carried away the lower landing.
@@ -55,10 +56,12 @@ class Smoother:
     Args:
         hidden_NE: embeddings of the text.
         frequencies_P: of the rotary embedding (P = D / 2).
+        group: ranks that hold the other heads and inner features, each smoothing its part of the layers at once.
     """
 
-    def __init__(self, arch: Architecture, hidden_NE: Tensor, frequencies_P: Tensor) -> None:
+    def __init__(self, arch: Architecture, hidden_NE: Tensor, frequencies_P: Tensor, group: Collective = ALONE) -> None:
         self._arch = arch
+        self._group = group
         self._hidden_NE = hidden_NE.float()
         angles_ND = torch.arange(len(hidden_NE)).float()[:, None] * torch.cat((frequencies_P, frequencies_P))
         self._cos_N1D, self._sin_N1D = angles_ND.cos()[:, None], angles_ND.sin()[:, None]
@@ -70,8 +73,8 @@ class Smoother:
 
         normed_NE = self._norm(self._hidden_NE, layer.input_norm_E)
         attended_NI = self._attend(normed_NE, layer)
-        self._hidden_NE = self._hidden_NE + attended_NI @ layer.attention_out_OI.T
-        input_norm_E, scales_E = _into_norm(layer.input_norm_E, _scales(normed_NE, layer.qkv_OI))
+        self._hidden_NE = self._hidden_NE + self._group.sum(attended_NI @ layer.attention_out_OI.T)
+        input_norm_E, scales_E = _into_norm(layer.input_norm_E, self._norm_scales(normed_NE, layer.qkv_OI))
         qkv_OI = layer.qkv_OI * scales_E
         groups = (arch.num_kv_heads, arch.num_heads // arch.num_kv_heads, arch.head_dim)
         v_scales_GD = _ratio(
@@ -83,8 +86,8 @@ class Smoother:
         normed_NE = self._norm(self._hidden_NE, layer.mlp_norm_E)
         gate_NI, up_NI = (normed_NE @ layer.gate_up_OI.T).chunk(2, -1)
         gated_NI = functional.silu(gate_NI) * up_NI
-        self._hidden_NE = self._hidden_NE + gated_NI @ layer.down_OI.T
-        mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_E, _scales(normed_NE, layer.gate_up_OI))
+        self._hidden_NE = self._hidden_NE + self._group.sum(gated_NI @ layer.down_OI.T)
+        mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_E, self._norm_scales(normed_NE, layer.gate_up_OI))
         down_scales_I = _scales(gated_NI, layer.down_OI)
         up_rows_O = torch.cat((torch.ones(arch.intermediate_size), down_scales_I))
 
@@ -98,6 +101,10 @@ class Smoother:
             gate_up_OI=(layer.gate_up_OI * scales_E).div_(up_rows_O[:, None]),
             down_OI=layer.down_OI * down_scales_I,
         )
+
+    def _norm_scales(self, normed_NE: Tensor, weight_OI: Tensor) -> Tensor:
+        """Of features that every rank multiplies by its own rows: one norm for all."""
+        return _ratio(_largest(normed_NE), self._group.maximum(_largest(weight_OI)))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight.float(), self._arch.rms_norm_eps)

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from ssd_runtime.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a tensor: rows and columns from the first number up to, not including, the second; None is all."""
+
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a whole tensor, a view."""
+        if self.rows is not None:
+            tensor = tensor[slice(*self.rows)]
+        return tensor if self.columns is None else tensor[:, slice(*self.columns)]
+
+
+WHOLE = Part()
 
 
 class WeightSource(Protocol):
@@ -18,8 +36,11 @@ class WeightSource(Protocol):
     def has(self, name: str) -> bool:
         """Whether the file holds this tensor."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in float32 or the file's own floating type, in Hugging Face layout; reads only its bytes."""
+    def read(self, name: str, part: Part = WHOLE) -> Tensor:
+        """The tensor in float32 or the file's own floating type, in Hugging Face layout; reads only this part of it.
+
+        Parts of q and k projections begin and end between heads.
+        """
 
     def rope_factors(self) -> Tensor | None:
         """Divisors of the rotary frequencies (head_dim / 2), for rope scaling of kind "factors"."""

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from torch import Tensor
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture, RopeScaling
 from ssd_runtime.model.gguf_file import GgufFile, open_gguf
-from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 _NAMES = {
@@ -47,24 +48,33 @@ class GgufWeights:
     def has(self, name: str) -> bool:
         return _gguf_name(name) in self.file.tensors
 
-    def read(self, name: str) -> Tensor:
-        tensor = self._dequantize(_gguf_name(name))
-        if self.architecture.family == "llama" and ".self_attn.q_proj." in name:
-            return unpermute(tensor, self.architecture.num_heads)
-        if self.architecture.family == "llama" and ".self_attn.k_proj." in name:
-            return unpermute(tensor, self.architecture.num_kv_heads)
+    def read(self, name: str, part: Part = WHOLE) -> Tensor:
+        tensor = self._dequantize(_gguf_name(name), part)
+        permuted = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
+        if self.architecture.family == "llama" and permuted:
+            return unpermute(tensor, tensor.shape[0] // self.architecture.head_dim)
         return tensor
 
     def rope_factors(self) -> Tensor | None:
         return self._dequantize("rope_freqs.weight") if "rope_freqs.weight" in self.file.tensors else None
 
-    def _dequantize(self, name: str) -> Tensor:
+    def _dequantize(self, name: str, part: Part = WHOLE) -> Tensor:
+        """Only the blocks that hold the part are touched; the file is mapped."""
         entry, raw = self.file.tensors[name], self.file.raw(name)
-        out = np.empty((raw.shape[0], entry.shape[-1]), np.float32)
-        step = max(1, _CHUNK_VALUES // entry.shape[-1])
+        flat = len(entry.shape) == 1  # one row in the file
+        columns = (part.rows if flat else part.columns) or (0, entry.shape[-1])
+        if part.rows is not None and not flat:
+            raw = raw[slice(*part.rows)]
+        block, block_bytes = GGML_QUANT_SIZES[entry.kind]
+        first, last = columns[0] // block, -(-columns[1] // block)
+        raw = raw[:, first * block_bytes : last * block_bytes]
+        kept = slice(columns[0] - first * block, columns[1] - first * block)
+        out = np.empty((raw.shape[0], columns[1] - columns[0]), np.float32)
+        step = max(1, _CHUNK_VALUES // max(1, (last - first) * block))
         for row in range(0, len(out), step):
-            out[row : row + step] = dequantize(raw[row : row + step], entry.kind)
-        return torch.from_numpy(out.reshape(entry.shape))
+            blocks = np.ascontiguousarray(raw[row : row + step])
+            out[row : row + step] = dequantize(blocks, entry.kind)[:, kept]
+        return torch.from_numpy(out.reshape(-1) if flat else out)
 
     def _check_tensors(self) -> None:
         for name, shape in expected_tensors(self.architecture).items():

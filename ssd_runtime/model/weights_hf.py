@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture, RopeScaling
-from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
@@ -34,12 +34,14 @@ class HfWeights:
     def has(self, name: str) -> bool:
         return name in self._where
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part = WHOLE) -> Tensor:
         file, stored_name = self._where[name]
         try:
             if file not in self._files:
                 self._files[file] = safe_open(file, framework="pt")
-            tensor: Tensor = self._files[file].get_tensor(stored_name)
+            stored = self._files[file].get_slice(stored_name)
+            rows, columns = (slice(*span) if span else slice(None) for span in (part.rows, part.columns))
+            tensor: Tensor = stored[rows] if len(stored.get_shape()) == 1 else stored[rows, columns]
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"cannot read tensor {name} of {file}: {error}; fetch the model again") from None
         return tensor

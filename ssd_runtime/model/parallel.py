@@ -1,0 +1,214 @@
+"""The shard plan: which part of a model each rank of a tensor-parallel target holds, and how the parts make a whole.
+
+Column-parallel q, k, v, gate and up (each rank some heads and inner features), row-parallel o and down whose outputs
+are summed over the ranks, embedding table and head split by vocabulary (Megatron-LM, arXiv 1909.08053). Knows no
+processes: what the ranks say to each other goes through a `Collective`.
+
+Shape legend: N rows, R rows of logits, V vocabulary, E hidden features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.source import WHOLE, Part, WeightSource
+
+_COLUMN_PARALLEL = ("gate_proj", "up_proj")
+_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64)  # worth naming in a remedy
+
+
+class Collective(Protocol):
+    """The ranks that share a model. Every rank calls the same methods in the same order with equal shapes.
+
+    All raise PeerLost when a rank is gone or silent. An element of a result depends on nothing but the same element of
+    every rank's tensor: row-invariant kernels stay row-invariant.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's tensor, in the order of ranks, along a new first dimension."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In float32 and in the order of ranks, then rounded to the dtype of `x`: the same bits at every rank."""
+
+    def maximum(self, x: Tensor) -> Tensor: ...
+
+    def settle(self) -> None:
+        """Return when all of the above has happened; on a GPU they only queue it."""
+
+
+class Alone:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x
+
+    def maximum(self, x: Tensor) -> Tensor:
+        return x
+
+    def settle(self) -> None:
+        pass
+
+
+ALONE = Alone()
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one rank holds.
+
+    Where there are fewer key-value heads than ranks, each rank holds one and several ranks hold the same. The
+    vocabulary is padded to a multiple of the ranks.
+
+    Attributes:
+        arch: of the whole model.
+        rank, size: of the group.
+
+    Raises:
+        ConfigError: the model does not divide among so many ranks; names the numbers it does divide among.
+    """
+
+    arch: Architecture
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        check_divides(self.arch, self.size, f"a model of {self.arch.num_heads} heads")
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self._share(self.arch.num_heads)
+
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        count = self.arch.num_kv_heads
+        if count >= self.size:
+            return self._share(count)
+        first = self.rank * count // self.size
+        return first, first + 1
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        return self._share(self.arch.intermediate_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of this rank's part of the embedding table, padding included."""
+        return -(-self.arch.vocab_size // self.size)
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """Token ids of this rank, without padding."""
+        start = min(self.rank * self.vocab_size, self.arch.vocab_size)
+        return start, min(start + self.vocab_size, self.arch.vocab_size)
+
+    @property
+    def local(self) -> Architecture:
+        """The part as a model of its own."""
+        (first, last), (kv_first, kv_last), (start, end) = self.heads, self.kv_heads, self.inner
+        return replace(
+            self.arch,
+            num_heads=last - first,
+            num_kv_heads=kv_last - kv_first,
+            intermediate_size=end - start,
+            vocab_size=self.vocab_size,
+        )
+
+    def part(self, name: str) -> Part:
+        """Which part of a tensor (by its Hugging Face name) this rank reads."""
+        stem = name.rpartition(".")[0].rpartition(".")[2]
+        if stem in ("embed_tokens", "lm_head"):
+            return Part(rows=self.vocabulary)
+        if stem == "q_proj":
+            return Part(rows=self._features(self.heads))
+        if stem in ("k_proj", "v_proj"):
+            return Part(rows=self._features(self.kv_heads))
+        if stem in _COLUMN_PARALLEL:
+            return Part(rows=self.inner)
+        if stem == "o_proj":
+            return Part(columns=self._features(self.heads))
+        if stem == "down_proj":
+            return Part(columns=self.inner)
+        return WHOLE
+
+    def _share(self, count: int) -> tuple[int, int]:
+        each = count // self.size
+        return self.rank * each, (self.rank + 1) * each
+
+    def _features(self, heads: tuple[int, int]) -> tuple[int, int]:
+        return heads[0] * self.arch.head_dim, heads[1] * self.arch.head_dim
+
+
+def check_divides(arch: Architecture, size: int, who: str) -> None:
+    """Raise ConfigError unless the model divides among `size` ranks; `who` begins the message."""
+    if _divides(arch, size):
+        return
+    possible = ", ".join(str(other) for other in _SIZES if _divides(arch, other))
+    parts = f"{arch.num_heads} heads, {arch.num_kv_heads} key-value heads and {arch.intermediate_size} inner features"
+    raise ConfigError(
+        f"{who}: {parts} do not divide among target.tensor_parallel = {size} ranks; possible are {possible}"
+    )
+
+
+def _divides(arch: Architecture, size: int) -> bool:
+    few, many = sorted((arch.num_kv_heads, size))
+    return size >= 1 and not (arch.num_heads % size or arch.intermediate_size % size or many % few)
+
+
+class ShardedWeights:
+    """A `WeightSource` of one rank's part; reads nothing else."""
+
+    def __init__(self, source: WeightSource, plan: ShardPlan) -> None:
+        self.path = source.path
+        self.architecture = plan.local
+        self._source = source
+        self._plan = plan
+
+    def has(self, name: str) -> bool:
+        return self._source.has(name)
+
+    def read(self, name: str, part: Part = WHOLE) -> Tensor:
+        tensor = self._source.read(name, self._plan.part(name))
+        if name.startswith(("embed_tokens.", "lm_head.")):
+            tensor = functional.pad(tensor, (0, 0, 0, self._plan.vocab_size - len(tensor)))
+        return part.of(tensor)
+
+    def rope_factors(self) -> Tensor | None:
+        return self._source.rope_factors()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How one rank's part works together with the others'."""
+
+    plan: ShardPlan
+    group: Collective
+
+    def embed(self, table_VE: Tensor, tokens_N: Tensor) -> Tensor:
+        """Rows of the table that is split by vocabulary: one rank has each, the others add zeros (NE)."""
+        start, end = self.plan.vocabulary
+        mine_N = (tokens_N >= start) & (tokens_N < end)
+        rows_NE = table_VE.index_select(0, torch.where(mine_N, tokens_N - start, 0))
+        return self.group.sum(rows_NE.masked_fill(~mine_N[:, None], 0.0))
+
+    def whole_rows(self, logits_RV: Tensor) -> Tensor:
+        """Logits over the whole vocabulary from every rank's part, padding cut off."""
+        parts_GRV = self.group.gather(logits_RV)
+        return parts_GRV.transpose(0, 1).reshape(len(logits_RV), -1)[:, : self.plan.arch.vocab_size].contiguous()
