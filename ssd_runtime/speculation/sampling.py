@@ -22,7 +22,7 @@ from torch import Tensor
 from cuda_ext import ops
 from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
-from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.speculation.types import Proposal, SamplingParams
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
 _NUCLEUS = 1024  # most nucleus sets are smaller than this; sorting the whole vocabulary is the slow way out
@@ -35,10 +35,20 @@ class Ranking:
     Attributes:
         tokens: token ids.
         margins: how far each lies below the first, in logits: noised score times temperature. 0 for the first.
+        sampled: the draft's token here where it was sampled apart from the ranking, which then is by logits alone
+            (proposal.py); None: the first one is the draft's token.
+        proposal: what it was sampled from; None if it was not.
     """
 
     tokens: tuple[int, ...]
     margins: tuple[float, ...]
+    sampled: int | None = None
+    proposal: Proposal | None = None
+
+    @property
+    def draft_token(self) -> int:
+        """The token that the draft puts here when this position is speculated."""
+        return self.tokens[0] if self.sampled is None else self.sampled
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,30 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """The distribution q that a draft token was sampled from, exactly.
+
+    Attributes:
+        tokens: where q is not zero, the likeliest first.
+        weights: float32 values, one a token, positive; q is their share in their sum (taken in float64), which is 1 up
+            to rounding.
+    """
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Speculation:
-    """The 0..K draft tokens that the target verifies in one forward."""
+    """The 0..K draft tokens that the target verifies in one forward.
+
+    Attributes:
+        proposals: what each token was sampled from; () if none was sampled (greedy drafts, n-grams, shared noise).
+    """
 
     tokens: tuple[int, ...] = ()
     source: Source = Source.NONE
+    proposals: tuple[Proposal, ...] = ()
 
 
 @dataclass(frozen=True)
