@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,12 +30,13 @@ class Run:
     directory: Path
     command: Sequence[str]
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
+    variables: Mapping[str, str] = field(default_factory=lambda: PLAIN)
 
     def __post_init__(self) -> None:
         self.directory.mkdir()
         self.temporary = self.directory / "tmp"
         self.temporary.mkdir()
-        environment = {**os.environ, TAG: self.tag, "TMPDIR": str(self.temporary), **PLAIN}
+        environment = {**os.environ, TAG: self.tag, "TMPDIR": str(self.temporary), **self.variables}
         with (self.directory / "out").open("wb") as out, (self.directory / "err").open("wb") as err:
             self.process = subprocess.Popen(
                 self.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
