@@ -69,7 +69,7 @@ class Drafter:
         self._engine = engine
         self._speculation = speculation
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
-        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
+        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list, speculation.budget)
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)

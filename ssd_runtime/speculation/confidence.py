@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 
@@ -13,10 +14,12 @@ from ssd_runtime.speculation.sampling import Ranking
 class ConfidenceFanOut:
     """The most probable outcomes by the draft's own margins.
 
-    The margin between the draft's first and second choice says how likely the target is to make the same first
-    choice: the chance is learned online, in classes of margin, from what the target chose. So a position where the
-    draft is sure costs no fork, and one where two tokens are near each other gets its second. The same noise on both
-    sides keeps this as true at temperature 1 as at 0.
+    P(reject at k): the margin between the draft's first and second choice says how likely the target is to make the
+    same first choice; the chance is learned in classes of margin from what the target chose. P(t* | reject at k): among
+    the other candidates the chance falls exponentially with the margin, over a scale that says how far the two models
+    are apart; the likeliest of a few scales is learned from the tokens that the target chose instead. So a position
+    where the draft is sure costs no fork, and one where many tokens are near each other gets many. The same noise on
+    both sides keeps this as true at temperature 1 as at 0.
 
     Args:
         least: outcomes less probable than this are not drafted for, even when the budget has room: a forward with fewer
@@ -25,11 +28,15 @@ class ConfidenceFanOut:
 
     EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     PRIOR = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    SCALES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # logits
+    FLOOR = 1e-4  # of the weight of a candidate, so that none is impossible
 
     def __init__(self, least: float = 0.02) -> None:
         self._least = least
         self._agrees = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.PRIOR]
-        self._ranks = [AcceptanceEstimate(prior, weight=16.0, memory=512.0) for prior in (0.6, 0.4)]
+        self._likelihoods = [-abs(math.log(scale / 0.7)) for scale in self.SCALES]  # of what was seen, in logarithms
+        self._keep = 0.5 ** (1.0 / 256.0)
+        self._scale = 0.7
 
     def forks(self, verified: Verified, budget: int) -> list[Fork]:
         outcomes: list[Fork] = []
@@ -44,7 +51,7 @@ class ConfidenceFanOut:
                     accepted_chance = chance
                 elif reach * chance >= self._least:
                     outcomes.append(Fork(k, ranking.tokens[rank], reach * chance))
-                else:
+                elif rank:
                     break  # later ranks are less likely still
             reach *= accepted_chance
         outcomes.sort(key=lambda fork: -fork.gain)
@@ -53,14 +60,19 @@ class ConfidenceFanOut:
     def chances(self, ranking: Ranking) -> Iterator[float]:
         """The chance that the target chooses the first, second, ... token of a ranking."""
         agree = self._class(ranking).rate
-        second, third = (estimate.rate for estimate in self._ranks)
         yield agree
-        left = 1.0 - agree
-        # What neither the second nor the third takes is thought to halve from rank to rank.
-        for rank in range(1, len(ranking.tokens)):
-            taken = left * (second if rank == 1 else third if rank == 2 else 0.5)
-            left -= taken
-            yield taken
+        others = self._others(ranking, self._scale)
+        total = sum(others)
+        for weight in others:
+            yield (1.0 - agree) * weight / total
+
+    def _others(self, ranking: Ranking, scale: float) -> list[float]:
+        """How the second, third, ... tokens weigh against each other, falling."""
+        others = ranking.margins[1:]
+        return [
+            math.exp((others[0] - margin) / scale) / math.sqrt(rank) + self.FLOOR
+            for rank, margin in enumerate(others, start=1)
+        ]
 
     def _class(self, ranking: Ranking) -> AcceptanceEstimate:
         margin = ranking.margins[1] if len(ranking.margins) > 1 else float("inf")
@@ -71,11 +83,15 @@ class ConfidenceFanOut:
         for ranking, token in zip(verified.rankings, chosen, strict=False):
             if ranking is None:
                 break
-            self._class(ranking).observe_one(token == ranking.tokens[0])
-            if token == ranking.tokens[0]:
-                continue
-            for rank, estimate in enumerate(self._ranks, start=1):
-                found = len(ranking.tokens) > rank and token == ranking.tokens[rank]
-                estimate.observe_one(found)
-                if found:
-                    break
+            agreed = token == ranking.tokens[0]
+            self._class(ranking).observe_one(agreed)
+            if not agreed and token in ranking.tokens:
+                self._learn_scale(ranking, ranking.tokens.index(token) - 1)
+
+    def _learn_scale(self, ranking: Ranking, other: int) -> None:
+        for index, scale in enumerate(self.SCALES):
+            others = self._others(ranking, scale)
+            likelihood = self._likelihoods[index] * self._keep + math.log(others[other] / sum(others))
+            self._likelihoods[index] = likelihood
+        best = max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)
+        self._scale = self.SCALES[best]

@@ -249,6 +249,23 @@ def chance(policy: ConfidenceFanOut, ranking: Ranking, rank: int) -> float:
     return list(policy.chances(ranking))[rank]
 
 
+def test_a_large_budget_means_the_improbable_too() -> None:
+    few, many = (fan_out_policy("confidence", budget=budget) for budget in (4, 24))
+    verified = Verified([20, 20], [TORN, TORN, TORN])
+    assert len(few.forks(verified, 24)) < len(many.forks(verified, 24))
+
+
+def test_confidence_learns_how_far_the_models_are_apart() -> None:
+    """Where the target's choices lie far behind the draft's first, distant candidates become worth a place."""
+    spread = Ranking((1, 2, 3, 4, 5), (0.0, 0.5, 1.0, 1.5, 2.0))
+    near, far = ConfidenceFanOut(), ConfidenceFanOut()
+    for _ in range(60):
+        near.observe(Verified([], [spread]), 0, 2)
+        far.observe(Verified([], [spread]), 0, 5)
+    assert chance(near, spread, 4) / chance(near, spread, 1) < 0.1 * chance(far, spread, 4) / chance(far, spread, 1)
+    assert chance(near, spread, 0) == chance(far, spread, 0)  # how often they disagree is another matter
+
+
 def test_confidence_learns_that_a_sure_draft_is_wrong() -> None:
     policy = ConfidenceFanOut()
     before = chance(policy, SURE, 0)
