@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from launcher.prompts import Prompt
-from launcher.report import Generation, summarise
+from launcher.report import Generation, Output, summarise
 from ssd_runtime.comm.messages import ChatMessage, Chunk, Finished, Generate
 from ssd_runtime.config import MODES, Mode
 from ssd_runtime.errors import ConfigError
@@ -109,17 +109,15 @@ def measure(
 
 def generate(client: Generates, request: Generate, on_text: Callable[[str], None]) -> Generation:
     """Run one request to its end, telling `on_text` each piece of text as it comes."""
-    text: list[str] = []
-    token_ids: list[int] = []
+    outputs = [Output()] * request.n
     stream = cast(Generator[Chunk | Finished, None, None], client.generate(request))
     with contextlib.closing(
         stream
     ) as events:  # left early, the request is cancelled now and not by the garbage collector
         for event in events:
             if isinstance(event, Finished):
-                return Generation("".join(text), tuple(token_ids), event)
-            text.append(event.text)
-            token_ids += event.token_ids
+                return Generation(tuple(outputs), event)
+            outputs[event.index] += event
             on_text(event.text)
     raise AssertionError("the client's stream ended without Finished")
 

@@ -15,13 +15,14 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from launcher.sampling_options import sampling_options, sampling_params
 from ssd_runtime import __version__, logs
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
@@ -90,13 +91,6 @@ _config_options = _options(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key."
     ),
 )
-_sampling_options = _options(
-    click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens."),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
-    click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
-)
 _connect_option = click.option("--connect", metavar="ADDRESS", help="Use the engine that runs there (see ssd up).")
 _trace_option = click.option(
     "--trace", type=click.Path(dir_okay=False, path_type=Path), help="Write a Perfetto/Chrome trace of both roles."
@@ -113,11 +107,13 @@ def ssd() -> None:
 @_config_options
 @click.option("--prompt", "-p", required=True, help="What to answer; - reads standard input.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@_sampling_options
+@sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--mode", type=click.Choice(MODES), help="Default: speculation.mode.")
 @click.option("--lookahead", type=click.IntRange(min=0), help="Most draft tokens a round; default: the engine's.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--n", type=click.IntRange(1, 128), default=1, show_default=True, help="Answers; i has seed SEED + i.")
+@click.option("--logprobs", type=click.IntRange(0, 20), help="With --json: log-probabilities, so many alternatives.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end, nothing else.")
 @_connect_option
 @_trace_option
@@ -130,14 +126,18 @@ def generate(
     mode: Mode | None,
     lookahead: int | None,
     raw: bool,
+    n: int,
+    logprobs: int | None,
     as_json: bool,
     connect: str | None,
     trace: Path | None,
     **sampling: Any,
 ) -> None:
     """Answer one prompt."""
-    from launcher import bench, preflight
+    from launcher import answers, bench, preflight
 
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are part of the JSON: give --json too")
     if mode is not None:
         overrides = (*overrides, f"speculation.mode={mode}")
     if lookahead is not None:
@@ -145,18 +145,22 @@ def generate(
     config = load_config(config_path, overrides)
     if prompt == "-":
         prompt = sys.stdin.read()
-    request = _request(prompt, raw, max_tokens, stop, mode, SamplingParams(**sampling))
-    request = replace(request, lookahead=lookahead, stream=not as_json)
+    request = _request(prompt, raw, max_tokens, stop, mode, sampling_params(sampling, max_tokens))
+    streams = not as_json and n == 1
+    request = replace(request, lookahead=lookahead, stream=streams, logprobs=logprobs, n=n)
     preflight.check_not_empty(request)
     with _session(config, config_path, overrides, connect, trace, request) as session:
         try:
-            generation = bench.generate(session.client, request, _nothing if as_json else _stream)
+            generation = bench.generate(session.client, request, _stream if streams else _nothing)
         finally:
-            _end_line(as_json)
+            if streams:
+                click.echo()
         if as_json:
-            click.echo(json.dumps(_generation_json(generation)))
+            click.echo(json.dumps(answers.as_json(generation)))
         else:
-            click.echo(_generation_line(generation, session.cores), err=True)
+            if not streams:
+                click.echo(answers.as_text(generation))
+            click.echo(answers.summary_line(generation, session.cores), err=True)
 
 
 @ssd.command(name="bench")
@@ -166,7 +170,7 @@ def generate(
 @click.option("--prompts", "prompts_path", type=click.Path(path_type=Path), help="JSON lines of id, set and prompt.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=128, show_default=True)
-@_sampling_options
+@sampling_options
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
 @_connect_option
@@ -195,7 +199,7 @@ def bench_command(
     overrides = (*overrides, *_overrides_for(runs, config))
     config = load_config(config_path, overrides)
     _check_writable(out)
-    workload = bench.Workload(prompts, SamplingParams(**sampling), max_tokens, repeat)
+    workload = bench.Workload(prompts, sampling_params(sampling, max_tokens), max_tokens, repeat)
     longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
     request = _request(longest, False, max_tokens, (), None, workload.params)
     with _session(config, config_path, overrides, connect, trace, request) as session:
@@ -373,41 +377,8 @@ def _stream(text: str) -> None:
     click.echo(text, nl=False)
 
 
-def _end_line(as_json: bool) -> None:
-    if not as_json:
-        click.echo()
-
-
 def _nothing(text: str) -> None:
     pass
-
-
-def _generation_json(generation: Any) -> dict[str, Any]:
-    from launcher.report import summarise
-
-    finished = generation.finished
-    return {
-        "text": generation.text,
-        "token_ids": list(generation.token_ids),
-        "finish_reason": finished.finish_reason,
-        "usage": asdict(finished.usage),
-        "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
-    }
-
-
-def _generation_line(generation: Any, cores: dict[str, tuple[int, ...]]) -> str:
-    from launcher import screen
-    from launcher.report import summarise
-
-    found = summarise([generation.finished])
-    parts = [
-        f"{generation.finished.statistics.mode}: {found['tokens']} tokens ({generation.finished.finish_reason})",
-        f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
-        f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
-        f"hit rate {screen.share(found['hit_rate'])}",
-        f"acceptance {screen.share(found['acceptance'])}",
-    ]
-    return ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
 
 
 def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:

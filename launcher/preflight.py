@@ -72,6 +72,13 @@ def check_request(request: Generate, config: Config) -> None:
 
     check_not_empty(request)
     check_stop(request)
+    params = request.params
+    if params.logit_bias or params.allowed_tokens is not None or params.banned_tokens:
+        from ssd_runtime.model.load import inspect_model
+        from ssd_runtime.speculation.processors import check_processors
+
+        card = inspect_model(resolve(config.target.model))
+        check_processors(params, card.arch.vocab_size, card.eos_token_ids)
     length = count_tokens(request, Tokenizer.from_model(resolve(config.target.model)))
     limit = config.engine.max_model_len
     if length >= limit:

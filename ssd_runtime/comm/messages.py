@@ -8,7 +8,7 @@ from typing import Literal
 
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.config import Mode
-from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 
 Role = Literal["target", "draft"]
 
@@ -112,6 +112,8 @@ class Generate:
 
     Attributes:
         stream: chunks as tokens come; False: one chunk at the end, which costs the leader less.
+        logprobs: log-probabilities of the emitted tokens, with so many alternatives (0 to 20); None for none.
+        n: outputs wanted. Output i is what a request with seed `params.seed` + i (modulo 2^64) and n = 1 would get.
     """
 
     request_id: str
@@ -125,20 +127,29 @@ class Generate:
     lookahead: int | None = None
     ignore_eos: bool = False
     stream: bool = True
+    logprobs: int | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Leader -> client: text and tokens that are now final."""
+    """Leader -> client: text and tokens that are now final.
+
+    Attributes:
+        index: which of the n outputs.
+        logprobs: one entry a token, if asked for.
+    """
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens paid for: nothing that was cut off is counted."""
+    """Tokens paid for: nothing that was cut off is counted. The prompt counts once, completions of n outputs add up."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -179,12 +190,22 @@ class RequestStatistics:
 
 @dataclass(frozen=True)
 class Finished:
-    """Leader -> client: the request is complete. "stop": EOS or a stop string; "abort": cancelled."""
+    """Leader -> client: all outputs of the request are complete.
+
+    Attributes:
+        finish_reasons: one an output. "stop": EOS or a stop string; "abort": cancelled.
+        statistics: of all outputs together.
+    """
 
     request_id: str
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reasons: tuple[Literal["stop", "length", "abort"], ...]
     usage: Usage
     statistics: RequestStatistics
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "abort"]:
+        """Of the first output, which for most requests is the only one."""
+        return self.finish_reasons[0]
 
 
 @dataclass(frozen=True)

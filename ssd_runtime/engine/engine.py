@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
+from ssd_runtime.speculation.logprobs import MOST_ALTERNATIVES, token_logprobs
 from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
 from ssd_runtime.speculation.types import Outcome, Speculation
@@ -93,6 +94,8 @@ class Engine:
         check_processors(request.params, self._decoder.arch.vocab_size, request.eos_token_ids)
         if request.params.min_tokens > request.max_tokens:
             raise RequestError(f"min_tokens {request.params.min_tokens} is above max_tokens {request.max_tokens}")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
+            raise RequestError(f"logprobs must be between 0 and {MOST_ALTERNATIVES}, not {request.logprobs}")
         length, longest = len(request.prompt_tokens), self._config.max_model_len
         if length == 0:
             raise RequestError("the prompt is empty: give at least one token")
@@ -119,7 +122,7 @@ class Engine:
             )
 
     def cancel(self, request_id: str) -> Sequence | None:
-        """Stop a request; returns its sequence if it was there."""
+        """Stop one sequence of a request; returns it, None when there is none (left)."""
         for sequence in (*self.scheduler.waiting, *self.scheduler.running):
             if sequence.request.request_id == request_id:
                 running = sequence in self.scheduler.running
@@ -164,9 +167,9 @@ class Engine:
         sequence.table.length = end
         progressed = []
         if end == sequence.num_prompt:
-            logits_RV = process_rows(logits_RV, [(sequence.processors, ())])
-            (token,) = choose_tokens(logits_RV, [Draw(sequence.request.params, end)])
-            progressed = [Progressed(sequence, sequence.commit(Outcome(0, token), Speculation()))]
+            processed_RV = process_rows(logits_RV, [(sequence.processors, ())])
+            (token,) = choose_tokens(processed_RV, [Draw(sequence.request.params, end)])
+            progressed = [_commit(sequence, Outcome(0, token), Speculation(), logits_RV)]
         end_ns = time.monotonic_ns()
         sequence.measured.prefill_seconds += (end_ns - start_ns) / 1e9
         self._tracer.complete("prefill", start_ns, end_ns, arguments={"tokens": end - start})
@@ -183,10 +186,13 @@ class Engine:
         outcomes = self._outcomes(batch, proposals.speculations, logits_RV)
         raise_faults(self._kv)
         progressed = []
-        for sequence, speculation, outcome in zip(batch, proposals.speculations, outcomes, strict=True):
+        logits = logits_RV.split([1 + len(speculation.tokens) for speculation in proposals.speculations])
+        for sequence, speculation, outcome, logits_LV in zip(
+            batch, proposals.speculations, outcomes, logits, strict=True
+        ):
             # The bonus token has no row yet; rejected rows go back.
             sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
-            progressed.append(Progressed(sequence, sequence.commit(outcome, speculation)))
+            progressed.append(_commit(sequence, outcome, speculation, logits_LV))
             sequence.measured.verify_ms.append((forward_ns - start_ns) / 1e6)
             self._last_verify[sequence.sequence_id] = (start_ns, (forward_ns - start_ns) / 1e6)
         speculator.observe(proposals.speculations, outcomes, (forward_ns - start_ns) / 1e9)
@@ -263,3 +269,12 @@ class Engine:
         self._tracer.complete("propose", propose_ns, start_ns, arguments={"wait_ms": proposals.wait_seconds * 1e3})
         self._tracer.complete("verify", start_ns, forward_ns, arguments=about)
         self._tracer.complete("commit", forward_ns, time.monotonic_ns())
+
+
+def _commit(sequence: Sequence, outcome: Outcome, speculation: Speculation, logits_LV: Tensor) -> Progressed:
+    """Commit, and tell what the raw logits of its 1 + len(speculation) rows say of the tokens that were not cut off."""
+    delta = sequence.commit(outcome, speculation)
+    if sequence.request.logprobs is not None:
+        count = len(delta.token_ids)
+        delta = replace(delta, logprobs=token_logprobs(logits_LV[:count], delta.token_ids, sequence.request.logprobs))
+    return Progressed(sequence, delta)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Literal, Protocol
 
 from ssd_runtime.comm.messages import RequestStatistics
@@ -15,7 +16,7 @@ from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.backup import NgramIndex
 from ssd_runtime.speculation.processors import LogitsProcessors
-from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
+from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation, TokenLogprob
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -45,6 +46,8 @@ class Request:
     Attributes:
         stop: stop strings; the text ends before the first of them.
         eos_token_ids: tokens that end the sequence; empty to go on regardless.
+        logprobs: how many alternatives to tell with the log-probability of each token; None for no log-probabilities.
+        index: which of the outputs of the request with this id.
     """
 
     request_id: str
@@ -55,6 +58,8 @@ class Request:
     max_tokens: int
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class StopStrings:
@@ -143,6 +149,29 @@ class Measurements:
             draft_step_ms=tuple(self.draft_step_ms),
             draft_step_width=tuple(self.draft_step_width),
         )
+
+
+def add_up(outputs: Tokens[RequestStatistics]) -> RequestStatistics:
+    """What the outputs of one request cost together. They are decoded side by side: their times are not added."""
+    return RequestStatistics(
+        mode=outputs[0].mode,
+        rounds=sum(one.rounds for one in outputs),
+        num_tokens=sum(one.num_tokens for one in outputs),
+        num_draft_tokens=sum(one.num_draft_tokens for one in outputs),
+        num_accepted_tokens=sum(one.num_accepted_tokens for one in outputs),
+        accepted_per_position=tuple(map(sum, zip_longest(*(o.accepted_per_position for o in outputs), fillvalue=0))),
+        lookups=sum(one.lookups for one in outputs),
+        hits=sum(one.hits for one in outputs),
+        prefill_seconds=sum(one.prefill_seconds for one in outputs),
+        decode_seconds=max(one.decode_seconds for one in outputs),
+        ttft_seconds=min(one.ttft_seconds for one in outputs),
+        round_ms=tuple(chain.from_iterable(one.round_ms for one in outputs)),
+        verify_ms=tuple(chain.from_iterable(one.verify_ms for one in outputs)),
+        wait_ms=tuple(chain.from_iterable(one.wait_ms for one in outputs)),
+        other_ms=tuple(chain.from_iterable(one.other_ms for one in outputs)),
+        draft_step_ms=tuple(chain.from_iterable(one.draft_step_ms for one in outputs)),
+        draft_step_width=tuple(chain.from_iterable(one.draft_step_width for one in outputs)),
+    )
 
 
 class Sequence:

@@ -41,6 +41,21 @@ class SamplingParams:
     min_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """What the target's own distribution, before every processor, says of an emitted token.
+
+    Attributes:
+        token: the one emitted.
+        logprob: natural logarithm of its probability.
+        top: (token, logprob) of the most probable ones, best first, as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Source(IntEnum):
     """Where the speculation being verified came from."""
 

@@ -39,7 +39,7 @@ class ColocatedSpeculator:
                 "sd",
                 request.lookahead,
                 sequence.max_tokens,
-                request.eos_token_ids,
+                end_tokens=request.eos_token_ids,
             )
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.messages import (
@@ -22,14 +22,16 @@ from ssd_runtime.comm.messages import (
 )
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
-from ssd_runtime.engine.sequence import FinishReason, Request, Sequence
+from ssd_runtime.engine.sequence import Request, Sequence, add_up
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
+from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from ssd_runtime.target.link_speculator import LinkSpeculator
 
 log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.2
+MOST_OUTPUTS = 128
 
 
 @dataclass
@@ -43,13 +45,27 @@ class Stop:
 
 
 @dataclass
+class _Output:
+    """One output of a request, and what has not been sent of it yet because the client does not stream.
+
+    Attributes:
+        ended: its last delta has been taken in.
+    """
+
+    sequence: Sequence
+    ended: bool = False
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass
 class _Client:
-    """Who asked, and what it has not been sent yet because it does not stream."""
+    """Who asked, for which outputs."""
 
     identity: bytes
     stream: bool
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
+    outputs: list[_Output]
 
 
 class Leader:
@@ -123,15 +139,20 @@ class Leader:
             self._server.send(identity, Failed(message.request_id, "request", "this request id is in use"))
             return
         try:
-            self._engine.add(self._request(message), Detokenizer(self._tokenizer))
+            requests = self._requests(message)
+            # What is refused is refused of the first: they differ in nothing that can be wrong.
+            sequences = [self._engine.add(request, Detokenizer(self._tokenizer)) for request in requests]
         except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
             self._server.send(identity, Failed(message.request_id, "request", str(error)))
         else:
-            self._clients[message.request_id] = _Client(identity, message.stream)
+            self._clients[message.request_id] = _Client(identity, message.stream, list(map(_Output, sequences)))
 
-    def _request(self, message: Generate) -> Request:
+    def _requests(self, message: Generate) -> list[Request]:
+        """One for each output; they have seeds of their own, so that output i can be had alone too."""
+        if not 1 <= message.n <= MOST_OUTPUTS:
+            raise RequestError(f"n must be between 1 and {MOST_OUTPUTS}, not {message.n}")
         speculation = self._config.speculation
-        return Request(
+        first = Request(
             request_id=message.request_id,
             prompt_tokens=tuple(self._prompt_tokens(message)),
             params=message.params,
@@ -140,7 +161,9 @@ class Leader:
             max_tokens=message.max_tokens,
             stop=message.stop,
             eos_token_ids=() if message.ignore_eos else self._tokenizer.eos_token_ids,
+            logprobs=message.logprobs,
         )
+        return [replace(first, params=_with_seed_of(first.params, index), index=index) for index in range(message.n)]
 
     def _prompt_tokens(self, message: Generate) -> list[int]:
         given = [value for value in (message.prompt, message.messages, message.token_ids) if value is not None]
@@ -155,9 +178,10 @@ class Leader:
 
     def _cancel(self, request_id: str) -> None:
         client = self._clients.pop(request_id, None)
-        sequence = self._engine.cancel(request_id)
-        if client is not None and sequence is not None:
-            self._finish(client, sequence, "abort")
+        while self._engine.cancel(request_id) is not None:
+            pass
+        if client is not None:
+            self._finish(client)
 
     def _status(self) -> Status:
         draft = "none" if self._link is None else "lost" if self._link.lost else "linked"
@@ -180,23 +204,38 @@ class Leader:
         client = self._clients.get(request_id)
         if client is None:  # it left between two deltas of one round
             return
-        client.text += delta.text
-        client.token_ids += delta.token_ids
-        if delta.finish_reason:
+        output = client.outputs[sequence.request.index]
+        output.text += delta.text
+        output.token_ids += delta.token_ids
+        output.logprobs += delta.logprobs
+        output.ended = delta.finish_reason is not None
+        if all(one.ended for one in client.outputs):
             del self._clients[request_id]
-            self._finish(client, sequence, delta.finish_reason)
-        elif client.stream and not self._send_chunk(client, request_id):
+            self._finish(client)
+        elif client.stream and not self._send_chunk(client, output):
             log.info("the client of request %s is gone; cancelling it", request_id)
             self._cancel(request_id)
 
-    def _send_chunk(self, client: _Client, request_id: str) -> bool:
-        chunk = Chunk(request_id, client.text, client.token_ids)
-        client.text, client.token_ids = "", ()
+    def _send_chunk(self, client: _Client, output: _Output) -> bool:
+        request = output.sequence.request
+        tokens, logprobs = tuple(output.token_ids), tuple(output.logprobs)
+        chunk = Chunk(request.request_id, output.text, tokens, request.index, logprobs)
+        output.text, output.token_ids, output.logprobs = "", [], []
         return self._server.send(client.identity, chunk)
 
-    def _finish(self, client: _Client, sequence: Sequence, reason: FinishReason) -> None:
-        request_id = sequence.request.request_id
-        if client.token_ids:
-            self._send_chunk(client, request_id)
-        usage = Usage(sequence.num_prompt, sequence.num_output)
-        self._server.send(client.identity, Finished(request_id, reason, usage, sequence.statistics()))
+    def _finish(self, client: _Client) -> None:
+        """All outputs have ended: send what is left of them, and what they cost."""
+        for output in client.outputs:
+            if output.token_ids:
+                self._send_chunk(client, output)
+        sequences = [output.sequence for output in client.outputs]
+        reasons = tuple(sequence.finish_reason or "abort" for sequence in sequences)
+        usage = Usage(sequences[0].num_prompt, sum(sequence.num_output for sequence in sequences))
+        statistics = add_up([sequence.statistics() for sequence in sequences])
+        request_id = sequences[0].request.request_id
+        self._server.send(client.identity, Finished(request_id, reasons, usage, statistics))
+
+
+def _with_seed_of(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of one output: seed + index modulo 2^64."""
+    return replace(params, seed=(params.seed + index) % (1 << 64)) if index else params

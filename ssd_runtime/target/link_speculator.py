@@ -89,7 +89,7 @@ class LinkSpeculator:
             request.mode,
             request.lookahead,
             sequence.max_tokens,
-            request.eos_token_ids,
+            end_tokens=request.eos_token_ids,
         )
         self._control(admit)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.errors import RequestError
@@ -20,7 +22,7 @@ from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation import processors
 from ssd_runtime.speculation.processors import History, process_history
 from ssd_runtime.speculation.sampling import Draw, choose_tokens
-from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.e2e.test_token_identity import MODES, VOCAB, alone, models, outputs, prompt
 from tests.engines import in_process, random_steps, request
 
@@ -121,6 +123,64 @@ def test_an_end_token_waits_for_min_tokens(mode):
         assert not set(ends) & set(found[:least])
 
 
+def logprobs_of(asked: list[Request], draft: str, steps=3) -> list[list[TokenLogprob]]:
+    engine = EngineConfig(max_model_len=160, max_num_seqs=4, block_size=8, prefill_chunk=11)
+    process = in_process(models()["target"], models()[draft], engine, SpeculationConfig(lookahead=5, budget=6), steps)
+    sequences = process.run(asked)
+    found = []
+    for one, sequence in zip(asked, sequences, strict=True):
+        deltas = process.deltas[one.request_id]
+        for delta in deltas:  # nothing is told of a token that was cut off
+            assert [logprob.token for logprob in delta.logprobs] == list(delta.token_ids)
+        found.append([logprob for delta in deltas for logprob in delta.logprobs])
+        assert len(found[-1]) == sequence.num_output
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    draft=st.sampled_from(["twin", "relative"]),
+    speed=st.integers(0, 2**16),
+    many=st.lists(
+        st.tuples(st.sampled_from(MODES), PARAMS, st.sampled_from([0, 1, 5]), st.sets(TOKEN, max_size=3)),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_logprobs_are_those_of_plain_decoding(draft, speed, many):
+    asked = [
+        request(
+            prompt(4 + 9 * i, i),
+            mode,
+            lookahead=5,
+            params=replace(params, min_tokens=0),
+            request_id=str(i),
+            eos_token_ids=tuple(sorted(ends)),
+            logprobs=count,
+        )
+        for i, (mode, params, count, ends) in enumerate(many)
+    ]
+    found = logprobs_of(asked, draft, random_steps(speed))
+    for mine, one in zip(found, asked, strict=True):
+        (plain,) = logprobs_of([replace(one, mode="ar", lookahead=0)], draft)
+        assert [logprob.token for logprob in mine] == [logprob.token for logprob in plain]
+        if ops.backend() == "compiled":
+            assert mine == plain
+        for logprob, other in zip(mine, plain, strict=True):
+            assert logprob.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_logprobs_are_those_of_the_model_before_any_processor():
+    free, biased = (
+        request(prompt(9), params=params, logprobs=4, request_id=name)
+        for name, params in (("free", SamplingParams()), ("biased", SamplingParams(logit_bias=((7, 100.0),))))
+    )
+    (free_logprobs,), (biased_logprobs,) = logprobs_of([free], "twin"), logprobs_of([biased], "twin")
+    assert free_logprobs[0].token != 7 == biased_logprobs[0].token
+    assert biased_logprobs[0].top == free_logprobs[0].top
+    assert biased_logprobs[0].logprob < free_logprobs[0].logprob == free_logprobs[0].top[0][1]
+
+
 def _forgets_the_speculated(process):
     return lambda self, logits_V, speculated: process(self, logits_V, ())
 
@@ -181,6 +241,8 @@ def test_a_token_that_may_not_be_chosen_never_is():
     [
         ({"params": SamplingParams(banned_tokens=(VOCAB,))}, "banned_tokens names token 96"),
         ({"params": SamplingParams(allowed_tokens=(1,), min_tokens=2), "eos_token_ids": (1,)}, "leave no token"),
+        ({"logprobs": 21}, "logprobs must be between 0 and 20, not 21"),
+        ({"logprobs": -1}, "logprobs must be between 0 and 20, not -1"),
         ({"params": SamplingParams(min_tokens=9), "max_tokens": 8}, "min_tokens 9 is above max_tokens 8"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,23 @@ def test_every_mode_gives_the_same_tokens(client: Client, temperature: float) ->
         assert found.finished.statistics.mode == mode
         assert (found.finished.statistics.num_draft_tokens > 0) == (mode != "ar")
     assert answers["ssd"].finished.statistics.hits > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_outputs_are_those_of_their_seeds(client: Client, stream: bool) -> None:
+    params = SamplingParams(temperature=0.9, seed=2**64 - 2, repetition_penalty=1.2, frequency_penalty=0.3)
+    found = answer(client, ask(params=params, n=3, logprobs=2, stream=stream))
+    for output, seed in zip(found.outputs, (2**64 - 2, 2**64 - 1, 0), strict=True):
+        alone = answer(client, ask(params=replace(params, seed=seed), mode="ar", logprobs=2))
+        assert (output.token_ids, output.text) == (alone.token_ids, alone.text)
+        for mine, theirs in zip(output.logprobs, alone.outputs[0].logprobs, strict=True):
+            assert mine.token == theirs.token
+            assert [one for one, _ in mine.top] == [one for one, _ in theirs.top]
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert len({output.token_ids for output in found.outputs}) == 3
+    assert found.finished.finish_reasons == ("length",) * 3
+    assert (found.finished.usage.completion_tokens, found.finished.statistics.num_tokens) == (96, 96)
+    assert found.finished.usage.prompt_tokens == alone.finished.usage.prompt_tokens
 
 
 def test_text_is_streamed_in_pieces_that_make_the_whole(client: Client) -> None:

@@ -27,7 +27,7 @@ class Player:
             tokens[3] = -1
         yield Chunk(request.request_id, "x", tuple(tokens[:2]))
         yield Chunk(request.request_id, "y", tuple(tokens[2:]))
-        yield Finished(request.request_id, "length", Usage(5, len(tokens)), statistics(request.mode, len(tokens)))
+        yield Finished(request.request_id, ("length",), Usage(5, len(tokens)), statistics(request.mode, len(tokens)))
 
 
 def statistics(mode: str, tokens: int) -> RequestStatistics:

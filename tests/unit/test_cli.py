@@ -13,6 +13,7 @@ from launcher import cli, preflight
 from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, PeerLost, RequestError
+from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
@@ -41,6 +42,20 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["generate", "-p", "x", "--temperature", "-1"], "--temperature"),
         (["generate", "-p", "x", "--top-p", "0"], "--top-p"),
         (["generate", "-p", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "-p", "x", "--temperature", "nan"], "nan is not a finite number"),
+        (["generate", "-p", "x", "--repetition-penalty", "0"], "--repetition-penalty"),
+        (["generate", "-p", "x", "--repetition-penalty", "inf"], "inf is not a finite number"),
+        (["generate", "-p", "x", "--presence-penalty", "3"], "--presence-penalty"),
+        (["generate", "-p", "x", "--frequency-penalty", "-2.1"], "--frequency-penalty"),
+        (["generate", "-p", "x", "--logit-bias", "5"], "expected a token id and a bias"),
+        (["generate", "-p", "x", "--logit-bias", "5=nan"], "expected a token id and a bias"),
+        (["generate", "-p", "x", "--logit-bias", "5=1", "--logit-bias", "5=2"], "--logit-bias names token 5 twice"),
+        (["generate", "-p", "x", "--allowed-tokens", ""], "expected token ids with commas"),
+        (["generate", "-p", "x", "--banned-tokens", "1,x"], "expected token ids with commas"),
+        (["generate", "-p", "x", "--min-tokens", "9", "--max-tokens", "8"], "--min-tokens 9 is above --max-tokens 8"),
+        (["generate", "-p", "x", "--logprobs", "21", "--json"], "--logprobs"),
+        (["generate", "-p", "x", "--logprobs", "2"], "give --json too"),
+        (["generate", "-p", "x", "--n", "0"], "--n"),
         (["generate", "-p", "x", "--mode", "fast"], "--mode"),
         (["generate", "-p", "x", "--connect", "tcp://127.0.0.1:9", "--trace", "t.json"], "--trace is the engine's own"),
         (["generate", "-p", "x", "--trace", "/nope/t.json"], "cannot write /nope/t.json"),
@@ -129,12 +144,16 @@ class Engine:
 
     def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
         self.requests.append(request)
-        yield Chunk(request.request_id, "Hello", (1, 2))
-        if self.error is not None:
-            raise self.error
-        yield Chunk(request.request_id, " you", (3,))
+        wanted = request.logprobs is not None
+        logprobs = tuple(TokenLogprob(token, -1.5, ((token, -1.5), (9, -2.0))) for token in (1, 2, 3) if wanted)
+        for index in range(request.n):
+            yield Chunk(request.request_id, "Hello", (1, 2), index, logprobs[:2])
+            if self.error is not None:
+                raise self.error
+        for index in range(request.n):
+            yield Chunk(request.request_id, " you", (3,), index, logprobs[2:])
         statistics = RequestStatistics(mode="ssd", rounds=1, num_tokens=3, decode_seconds=0.5, lookups=1, hits=1)
-        yield Finished(request.request_id, "stop", Usage(4, 3), statistics)
+        yield Finished(request.request_id, ("stop",) * request.n, Usage(4, 3 * request.n), statistics)
 
 
 @pytest.fixture
@@ -175,6 +194,40 @@ def test_generate_json_is_one_line(engine: Engine, capsys: pytest.CaptureFixture
     assert answer["statistics"]["tokens_per_second"] == 4.0
     assert captured.err == ""
     assert engine.requests[0].prompt == "Hi"
+
+
+def test_every_sampling_option_arrives_by_its_name(engine: Engine) -> None:
+    options = ["--repetition-penalty", "1.2", "--presence-penalty", "-0.5", "--frequency-penalty", "0.25"]
+    options += ["--logit-bias", "7=-100", "--logit-bias", "8=2.5", "--allowed-tokens", "7,8, 9", "--banned-tokens", "3"]
+    assert cli.main(["generate", "-p", "Hi", "--json", "--min-tokens", "4", *options]) == 0
+    assert engine.requests[0].params == SamplingParams(
+        repetition_penalty=1.2,
+        presence_penalty=-0.5,
+        frequency_penalty=0.25,
+        logit_bias=((7, -100.0), (8, 2.5)),
+        allowed_tokens=(7, 8, 9),
+        banned_tokens=(3,),
+        min_tokens=4,
+    )
+
+
+def test_logprobs_are_part_of_the_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "-p", "Hi", "--json", "--logprobs", "2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert engine.requests[0].logprobs == 2
+    assert [one["token"] for one in answer["logprobs"]] == answer["token_ids"] == [1, 2, 3]
+    top = [{"token": 1, "logprob": -1.5}, {"token": 9, "logprob": -2.0}]
+    assert answer["logprobs"][0] == {"token": 1, "logprob": -1.5, "top": top}
+
+
+def test_several_answers_are_told_apart(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "-p", "Hi", "--n", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert engine.requests[0].n == 2
+    assert [one["text"] for one in answer["outputs"]] == ["Hello you", "Hello you"]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6}
+    assert cli.main(["generate", "-p", "Hi", "--n", "2"]) == 0
+    assert capsys.readouterr().out == "--- answer 0 (stop)\nHello you\n--- answer 1 (stop)\nHello you\n"
 
 
 def test_a_prompt_comes_from_standard_input(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

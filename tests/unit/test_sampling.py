@@ -44,9 +44,14 @@ def rank_tokens_without_operators(*arguments):
     count=st.sampled_from([1, 2, 5]),
     scale=st.sampled_from([0.1, 3.0, 20.0]),
     entropy=st.integers(0, 2**32),
+    excluded=st.sampled_from([0.0, 0.0, 0.3, 0.95]),
 )
-def test_fast_ranking_equals_the_definition(rows, vocab_size, count, scale, entropy):
-    logits_RV = torch.randn(len(rows), vocab_size, generator=torch.Generator().manual_seed(entropy)) * scale
+def test_fast_ranking_equals_the_definition(rows, vocab_size, count, scale, entropy, excluded):
+    generator = torch.Generator().manual_seed(entropy)
+    logits_RV = torch.randn(len(rows), vocab_size, generator=generator) * scale
+    out_RV = torch.rand(len(rows), vocab_size, generator=generator) < excluded
+    out_RV[:, 1] = False  # what processors.py excludes is never all
+    logits_RV = logits_RV.masked_fill(out_RV, -torch.inf)
     draws = [Draw(params, position=17 + row) for row, params in enumerate(rows)]
     plain = rank_tokens_oracle(logits_RV, draws, count)
     for fast in (rank_tokens(logits_RV, draws, count), rank_tokens_without_operators(logits_RV, draws, count)):

@@ -1,0 +1,59 @@
+"""What `ssd generate` prints of a finished request. Knows no engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from launcher import screen
+from launcher.report import Generation, Output, summarise
+
+
+def as_text(generation: Generation) -> str:
+    """Several answers, each under a line of its own."""
+    reasons = generation.finished.finish_reasons
+    return "\n".join(
+        f"--- answer {index} ({reason})\n{output.text}"
+        for index, (output, reason) in enumerate(zip(generation.outputs, reasons, strict=True))
+    )
+
+
+def as_json(generation: Generation) -> dict[str, Any]:
+    """One answer at the top level; several as a list `outputs`."""
+    finished = generation.finished
+    outputs = [
+        _output(output, reason) for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
+    ]
+    return {
+        **(outputs[0] if len(outputs) == 1 else {"outputs": outputs}),
+        "usage": asdict(finished.usage),
+        "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
+    }
+
+
+def _output(output: Output, reason: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"text": output.text, "token_ids": output.token_ids, "finish_reason": reason}
+    if output.logprobs:
+        answer["logprobs"] = [
+            {
+                "token": one.token,
+                "logprob": one.logprob,
+                "top": [{"token": token, "logprob": logprob} for token, logprob in one.top],
+            }
+            for one in output.logprobs
+        ]
+    return answer
+
+
+def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]]) -> str:
+    """Rates of the request, and on which cores."""
+    finished = generation.finished
+    found = summarise([finished])
+    parts = [
+        f"{finished.statistics.mode}: {found['tokens']} tokens ({', '.join(finished.finish_reasons)})",
+        f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
+        f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
+        f"hit rate {screen.share(found['hit_rate'])}",
+        f"acceptance {screen.share(found['acceptance'])}",
+    ]
+    return ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
