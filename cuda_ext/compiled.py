@@ -6,6 +6,8 @@ A row's result depends on that row alone: not on how many rows share the call, n
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +51,12 @@ sample_shared_noise = _ops.sample_shared_noise.default
 def cpu_level() -> str:
     """Which CPU kernels run here: "baseline", "avx2" or "avx512"."""
     return _ops.cpu_level()
+
+
+def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return reference.new_cache(shape, dtype, device)
+    return _ops.huge_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(*shape).zero_()
 
 
 def pack_int8(weight_OI: Tensor) -> PackedInt8:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -37,6 +38,7 @@ __all__ = [
     "linear_int8",
     "lookup_branches",
     "match_outcomes",
+    "new_cache",
     "pack_bf16",
     "pack_fp32",
     "pack_int8",
@@ -188,6 +190,10 @@ def sample_shared_noise(
     return _kernels().sample_shared_noise(
         logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count
     )
+
+
+def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _kernels().new_cache(shape, dtype, device)
 
 
 def copy_branch_(kv: Tensor, source_slots_N: Tensor, target_slots_N: Tensor) -> None:

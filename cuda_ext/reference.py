@@ -6,6 +6,7 @@ of a gate-up row, H query heads, G key-value heads, S slots, C columns of a tabl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -285,6 +286,11 @@ def _gumbel_noise(key: Tensor, tokens: Tensor) -> Tensor:
     bits = _splitmix64(tokens * _GOLDEN + key)
     uniform = (((bits >> 32) & ((1 << 32) - 1)).double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log(uniform))
+
+
+def new_cache(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for a KV pool. The compiled one takes huge pages on a CPU: rows are scattered, most would miss the TLB."""
+    return torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 def copy_branch_(kv: Tensor, source_slots_N: Tensor, target_slots_N: Tensor) -> None:

@@ -6,6 +6,11 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "arguments.h"
 #include "noise.h"
@@ -25,26 +30,67 @@ void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, for_writing ? 1 : 0);
 }
 
+// A copy past the caches, for more than they would keep: the old bytes of the target are not read to be overwritten.
+void stream_row(char* target, const char* source, int64_t bytes) {
+#if defined(__SSE2__)
+  if (bytes % 16 == 0 && reinterpret_cast<uintptr_t>(target) % 16 == 0) {
+    for (int64_t i = 0; i < bytes; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+    return;
+  }
+#endif
+  std::memcpy(target, source, bytes);
+}
+
+// Streamed rows become visible to other threads in the order of what follows.
+void end_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+bool are_disjoint(const CopyArgs& args) {
+  std::vector<int64_t> sources(args.source, args.source + args.num_rows);
+  std::sort(sources.begin(), sources.end());
+  return std::none_of(args.target, args.target + args.num_rows,
+                      [&](int64_t slot) { return std::binary_search(sources.begin(), sources.end(), slot); });
+}
+
+constexpr int64_t kStreamedBytes = int64_t{1} << 20;  // more than this does not stay in the L2 cache
+
 void copy_branch_(const Tensor& kv, const Tensor& source_slots, const Tensor& target_slots) {
   const CopyArgs args = copy_args(kv, source_slots, target_slots);
   const CacheRows& cache = args.cache;
   check_slots(args.source, args.num_rows, cache.num_slots, "copy_branch_", "source slot");
   check_slots(args.target, args.num_rows, cache.num_slots, "copy_branch_", "target slot");
   if (args.num_rows == 0) return;
+  const bool streams = cache.num_planes * args.num_rows * cache.row_bytes >= kStreamedBytes;
+  const bool direct = streams && are_disjoint(args);
   parallel(cache.num_planes, 4, [&](int64_t begin, int64_t end) {
-    const int64_t bytes = cache.row_bytes, ahead = std::max<int64_t>(1, 4096 / std::max<int64_t>(bytes, 1));
-    char* held = thread_scratch(args.num_rows * bytes);  // all of a plane before any is written: overlap is safe
+    const int64_t bytes = cache.row_bytes, ahead = std::max<int64_t>(2, 8192 / std::max<int64_t>(bytes, 1));
+    // All of a plane before any row is written: overlap is safe.
+    char* held = direct ? nullptr : thread_scratch(args.num_rows * bytes);
     for (int64_t plane = begin; plane < end; ++plane) {
       const auto at = [&](int64_t slot) { return cache.data + row_offset(cache, plane, slot); };
       for (int64_t row = 0; row < args.num_rows; ++row) {
         if (row + ahead < args.num_rows) prefetch_row<false>(at(args.source[row + ahead]), bytes);
-        std::memcpy(held + row * bytes, at(args.source[row]), bytes);
+        if (direct) {
+          stream_row(at(args.target[row]), at(args.source[row]), bytes);
+        } else {
+          std::memcpy(held + row * bytes, at(args.source[row]), bytes);
+        }
       }
-      for (int64_t row = 0; row < args.num_rows; ++row) {
+      for (int64_t row = 0; row < args.num_rows && !direct; ++row) {
+        if (streams) {
+          stream_row(at(args.target[row]), held + row * bytes, bytes);
+          continue;
+        }
         if (row + ahead < args.num_rows) prefetch_row<true>(at(args.target[row + ahead]), bytes);
         std::memcpy(at(args.target[row]), held + row * bytes, bytes);
       }
     }
+    if (streams) end_streaming();
   });
 }
 

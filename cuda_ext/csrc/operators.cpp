@@ -21,6 +21,19 @@ namespace {
 
 using namespace ssd;
 
+// Uninitialised bytes, in huge pages where the system gives them.
+Tensor huge_memory(int64_t bytes) {
+  SSD_CHECK(bytes >= 0, "huge_memory: the number of bytes must be at least 0, not ", bytes);
+  Tensor memory = empty_cpu({bytes}, ScalarType::Byte);
+#if defined(__linux__)
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+  return memory;
+}
+
 // Memory for packed weights: pieces of large chunks in huge pages, which read a tenth to a fifth faster. A chunk is a
 // tensor and lives as long as one of its pieces.
 Tensor weight_memory(int64_t bytes) {
@@ -28,21 +41,11 @@ Tensor weight_memory(int64_t bytes) {
   static std::mutex mutex;
   static Tensor* chunk = nullptr;  // never destroyed: torch may be gone by then
   static int64_t used = 0;
-  const auto huge = [](int64_t size) {
-    Tensor memory = empty_cpu({size}, ScalarType::Byte);
-#if defined(__linux__)
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto begin = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + page - 1) / page * page;
-    const auto end = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + size) / page * page;
-    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-    return memory;
-  };
-  if (bytes >= kChunk / 4) return huge(bytes);
+  if (bytes >= kChunk / 4) return huge_memory(bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   if (chunk == nullptr || used + bytes > kChunk) {
     delete chunk;
-    chunk = new Tensor(huge(kChunk));
+    chunk = new Tensor(huge_memory(kChunk));
     used = 0;
   }
   Tensor piece = torch::stable::narrow(*chunk, 0, used, bytes);
@@ -296,6 +299,7 @@ STABLE_TORCH_LIBRARY(ssd_runtime, m) {
       "paged_attention(Tensor q, Tensor kv, Tensor sequence, Tensor tables, Tensor prefix, Tensor chain, float scale)"
       " -> Tensor");
   m.def("cpu_level() -> str");
+  m.def("huge_memory(int num_bytes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) {
@@ -310,4 +314,7 @@ STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
+STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&cpu_level));
+  m.impl("huge_memory", TORCH_BOX(&huge_memory));
+}

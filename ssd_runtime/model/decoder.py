@@ -66,7 +66,7 @@ class Decoder:
         """An empty KV pool: [layer, 2, slot, kv_head, dim] in the activations' dtype, zeros."""
         arch = self._part
         shape = (arch.num_layers, 2, num_slots, arch.num_kv_heads, arch.head_dim)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return ops.new_cache(shape, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def test_lower_cpu_levels_give_the_same_integers(level):
 
 def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
     pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
-    packed = {"pack_linear", "linear_int8", "linear_bf16", "linear_fp32", "decoder_layers_", "cpu_level"}
+    packed = {"pack_linear", "linear_int8", "linear_bf16", "linear_fp32", "decoder_layers_", "cpu_level", "huge_memory"}
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("ssd_runtime::") and (operator := name.split("::")[1].split(".")[0]) not in packed:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{operator}", "CUDA"), operator

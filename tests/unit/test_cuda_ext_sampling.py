@@ -147,6 +147,29 @@ def test_copy_branch_moves_rows_even_where_they_overlap(backend, data, dtype, he
     assert torch.equal(kv, expected)
 
 
+@pytest.mark.parametrize("head_dim", [127, 128])  # rows of no multiple of 16 bytes, and of one
+@pytest.mark.parametrize("shift", [0, 1, 40])  # onto themselves, onto neighbours, apart
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_too_large_for_the_caches_gives_the_same_rows(dtype, shift, head_dim):
+    kv = random(0, 8, 2, 80, 8, head_dim).to(dtype)
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
+    source, target = order[:40], order[shift : shift + 40]
+    assert kv[:, :, :40].nbytes > 1 << 20
+    expected = kv.clone()
+    copy_branch_oracle(expected, source.tolist(), target.tolist())
+    compiled.copy_branch_(kv, source, target)
+    assert torch.equal(kv, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 0, 1, 4), (1, 2, 3, 2, 5), (24, 2, 700, 2, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_cache_is_zeros_of_the_shape_asked_for(shape, dtype):
+    own, plain = (backend.new_cache(shape, dtype, torch.device("cpu")) for backend in (compiled, reference))
+    assert (own.shape, own.dtype, own.stride()) == (plain.shape, plain.dtype, plain.stride())
+    assert torch.equal(own, plain)
+    assert compiled.new_cache(shape, dtype, torch.device("meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_write_kv_scatters_strided_rows(dtype, kv_dtype):
