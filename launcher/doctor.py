@@ -41,6 +41,8 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _finding("front door", lambda: _front_door(config))
     for role in ("target", "draft"):
         yield _finding(f"{role} model", lambda role=role: _model(getattr(config, role)))  # type: ignore[misc]
+    if config.target.tensor_parallel > 1:
+        yield _finding("target shares", lambda: _shares(config))
     yield _finding("vocabularies", lambda: _vocabularies(config))
     for role in ("target", "draft"):
         yield _finding(f"{role} KV cache", lambda role=role: _kv(config, role))  # type: ignore[misc]
@@ -77,21 +79,33 @@ def _compiler() -> str:
 def _devices(config: Config) -> str:
     from ssd_runtime import topology
 
-    roles = (config.target, config.draft)
-    devices = [str(topology.device_for(model.device, rank)) for rank, model in enumerate(roles)]
+    count = config.target.tensor_parallel
+    models = [config.target] * count + [config.draft]
+    devices = [str(topology.device_for(model.device, rank)) for rank, model in enumerate(models)]
     backend = topology.link_backend(config.target.device, config.draft.device)
-    return f"target on {devices[0]}, draft on {devices[1]}, link over {backend}"
+    target = f"target on {devices[0]}"
+    if count > 1:
+        ranks = ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices[:count]))
+        target = f"target shared by {count} ranks over {topology.group_backend(config.target.device)} ({ranks})"
+    return f"{target}, draft on {devices[count]}, link over {backend}"
 
 
 def _cores(config: Config) -> str:
     from ssd_runtime import topology
 
     allowed = topology.allowed_cores()
-    cores = topology.choose_cores(config, allowed)
+    count = config.target.tensor_parallel
+    cores = topology.choose_cores(config, allowed, num_targets=count)
     shared = set(cores.target) & set(cores.draft)
     if shared:
         raise ConfigError(f"target and draft share cores {sorted(shared)}: drafting cannot hide behind verification")
-    return f"{len(allowed)} usable; target on {list(cores.target)}, draft on {list(cores.draft)}"
+    if count > 1 and 0 < len(cores.target) < count:
+        raise ConfigError(
+            f"{count} target ranks share {len(cores.target)} core(s) {list(cores.target)}: they wait for each other "
+            "twice a layer; lower target.tensor_parallel or name more target.cores"
+        )
+    placed = topology.cores_by_role(config, count + 1)
+    return f"{len(allowed)} usable; " + ", ".join(f"{role} on {list(numbers)}" for role, numbers in placed.items())
 
 
 def _hardware() -> str:
@@ -119,6 +133,16 @@ def _model(model: ModelConfig) -> str:
     return f"{model.model} ({card.format}): {shape}, as {model.dtype}"
 
 
+def _shares(config: Config) -> str:
+    from ssd_runtime.model.parallel import ShardPlan
+
+    card = _card(config.target)
+    preflight.check_shares(config, card)
+    part = ShardPlan(card.arch, 0, config.target.tensor_parallel).local
+    heads = f"{part.num_heads} heads, {part.num_kv_heads} key-value heads, {part.intermediate_size} inner features"
+    return f"a rank of {config.target.tensor_parallel} holds {heads}, {part.vocab_size} tokens"
+
+
 def _vocabularies(config: Config) -> str:
     target, draft = preflight.inspect(config)
     reason = target.vocabulary.difference(draft.vocabulary)
@@ -128,8 +152,13 @@ def _vocabularies(config: Config) -> str:
 
 
 def _kv(config: Config, role: str) -> str:
-    engine, arch = config.engine, _card(getattr(config, role)).arch
+    from ssd_runtime.model.parallel import ShardPlan
+
+    engine, arch, count = config.engine, _card(getattr(config, role)).arch, getattr(config, role).tensor_parallel
+    if count > 1:
+        arch = ShardPlan(arch, 0, count).local
     slots = engine.pool_blocks * engine.block_size
     size = 4 if getattr(config, role).dtype == "fp32" else 2
     memory = slots * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * size
-    return f"{memory / GIB:.2f} GiB for {slots} slots (scratch rows apart)"
+    each = " a rank" if count > 1 else ""
+    return f"{memory / GIB:.2f} GiB{each} for {slots} slots (scratch rows apart)"

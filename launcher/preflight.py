@@ -24,9 +24,10 @@ def check_engine(config: Config, nodes: Nodes | None = None) -> None:
     if nodes is None or nodes.count == 1:
         check_devices(config)
     if config.speculation.mode == "ar":  # no draft is loaded
-        inspect(replace(config, draft=config.target))
+        check_shares(config, inspect(replace(config, draft=config.target))[0])
         return
     target, draft = inspect(config)
+    check_shares(config, target)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
@@ -40,6 +41,14 @@ def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
     target = inspect_model(resolve(config.target.model))
     same = config.draft.model == config.target.model
     return target, target if same else inspect_model(resolve(config.draft.model))
+
+
+def check_shares(config: Config, target: ModelCard) -> None:
+    """Raise ConfigError for a target that does not divide among target.tensor_parallel ranks."""
+    from ssd_runtime.model.parallel import check_divides
+
+    if config.target.tensor_parallel > 1:
+        check_divides(target.arch, config.target.tensor_parallel, f"target model {config.target.model}")
 
 
 def check_port(config: Config) -> None:
@@ -61,7 +70,8 @@ def check_devices(config: Config) -> None:
 
     count = num_ranks(config)
     topology.cores_by_role(config, count)
-    for rank, model in enumerate((config.target, config.draft)[:count]):
+    for rank in range(count):
+        model = config.target if rank < config.target.tensor_parallel else config.draft
         topology.device_for(model.device, rank)
 
 

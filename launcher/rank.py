@@ -18,6 +18,7 @@ from ssd_runtime.config import Config
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
+from ssd_runtime.model.parallel import ALONE, Collective
 from ssd_runtime.trace import Tracer, part_path
 
 log = logging.getLogger("ssd.rank")
@@ -82,12 +83,12 @@ class Rank:
         backend = self._place.link_backend
         return {"backend": backend, "device": topology.link_device(backend, self._place.device)}
 
-    def _load(self, phase: str, model: str, dtype: Any) -> Decoder:
+    def _load(self, phase: str, model: str, dtype: Any, group: Collective = ALONE) -> Decoder:
         def progress(fraction: float) -> None:
             self._announcer.say(Progress(self._place.role, self._place.rank, f"load {phase}", fraction))
 
         progress(0.0)
-        decoder = load_decoder(resolve(model), dtype, self._place.device, progress)
+        decoder = load_decoder(resolve(model), dtype, self._place.device, progress, group)
         decoder.arch.check_length(self._config.engine.max_model_len, f"{phase} model {model}")
         return decoder
 

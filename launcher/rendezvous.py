@@ -48,13 +48,18 @@ def own_host(config: Config) -> str:
     """
     host = config.serve.host
     if host in WILDCARDS:
-        return own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return way_to_store()
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and is_loopback(host):
         raise ConfigError(
             f"serve.host = {host} is for this node only, and there are ranks on others; "
             "set serve.host to an address of this node that they can reach, or to 0.0.0.0"
         )
     return host
+
+
+def way_to_store() -> str:
+    """The address of this node on the way to torchrun's store, where the ranks of other nodes reach it too."""
+    return own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
 def _restarts() -> str:

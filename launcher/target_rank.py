@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from launcher import rendezvous
 from launcher.rank import Rank, Stopped, Surroundings, link_timing
+from launcher.target_group import joined
 from ssd_runtime import topology
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.link import LinkHost, open_target_link
@@ -20,13 +22,14 @@ from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.speculator import NoSpeculation, Speculator
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.batch import Model
 from ssd_runtime.model.catalogue import resolve
-from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.draft_peer import DraftPeer, welcome_draft
 from ssd_runtime.target.leader import Leader, Stop
 from ssd_runtime.target.link_speculator import LinkSpeculator
+from ssd_runtime.target.replay import LeadingDecoder
 
 log = logging.getLogger("ssd.target")
 
@@ -39,15 +42,14 @@ class TargetRank(Rank):
         self._stop = Stop()
 
     def serve(self) -> None:
-        config, has_draft = self._config, self._place.world_size > 1
-        known_as = rendezvous.own_host(config) if has_draft else None
+        config, has_peers = self._config, self._place.world_size > 1
+        known_as = rendezvous.own_host(config) if has_peers else None
         with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
-            store = rendezvous.store(config) if has_draft else None  # kept: it may be this rank's own to serve
+            store = rendezvous.store(config) if has_peers else None  # kept: it may be this rank's own to serve
             if store is not None:
                 store.set(rendezvous.CONTROL_KEY, server.address)
             tokenizer = Tokenizer.from_model(resolve(config.target.model))
-            decoder = self._load("target", config.target.model, config.target.dtype)
-            with self._speculators(server, decoder, tokenizer) as speculators:
+            with self._model(store) as decoder, self._speculators(server, decoder, tokenizer) as speculators:
                 link = speculators.get("ssd")
                 assert link is None or isinstance(link, LinkSpeculator)
                 engine = Engine(decoder, config.engine, config.speculation.lookahead, speculators, self._tracer)
@@ -61,17 +63,32 @@ class TargetRank(Rank):
                 leader.run()
                 log.info("leaving: %s", self._stop.reason)
 
+    @contextlib.contextmanager
+    def _model(self, store: Any) -> Iterator[Model]:
+        """The target model, whole or shared with the ranks that follow."""
+        config = self._config
+        if self._place.num_targets == 1:
+            yield self._load("target", config.target.model, config.target.dtype)
+            return
+        with joined(config, self._place, store) as group:
+            part = self._load("target", config.target.model, config.target.dtype, group.tensors)
+            group.all_loaded()
+            heartbeat = config.timeouts.idle_heartbeat
+            with contextlib.closing(LeadingDecoder(part, group.frames, config.engine.block_size, heartbeat)) as decoder:
+                decoder.start()
+                yield decoder
+
     def _set_stop(self, reason: str) -> None:
         self._stop.reason = self._stop.reason or reason
 
     @contextlib.contextmanager
     def _speculators(
-        self, server: ControlServer, decoder: Decoder, tokenizer: Tokenizer
+        self, server: ControlServer, decoder: Model, tokenizer: Tokenizer
     ) -> Iterator[dict[Mode, Speculator]]:
         """How this engine can speculate: every mode the ranks at hand allow."""
         config = self._config
         speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
-        if self._place.world_size == 1:
+        if self._place.num_drafts == 0:
             if config.speculation.mode == "sd-colocated":
                 drafter = self._drafter(tokenizer)
                 speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)

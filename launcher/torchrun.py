@@ -48,8 +48,8 @@ class Launch:
 
 
 def num_ranks(config: Config) -> int:
-    """One rank for each role in use: plain and colocated decoding need no draft rank."""
-    return 1 if config.speculation.mode in ("ar", "sd-colocated") else 2
+    """The target's ranks, and one for the draft where it has a rank: plain and colocated decoding need none."""
+    return config.target.tensor_parallel + (config.speculation.mode not in ("ar", "sd-colocated"))
 
 
 class Ranks:
@@ -66,6 +66,7 @@ class Ranks:
         self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
         self._process: subprocess.Popen[bytes] | None = None
         self._keep = False
+        self._failure: SsdError | None = None
 
     def start(self) -> None:
         """Start torchrun; returns at once."""
@@ -114,6 +115,8 @@ class Ranks:
 
     def raise_if_failed(self) -> None:
         """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
+        if self._failure is not None:  # it says more than whatever came of it
+            raise self._failure
         list(self._heard(0.0))
         if self._ended():
             list(self._heard(POLL_S))  # the last words may still be on their way
@@ -161,7 +164,8 @@ class Ranks:
             if isinstance(message, messages.WorkerFailed):
                 if message.kind == "config":
                     raise ConfigError(message.reason)
-                raise SsdError(f"{message.reason}; {self.see_log()}")
+                self._failure = SsdError(f"{message.reason}; {self.see_log()}")
+                raise self._failure
             heard.append(message)
             timeout_s = 0.0
         return heard
@@ -175,9 +179,9 @@ class Ranks:
         errors = [line.strip() for line in log.splitlines() if "Error" in line and "ChildFailedError" not in line]
         if errors:
             return f": {errors[-1][:300]}"
-        if failed := FAILED_RANK.search(log):
+        if failed := FAILED_RANK.search(log, max(0, log.find("Root Cause"))):
             rank, code = int(failed[1]), int(failed[2])
-            role = "draft" if rank else "target"
+            role = "target" if rank < self.launch.config.target.tensor_parallel else "draft"
             how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
             return f": {role} rank {rank} {how}"
         return ""

@@ -1,6 +1,7 @@
 """The entry point of a rank under torchrun: `python -m torch.distributed.run ... -m launcher.worker --config X`.
 
-Finds the rank's role, runs it, and says what went wrong in one line. Rank 0 is the target and leads; rank 1 drafts.
+Finds the rank's role, runs it, and says what went wrong in one line. Rank 0 leads, the other ranks of a
+tensor-parallel target follow it, and the rank after them drafts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import click
 from launcher import processes
 from launcher.announcer import Announcer
 from launcher.draft_rank import DraftRank
+from launcher.follower_rank import FollowerRank
 from launcher.rank import Surroundings
 from launcher.target_rank import TargetRank
 from ssd_runtime import logs, topology
@@ -45,7 +47,11 @@ def run(config_path: Path | None, overrides: tuple[str, ...], announcer: Announc
         logs.setup(role, int(rank))
         config = load_config(config_path, overrides)
         place = topology.place(config, os.environ)
-        kind = TargetRank if place.role == "target" else DraftRank
+        if place.role != role:
+            role = place.role
+            logs.setup(role, int(rank))
+        leads = place.rank == 0
+        kind = DraftRank if role == "draft" else TargetRank if leads else FollowerRank
         kind(Surroundings(config, place, announcer, trace)).run()
     except SsdError as error:
         code = 2 if isinstance(error, ConfigError) else 1

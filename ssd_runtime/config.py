@@ -35,7 +35,9 @@ class ModelConfig:
         dtype: what the linear layers compute in.
         device: kind of device; which one follows from the rank (topology.py).
         threads: compute threads of the rank on a CPU.
-        cores: CPU cores the rank is pinned to; empty means "choose apart from the other rank".
+        cores: CPU cores the rank is pinned to; empty means "choose apart from the other rank". Several target ranks of
+            one host share them out.
+        tensor_parallel: ranks that share the model, the first of the world; for the target only.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -43,6 +45,7 @@ class ModelConfig:
     device: Device = "cpu"
     threads: int = 1
     cores: tuple[int, ...] = ()
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,9 @@ def _validate(config: Config) -> None:
     _validate_fan_out(config.speculation)
     for role in ("target", "draft"):
         at_least(role, "threads", 1)
+        at_least(role, "tensor_parallel", 1)
+    if config.draft.tensor_parallel != 1:
+        raise ConfigError("config key 'draft.tensor_parallel' must be 1: a draft is one rank; start several instead")
     for spec in dataclasses.fields(TimeoutConfig):
         at_least("timeouts", spec.name, 0.01)
     if not 0 <= config.serve.port <= 65535:

@@ -41,6 +41,7 @@ class Placement:
         link_backend: what carries the frames between the two roles.
         cores: CPU cores to be pinned to; empty means not pinned.
         threads: compute threads.
+        num_targets: ranks that share the target model, the first of the world.
     """
 
     role: Role
@@ -50,6 +51,11 @@ class Placement:
     link_backend: Backend
     cores: tuple[int, ...]
     threads: int
+    num_targets: int = 1
+
+    @property
+    def num_drafts(self) -> int:
+        return self.world_size - self.num_targets
 
 
 def place(config: Config, environ: Mapping[str, str]) -> Placement:
@@ -59,22 +65,30 @@ def place(config: Config, environ: Mapping[str, str]) -> Placement:
         ConfigError: ranks that cannot work, no GPU for this rank, cores that are not allowed.
     """
     rank, world_size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
-    role = role_of(rank, world_size)
-    if world_size == 1 and config.speculation.mode in ("sd", "ssd"):
+    num_targets = config.target.tensor_parallel
+    role = role_of(rank, world_size, num_targets)
+    if world_size == num_targets and config.speculation.mode in ("sd", "ssd"):
         raise ConfigError(
-            f"speculation.mode = {config.speculation.mode} needs 2 ranks (rank 0 target, rank 1 draft), not 1; "
-            "with one rank only ar and sd-colocated are possible"
+            f"speculation.mode = {config.speculation.mode} needs {num_targets + 1} ranks "
+            f"({_who(num_targets)}), not {world_size}; without a draft only ar and sd-colocated are possible"
         )
-    here: tuple[Role, ...] = ("target", "draft") if _number(environ, "LOCAL_WORLD_SIZE", world_size) > 1 else (role,)
+    local_rank = _number(environ, "LOCAL_RANK", rank)
+    first = rank - local_rank  # of this host: torchrun numbers its ranks in a row
+    targets_here = max(0, min(num_targets - first, _number(environ, "LOCAL_WORLD_SIZE", world_size)))
+    here = _roles_here(targets_here, _number(environ, "LOCAL_WORLD_SIZE", world_size))
     model = config.target if role == "target" else config.draft
+    cores = choose_cores(config, allowed_cores(), here, targets_here).of(role)
+    if role == "target":
+        cores = share_out(cores, local_rank, targets_here)
     return Placement(
         role=role,
         rank=rank,
         world_size=world_size,
-        device=device_for(model.device, _number(environ, "LOCAL_RANK", rank)),
+        device=device_for(model.device, local_rank),
         link_backend=link_backend(config.target.device, config.draft.device),
-        cores=choose_cores(config, allowed_cores(), here).of(role),
+        cores=cores,
         threads=model.threads,
+        num_targets=num_targets,
     )
 
 
@@ -86,21 +100,44 @@ def settle(placement: Placement) -> None:
 
 
 def cores_by_role(config: Config, world_size: int) -> dict[str, tuple[int, ...]]:
-    """The cores of each role of a world on this host, for people to see."""
-    here: tuple[Role, ...] = ("target", "draft") if world_size > 1 else ("target",)
-    cores = choose_cores(config, allowed_cores(), here)
-    return {role: cores.of(role) for role in here}
+    """The cores of each role of a world on this host, for people to see; of several target ranks, of each."""
+    num_targets = config.target.tensor_parallel
+    here = _roles_here(num_targets, world_size)
+    cores = choose_cores(config, allowed_cores(), here, num_targets)
+    if num_targets == 1:
+        return {role: cores.of(role) for role in here}
+    named = {f"target {rank}": share_out(cores.target, rank, num_targets) for rank in range(num_targets)}
+    return named | {role: cores.of(role) for role in here if role != "target"}
 
 
-def role_of(rank: int, world_size: int) -> Role:
-    """Rank 0 is the target, rank 1 the draft; a world of 1 has only a target. Others are a ConfigError."""
-    if world_size not in (1, 2):
+def _roles_here(num_targets: int, num_ranks: int) -> tuple[Role, ...]:
+    """The roles of the ranks of one host, of which the first `num_targets` are targets."""
+    target: tuple[Role, ...] = ("target",) if num_targets else ()
+    return (*target, "draft") if num_ranks > num_targets else target
+
+
+def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """The cores of one of `count` ranks that divide `cores`; with fewer cores than ranks, one that others have too."""
+    if len(cores) < count:
+        return tuple(cores[index % len(cores) :][:1]) if cores else ()
+    return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
+def role_of(rank: int, world_size: int, num_targets: int = 1) -> Role:
+    """The first `num_targets` ranks are targets, the next one the draft, if there is one. Others are a ConfigError."""
+    if world_size not in (num_targets, num_targets + 1):
         raise ConfigError(
-            f"{world_size} ranks cannot be used: start 2 (rank 0 target, rank 1 draft) or 1 (target alone, no draft)"
+            f"{world_size} ranks cannot be used: start {num_targets + 1} ({_who(num_targets)}) "
+            f"or {num_targets} (target alone, no draft)"
         )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not in a world of {world_size}: ranks are 0 to {world_size - 1}")
-    return "target" if rank == 0 else "draft"
+    return "target" if rank < num_targets else "draft"
+
+
+def _who(num_targets: int) -> str:
+    targets = "rank 0 target" if num_targets == 1 else f"ranks 0 to {num_targets - 1} target"
+    return f"{targets}, rank {num_targets} draft"
 
 
 def device_for(kind: Device, local_rank: int, device_count: int | None = None) -> torch.device:
@@ -132,6 +169,11 @@ def link_backend(target: Device, draft: Device) -> Backend:
     return "nccl" if target == draft == "cuda" else "gloo"
 
 
+def group_backend(target: Device) -> Backend:
+    """What carries the tensors between the ranks of one target."""
+    return "nccl" if target == "cuda" else "gloo"
+
+
 def link_device(backend: Backend, device: torch.device) -> torch.device:
     """Where the frames of a rank on `device` live."""
     return device if backend == "nccl" else torch.device("cpu")
@@ -145,7 +187,9 @@ def allowed_cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def choose_cores(config: Config, allowed: Sequence[int], here: Sequence[Role] = ("target", "draft")) -> Cores:
+def choose_cores(
+    config: Config, allowed: Sequence[int], here: Sequence[Role] = ("target", "draft"), num_targets: int = 1
+) -> Cores:
     """Cores of each role on one host: the target's first, the draft's beside them, as many as each has threads.
 
     Cores that the configuration names are taken as named and the others go around them. With too few cores for both,
@@ -155,6 +199,7 @@ def choose_cores(config: Config, allowed: Sequence[int], here: Sequence[Role] = 
         config: threads, devices and named cores of each role.
         allowed: cores to choose from.
         here: roles on this host.
+        num_targets: target ranks on this host, which divide the target's cores (`share_out`).
 
     Raises:
         ConfigError: a named core is not allowed here.
@@ -174,7 +219,8 @@ def choose_cores(config: Config, allowed: Sequence[int], here: Sequence[Role] = 
         taken = {core for cores in chosen.values() for core in cores}
         free = [core for core in allowed if core not in taken] or list(allowed[-1:])
         still_to_come = len(choosing) - i - 1  # leave one core to each
-        chosen[role] = tuple(free[: max(1, min(models[role].threads, len(free) - still_to_come))])
+        wanted = models[role].threads * (num_targets if role == "target" else 1)
+        chosen[role] = tuple(free[: max(1, min(wanted, len(free) - still_to_come))])
     return Cores(chosen.get("target", ()), chosen.get("draft", ()))
 
 

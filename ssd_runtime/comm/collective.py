@@ -10,6 +10,7 @@ Every wait has a deadline. A group that has failed once is not used again.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -78,7 +79,7 @@ class TargetGroup:
         try:
             self._finish(start(self._group))
         except RuntimeError as error:
-            raise self._lost(first_line(error)) from error
+            raise self._lost(_said(error)) from error
 
     def _finish(self, work: Any) -> None:
         work.wait()
@@ -140,4 +141,9 @@ def meet_target_gpus(store: Any, rank: int, size: int, device: torch.device, dea
 
 
 def _not_met(size: int, deadline_s: float, error: Exception) -> PeerLost:
-    return PeerLost("target", -1, -1, f"{size} target ranks did not meet within {deadline_s:g} s: {first_line(error)}")
+    return PeerLost("target", -1, -1, f"{size} target ranks did not meet within {deadline_s:g} s: {_said(error)}")
+
+
+def _said(error: BaseException) -> str:
+    """What Gloo says, without the line of its source before and the good wishes behind."""
+    return re.sub(r"^\[\S+\] ", "", first_line(error)).partition(". This is typically")[0]

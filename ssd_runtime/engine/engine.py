@@ -135,6 +135,10 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
+    def check(self) -> None:
+        """Between requests: raise PeerLost if a rank of the target is gone."""
+        self._decoder.check()
+
     # -- one round -----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Progressed]:

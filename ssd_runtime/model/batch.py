@@ -54,6 +54,9 @@ class Model(Protocol):
     @property
     def row_invariant(self) -> bool: ...
 
+    def check(self) -> None:
+        """Between forwards: raise PeerLost if a rank that shares the model is gone."""
+
     def new_kv(self, num_slots: int) -> Tensor: ...
 
     def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor: ...

@@ -96,6 +96,9 @@ class Decoder:
         logits_RV: Tensor = self._lm_head(x_RE).float()
         return logits_RV if self._shard is None else self._shard.whole_rows(logits_RV)
 
+    def check(self) -> None:
+        """Nothing can be gone that this process does not need for a forward anyway."""
+
     def settle(self) -> None:
         """Return when the forwards so far have happened, raising PeerLost where a rank of the group is gone."""
         if self._shard is not None:

@@ -14,7 +14,7 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
-from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
+from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan, check_divides
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_linear
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
@@ -110,6 +110,7 @@ def decoder_from_weights(
     """
     shard = None
     if group.size > 1:
+        check_divides(source.architecture, group.size, f"model {source.path}")
         shard = Shard(ShardPlan(source.architecture, group.rank, group.size), group)
         source = ShardedWeights(source, shard.plan)
     return _Loader(source, dtype, device, progress or (lambda part: None), calibration, shard).run()

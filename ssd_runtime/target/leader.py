@@ -23,7 +23,7 @@ from ssd_runtime.comm.messages import (
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Request, Sequence, add_up
-from ssd_runtime.errors import ConfigError, RequestError
+from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from ssd_runtime.target.link_speculator import LinkSpeculator
@@ -102,6 +102,7 @@ class Leader:
 
     def run(self) -> None:
         """Until `stop` is set or a client asks for shutdown. Requests that still run are told."""
+        failure = "the engine failed; see its log"
         try:
             while not self._stop:
                 for identity, message in self._server.poll(0.0 if self._engine.has_work else IDLE_POLL_S):
@@ -109,10 +110,15 @@ class Leader:
                 if self._engine.has_work:
                     for progressed in self._engine.step():
                         self._publish(progressed)
-                elif self._link is not None:
+                    continue
+                self._engine.check()
+                if self._link is not None:
                     self._link.check()
+        except SsdError as error:
+            failure = str(error)
+            raise
         finally:
-            reason = self._stop.reason or "the engine failed; see its log"
+            reason = self._stop.reason or failure
             for request_id, client in self._clients.items():
                 self._server.send(
                     client.identity, Failed(request_id, "engine", f"the request was not finished: {reason}")

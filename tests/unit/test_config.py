@@ -118,3 +118,15 @@ def test_a_fan_out_list_must_fit_the_rest(overrides: list[str], message: str) ->
 def test_a_fan_out_list_is_read() -> None:
     config = load_config(None, ["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, 2]"])
     assert config.speculation.fan_out_list == (1, 1, 1, 1, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("target.tensor_parallel=0", "'target.tensor_parallel' must be at least 1, not 0"),
+        ("draft.tensor_parallel=2", "'draft.tensor_parallel' must be 1: a draft is one rank"),
+    ],
+)
+def test_only_the_target_is_shared_among_ranks(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])

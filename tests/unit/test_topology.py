@@ -131,3 +131,73 @@ def test_describe_names_cores_and_torch_and_never_fails() -> None:
 
 def test_cores_are_listed_in_runs() -> None:
     assert topology.listed((8, 0, 1, 2, 4)) == "0-2,4,8"
+
+
+# ---- a target of several ranks ---------------------------------------------------------------------------------------
+
+
+def shared(ranks: int, mode: str = "ssd", **target: object) -> Config:
+    return config(ModelConfig(tensor_parallel=ranks, **target), mode=mode)  # type: ignore[arg-type]
+
+
+def placed(asked: Config, rank: int, world_size: int, local_rank: int, here: int) -> topology.Placement:
+    environ = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": here}
+    return topology.place(asked, {name: str(value) for name, value in environ.items()})
+
+
+def test_the_first_ranks_share_the_target_and_the_next_one_drafts() -> None:
+    assert [topology.role_of(rank, 4, 3) for rank in range(4)] == ["target", "target", "target", "draft"]
+    assert [topology.role_of(rank, 2, 2) for rank in range(2)] == ["target", "target"]
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (0, 5), (4, 4)])
+def test_ranks_that_do_not_make_up_a_shared_target_are_told_what_does(rank: int, world_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"start 4 \(ranks 0 to 2 target, rank 3 draft\) or 3|ranks are 0 to 3"):
+        topology.role_of(rank, world_size, 3)
+
+
+def test_a_shared_target_without_its_draft_can_only_decode_plainly() -> None:
+    assert topology.place(shared(2, "ar"), {"RANK": "1", "WORLD_SIZE": "2"}).num_drafts == 0
+    with pytest.raises(ConfigError, match=r"needs 3 ranks \(ranks 0 to 1 target, rank 2 draft\), not 2"):
+        topology.place(shared(2), {"RANK": "0", "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "shares"),
+    [
+        ((0, 1), 2, [(0,), (1,)]),
+        ((0, 1, 2, 3, 4), 2, [(0, 1), (2, 3, 4)]),
+        ((3,), 3, [(3,), (3,), (3,)]),
+        ((3, 4), 3, [(3,), (4,), (3,)]),
+        ((), 2, [(), ()]),
+    ],
+)
+def test_target_ranks_of_one_host_share_out_its_cores(cores: tuple, count: int, shares: list) -> None:
+    assert [topology.share_out(cores, index, count) for index in range(count)] == shares
+
+
+def test_each_target_rank_gets_its_threads_and_the_draft_goes_around_them() -> None:
+    asked = shared(2, threads=2)
+    assert topology.choose_cores(asked, range(8), num_targets=2) == topology.Cores((0, 1, 2, 3), (4,))
+    assert topology.choose_cores(asked, range(4), num_targets=2) == topology.Cores((0, 1, 2), (3,))
+
+
+def test_target_ranks_on_two_hosts_number_their_cores_from_the_first_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three target ranks and the draft, two ranks a host."""
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2, 3))
+    asked = shared(3)
+    found = [placed(asked, rank, 4, rank % 2, 2) for rank in range(4)]
+    assert [place.role for place in found] == ["target", "target", "target", "draft"]
+    assert [place.cores for place in found] == [(0,), (1,), (0,), (1,)]
+    assert [place.num_drafts for place in found] == [1] * 4
+
+
+def test_the_cores_of_each_target_rank_are_named_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2))
+    assert topology.cores_by_role(shared(2), 3) == {"target 0": (0,), "target 1": (1,), "draft": (2,)}
+    assert topology.cores_by_role(shared(2, "ar"), 2) == {"target 0": (0,), "target 1": (1,)}
+
+
+def test_the_group_of_a_target_on_gpus_is_nccl() -> None:
+    assert topology.group_backend("cuda") == "nccl"
+    assert topology.group_backend("cpu") == "gloo"

@@ -122,6 +122,8 @@ def test_an_end_after_a_shutdown_request_is_no_failure(play) -> None:
 @pytest.mark.parametrize(("mode", "count"), [("ar", 1), ("sd-colocated", 1), ("sd", 2), ("ssd", 2)])
 def test_a_draft_rank_is_started_where_one_is_used(mode: str, count: int) -> None:
     assert num_ranks(load_config(None, [f"speculation.mode={mode}"])) == count
+    shared = ["target.tensor_parallel=4", f"speculation.mode={mode}"]
+    assert num_ranks(load_config(None, shared)) == count + 3
 
 
 def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
