@@ -218,7 +218,7 @@ class Engine:
         self, batch: Sequences[Sequence], speculations: Sequences[Speculation], logits_RV: Tensor
     ) -> list[Outcome]:
         rows = [
-            (sequence.processors, speculation.tokens[:offset])
+            (sequence.processors, speculation.tokens[:offset] if sequence.processors else ())
             for sequence, speculation in zip(batch, speculations, strict=True)
             for offset in range(len(speculation.tokens) + 1)
         ]

@@ -117,12 +117,13 @@ class LogitsProcessors:
         self._penalises = _penalises(params)
         self._counts = dict.fromkeys((token for token in prompt if token < vocab_size), 0) if self._penalises else {}
         self._num_output = 0
-        self._bias = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
+        self._bias = {token: bias for token, bias in params.logit_bias if token < vocab_size}
         excludes = _leaves_a_token(params, vocab_size, end_tokens)
         allowed = params.allowed_tokens if excludes else None
         self._allowed = None if allowed is None else [token for token in allowed if token < vocab_size]
         self._banned = [token for token in params.banned_tokens if token < vocab_size and excludes]
         self._end = [token for token in end_tokens if token < vocab_size and excludes]
+        self._excluded: dict[bool, Tensor] = {}
         self._text: tuple[Tensor, Tensor] | None = None
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -134,24 +135,33 @@ class LogitsProcessors:
                     self._counts[token] = self._counts.get(token, 0) + 1
             self._text = None
 
-    def process(self, logits_V: Tensor, speculated: Sequence[int]) -> Tensor:
-        """New logits of the row behind `speculated`, tokens that follow the text so far; float32 [V]."""
-        z_V = logits_V.float().clone()
+    def process(self, logits_V: Tensor, speculated: Sequence[int], z_V: Tensor) -> None:
+        """Process the row behind `speculated`, tokens that follow the text so far.
+
+        Args:
+            logits_V: of the model, left as they are.
+            z_V: float32 copy of them, which becomes the result.
+        """
+        device = z_V.device
         if self._penalises:
-            self._penalise(logits_V, z_V, self._counted(logits_V.device))
+            self._penalise(logits_V, z_V, self._counted(device))
             if speculated:
-                self._penalise(logits_V, z_V, self._counted_with(speculated, logits_V.device))
+                self._penalise(logits_V, z_V, self._counted_with(speculated, device))
         if self._bias:
-            tokens = torch.tensor([token for token, _ in self._bias], device=z_V.device)
-            z_V[tokens] += torch.tensor([bias for _, bias in self._bias], dtype=torch.float32, device=z_V.device)
-        if self._allowed is not None:
-            tokens = torch.tensor(self._allowed, device=z_V.device)
-            z_V = torch.full_like(z_V, -torch.inf).index_copy_(0, tokens, z_V[tokens])
-        if self._banned:
-            z_V[self._banned] = -torch.inf
-        if self._end and self._num_output + len(speculated) < self._params.min_tokens:
-            z_V[self._end] = -torch.inf
-        return z_V
+            tokens_U, bias_U = _tensors(list(self._bias), list(self._bias.values()), device)
+            z_V[tokens_U] += bias_U
+        too_early = bool(self._end) and self._num_output + len(speculated) < self._params.min_tokens
+        if self._allowed is not None or self._banned or too_early:
+            z_V.masked_fill_(self._excluded_tokens(too_early, device), -torch.inf)
+
+    def _excluded_tokens(self, too_early: bool, device: torch.device) -> Tensor:
+        """Which tokens may not be chosen, the end tokens among them or not; made once."""
+        if too_early not in self._excluded:
+            excluded_V = torch.full((self._vocab_size,), self._allowed is not None)
+            excluded_V[self._allowed or []] = False
+            excluded_V[self._banned + (self._end if too_early else [])] = True
+            self._excluded[too_early] = excluded_V.to(device)
+        return self._excluded[too_early]
 
     def _counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Every token of the text so far and its count in the output; made anew only after `extend`."""
@@ -175,10 +185,10 @@ class LogitsProcessors:
         z_V[tokens_U] = z_U - (counts_U > 0) * self._params.presence_penalty
 
 
-def _tensors(tokens: list[int], counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _tensors(tokens: list[int], values: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
     return (
         torch.tensor(tokens, dtype=torch.int64, device=device),
-        torch.tensor(counts, dtype=torch.float32, device=device),
+        torch.tensor(values, dtype=torch.float32, device=device),
     )
 
 
@@ -208,5 +218,5 @@ def process_rows(logits_RV: Tensor, rows: Sequence[tuple[LogitsProcessors | None
     z_RV = logits_RV.float().clone()
     for z_V, logits_V, (processors, speculated) in zip(z_RV, logits_RV, rows, strict=True):
         if processors is not None:
-            z_V.copy_(processors.process(logits_V, speculated))
+            processors.process(logits_V, speculated, z_V)
     return z_RV

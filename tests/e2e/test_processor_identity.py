@@ -182,15 +182,15 @@ def test_logprobs_are_those_of_the_model_before_any_processor():
 
 
 def _forgets_the_speculated(process):
-    return lambda self, logits_V, speculated: process(self, logits_V, ())
+    return lambda self, logits_V, speculated, z_V: process(self, logits_V, (), z_V)
 
 
 def _forgets_the_last_one(process):
-    return lambda self, logits_V, speculated: process(self, logits_V, speculated[:-1])
+    return lambda self, logits_V, speculated, z_V: process(self, logits_V, speculated[:-1], z_V)
 
 
 def _counts_the_speculated_once(process):
-    return lambda self, logits_V, speculated: process(self, logits_V, tuple(dict.fromkeys(speculated)))
+    return lambda self, logits_V, speculated, z_V: process(self, logits_V, tuple(dict.fromkeys(speculated)), z_V)
 
 
 @pytest.mark.parametrize("mutant", [_forgets_the_speculated, _forgets_the_last_one, _counts_the_speculated_once])

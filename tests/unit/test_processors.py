@@ -49,7 +49,7 @@ def test_every_row_of_a_speculation_gets_the_definition(params, prompt, output, 
         )
         return
     for start in range(0, len(output), chunks):
-        processors.process(logits_RV[0], speculated)  # looking changes nothing
+        process_rows(logits_RV[:1], [(processors, speculated)])  # looking changes nothing
         processors.extend(output[start : start + chunks])
     rows = [(processors, speculated[:count]) for count in range(len(speculated) + 1)]
     found_RV = process_rows(logits_RV, rows)
@@ -107,7 +107,7 @@ def test_a_shorter_vocabulary_leaves_aside_what_lies_beyond_it():
     )
     processors = processors_of(params, (2, 11), 8, (10,))
     processors.extend((11, 3))
-    found = processors.process(torch.ones(8), (11, 4))
+    found = process_rows(torch.ones(1, 8), [(processors, (11, 4))])[0]
     expected = torch.ones(8)
     expected[[2, 3, 4]] /= 1.5
     assert torch.equal(found, expected)
