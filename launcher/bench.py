@@ -1,21 +1,23 @@
-"""The benchmark: the same prompts and seeds in every mode, interleaved prompt by prompt in one engine.
+"""The benchmark: the same prompts and seeds in every mode, in turns, prompt by prompt or batch by batch in one engine.
 
-Owns the plan, the measuring and the comparison of the tokens. Knows nothing of ranks or terminals.
+Owns the plan and the measuring. Knows nothing of ranks or terminals.
 """
 
 from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
+from launcher.divergence import compare
 from launcher.prompts import Prompt
-from launcher.report import Generation, Output, summarise
+from launcher.report import Batch, Generation, Output, rank_runs, summarise_batches
 from ssd_runtime.comm.messages import ChatMessage, Chunk, Finished, Generate
-from ssd_runtime.config import MODES, Mode
+from ssd_runtime.config import MODES, NUMERICS, Config, Mode, ModelConfig, Numerics
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.metrics import ratio
 from ssd_runtime.speculation.types import SamplingParams
 
 WARM_UP_TOKENS = 16
@@ -24,16 +26,17 @@ WARM_UP_TOKENS = 16
 class Generates(Protocol):
     """What the benchmark needs of a client."""
 
-    def generate(self, request: Generate) -> Iterator[Chunk | Finished]: ...
+    def generate_together(self, requests: Sequence[Generate]) -> Iterator[Chunk | Finished]: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: a mode at one lookahead."""
+    """One row of the table: a mode at one lookahead, with so many requests at once."""
 
     name: str
     mode: Mode
     lookahead: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,24 @@ class Workload:
         params: how tokens are chosen.
         max_tokens: of each prompt.
         repeat: how often all of it is measured.
+        devices: how many cores (or GPUs) each mode uses, for the speed per device.
+        ignore_eos: whether every output is `max_tokens` long.
     """
 
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     max_tokens: int
     repeat: int = 1
+    devices: Mapping[Mode, int] = field(default_factory=dict)
+    ignore_eos: bool = False
 
 
-def plan_runs(modes: Sequence[str], lookaheads: Sequence[str], default: int) -> list[Run]:
-    """The runs of `--modes` and of each `--lookahead mode=K,K,...`; a mode with several K becomes several runs mode@K.
+def plan_runs(
+    modes: Sequence[str], lookaheads: Sequence[str], default: int, batches: Sequence[int] = (1,)
+) -> list[Run]:
+    """The runs of `--modes`, of each `--lookahead mode=K,K,...` and of `--batch`.
+
+    A mode with several K becomes several runs mode@K; a batch of b several runs "mode xb".
 
     Raises:
         ConfigError: an unknown or repeated mode, or a lookahead that is not a list of numbers for one of the modes.
@@ -75,10 +86,23 @@ def plan_runs(modes: Sequence[str], lookaheads: Sequence[str], default: int) -> 
             raise ConfigError(f"--lookahead {text!r}: {mode} is not among the modes to run ({known})")
         chosen[mode] = sorted({int(value) for value in values.split(",")})
     return [
-        Run(f"{mode}@{lookahead}" if len(several) > 1 else mode, mode, lookahead)  # type: ignore[arg-type]
+        Run(
+            (f"{mode}@{lookahead}" if len(several) > 1 else mode) + (f" x{batch}" if batch > 1 else ""),
+            mode,  # type: ignore[arg-type]
+            lookahead,
+            batch,
+        )
+        for batch in sorted(set(batches))
         for mode, several in chosen.items()
         for lookahead in several
     ]
+
+
+def parse_batches(text: str) -> list[int]:
+    """The sizes of `--batch`; raises ConfigError unless it is a list of numbers above 0."""
+    if not all(value.strip().isdigit() and int(value) > 0 for value in text.split(",")):
+        raise ConfigError(f"--batch {text!r}: expected numbers of requests above 0, as in 1,2,4")
+    return [int(value) for value in text.split(",")]
 
 
 def measure(
@@ -88,105 +112,121 @@ def measure(
 
     Args:
         client: of one engine; modes and lookaheads are fields of each request.
-        runs: which take turns at each prompt; who goes first rotates.
+        runs: which take turns at each prompt (those of one batch size at each batch); who goes first rotates.
         workload: the same for all.
-        advance: called after each request with the name of its run.
+        advance: called after each batch with the name of its run; `count_steps` times.
     """
     for run in runs:
-        generate(client, _request(run, workload.prompts[0], workload.params, WARM_UP_TOKENS), _unseen)
+        warm_up = [_request(run, prompt, workload, workload.params.seed) for prompt in workload.prompts[: run.batch]]
+        generate_together(client, [replace(request, max_tokens=WARM_UP_TOKENS) for request in warm_up])
         advance(run.name)
-    results: dict[str, list[Generation]] = {run.name: [] for run in runs}
-    for turn in range(workload.repeat * len(workload.prompts)):
-        index = turn % len(workload.prompts)
-        params = replace(workload.params, seed=workload.params.seed + index)
-        first = turn % len(runs)
-        for run in (*runs[first:], *runs[:first]):
-            request = _request(run, workload.prompts[index], params, workload.max_tokens)
-            results[run.name].append(generate(client, request, _unseen))
-            advance(run.name)
-    return {"runs": _rows(runs, results, len(workload.prompts)), **compare(results, workload.prompts)}
+    results: dict[str, list[Batch]] = {run.name: [] for run in runs}
+    turn = 0
+    for repeat in range(workload.repeat):
+        for batch in sorted({run.batch for run in runs}):
+            together = [run for run in runs if run.batch == batch]
+            for start in range(0, len(workload.prompts), batch):
+                first = turn % len(together)
+                turn += 1
+                for run in (*together[first:], *together[:first]):
+                    requests = [
+                        _request(run, prompt, workload, workload.params.seed + index)
+                        for index, prompt in enumerate(workload.prompts[start : start + batch], start)
+                    ]
+                    results[run.name].append(Batch(repeat, generate_together(client, requests)))
+                    advance(run.name)
+    found = {name: [one for batch in batches for one in batch.generations] for name, batches in results.items()}
+    rows = []
+    for run in runs:
+        about = {"name": run.name, "mode": run.mode, "lookahead": run.lookahead, "batch": run.batch}
+        rows.append(about | summarise_batches(results[run.name], workload.devices.get(run.mode, 1)))
+    return {"runs": rank_runs(rows), **compare(found, workload.prompts)}
+
+
+def devices_by_mode(config: Config, cores: Mapping[str, Sequence[int]]) -> dict[Mode, int]:
+    """How many cores, or GPUs where a role runs on them, the ranks that a mode uses have."""
+
+    def count(role: str, model: ModelConfig) -> int:
+        return max(1, len(cores.get(role, ()))) if model.device == "cpu" else 1
+
+    target, draft = count("target", config.target), count("draft", config.draft)
+    return {"ar": target, "sd-colocated": target, "sd": target + draft, "ssd": target + draft}
+
+
+def join_numerics(reports: Mapping[Numerics, dict[str, Any]]) -> dict[str, Any]:
+    """Reports of the same runs in engines that round in different ways, as one report; of one alone, that one."""
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    rows = []
+    for numerics, report in reports.items():
+        suffix = "" if numerics == "fast" else f" {numerics}"
+        rows += [row | {"name": row["name"] + suffix, "numerics": numerics} for row in report["runs"]]
+    speeds = {
+        numerics: {row["name"]: row["tokens_per_second"] for row in report["runs"]}
+        for numerics, report in reports.items()
+    }
+    costs = {name: ratio(speed or 0.0, speeds["fast"][name] or 0.0) for name, speed in speeds["invariant"].items()}
+    differing = [report for report in reports.values() if not report["identical_tokens"]]
+    return {
+        **next(iter(reports.values())),
+        "runs": rows,
+        "identical_tokens": not differing,
+        "first_divergence": differing[0]["first_divergence"] if differing else None,
+        "differing_outputs": sum(report["differing_outputs"] for report in reports.values()),
+        "compared_outputs": sum(report["compared_outputs"] for report in reports.values()),
+        "identical_tokens_by_numerics": {name: report["identical_tokens"] for name, report in reports.items()},
+        "invariant_over_fast": costs,
+    }
+
+
+def parse_numerics(text: str) -> list[Numerics]:
+    """The settings of `--numerics`; raises ConfigError for one that is unknown."""
+    found: list[Numerics] = []
+    for value in map(str.strip, text.split(",")):
+        if value not in NUMERICS:
+            raise ConfigError(f"--numerics: unknown {value!r}; known: {', '.join(NUMERICS)}")
+        found.append(value)
+    return list(dict.fromkeys(found))
+
+
+def count_steps(runs: Sequence[Run], workload: Workload) -> int:
+    """How often `measure` calls `advance`."""
+    return sum(1 + workload.repeat * -(-len(workload.prompts) // run.batch) for run in runs)
 
 
 def generate(client: Generates, request: Generate, on_text: Callable[[str], None]) -> Generation:
     """Run one request to its end, telling `on_text` each piece of text as it comes."""
-    outputs = [Output()] * request.n
-    stream = cast(Generator[Chunk | Finished, None, None], client.generate(request))
-    with contextlib.closing(
-        stream
-    ) as events:  # left early, the request is cancelled now and not by the garbage collector
+    (generation,) = generate_together(client, [request], on_text)
+    return generation
+
+
+def generate_together(
+    client: Generates, requests: Sequence[Generate], on_text: Callable[[str], None] | None = None
+) -> list[Generation]:
+    """Run requests to their ends, all at once."""
+    outputs = {request.request_id: [Output()] * request.n for request in requests}
+    finished: dict[str, Finished] = {}
+    stream = cast(Generator[Chunk | Finished, None, None], client.generate_together(requests))
+    with contextlib.closing(stream) as events:  # left early, they are cancelled now and not by the garbage collector
         for event in events:
             if isinstance(event, Finished):
-                return Generation(tuple(outputs), event)
-            outputs[event.index] += event
-            on_text(event.text)
-    raise AssertionError("the client's stream ended without Finished")
-
-
-def compare(results: dict[str, list[Generation]], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Whether every run gave the tokens of the first run, and else where they part first.
-
-    They must with the compiled operators and in fp32. In bf16 and int8 plain torch rounds a forward over several rows
-    differently from a forward over one, so near-ties may fall the other way.
-    """
-    (reference, expected), *others = results.items()
-    first: tuple[int, str, str] | None = None  # position, prompt, run
-    differing = 0
-    for name, generations in others:
-        for turn, (mine, theirs) in enumerate(zip(generations, expected, strict=True)):
-            position = divergence(mine.token_ids, theirs.token_ids)
-            if position is None:
+                finished[event.request_id] = event
                 continue
-            differing += 1
-            if first is None or position < first[0]:
-                first = (position, prompts[turn % len(prompts)].id, name)
-    comparisons = sum(len(generations) for _, generations in others)
-    return {
-        "identical_tokens": differing == 0,
-        "first_divergence": first and {"position": first[0], "prompt": first[1], "runs": [reference, first[2]]},
-        "differing_outputs": differing,
-        "compared_outputs": comparisons,
-    }
+            outputs[event.request_id][event.index] += event
+            if on_text is not None:
+                on_text(event.text)
+    assert len(finished) == len(requests), "the client's stream ended without Finished"
+    return [Generation(tuple(outputs[key]), finished[key]) for key in outputs]
 
 
-def divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """The first index at which two sequences differ (one may end there); None if they are equal."""
-    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
-        if token != other:
-            return index
-    return None if len(tokens) == len(others) else min(len(tokens), len(others))
-
-
-def _unseen(text: str) -> None:
-    """The benchmark shows no text."""
-
-
-def _request(run: Run, prompt: Prompt, params: SamplingParams, max_tokens: int) -> Generate:
+def _request(run: Run, prompt: Prompt, workload: Workload, seed: int) -> Generate:
     return Generate(
         stream=False,
         request_id=uuid.uuid4().hex,
         messages=(ChatMessage("user", prompt.prompt),),
-        params=params,
-        max_tokens=max_tokens,
+        params=replace(workload.params, seed=seed),
+        max_tokens=workload.max_tokens,
         mode=run.mode,
         lookahead=run.lookahead,
+        ignore_eos=workload.ignore_eos,
     )
-
-
-def _rows(runs: Sequence[Run], results: dict[str, list[Generation]], per_repeat: int) -> list[dict[str, Any]]:
-    rows = []
-    for run in runs:
-        finished = [generation.finished for generation in results[run.name]]
-        repeats = [summarise(finished[i : i + per_repeat]) for i in range(0, len(finished), per_repeat)]
-        speeds = [one["tokens_per_second"] for one in repeats]
-        rows.append({"name": run.name, "mode": run.mode, "lookahead": run.lookahead, **summarise(finished)})
-        rows[-1]["tokens_per_second_by_repeat"] = speeds
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        speed = row["tokens_per_second"] or 0.0
-        if row["mode"] not in best or speed > (best[row["mode"]]["tokens_per_second"] or 0.0):
-            best[row["mode"]] = row
-    plain = best["ar"]["tokens_per_second"] if "ar" in best else None
-    for row in rows:
-        row["best"] = row is best[row["mode"]]
-        row["speedup"] = row["tokens_per_second"] / plain if plain and row["tokens_per_second"] else None
-    return rows

@@ -171,6 +171,10 @@ def generate(
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=128, show_default=True)
 @sampling_options
+@click.option(
+    "--batch", "batches", default="1", show_default=True, metavar="N[,N...]", help="So many requests at once."
+)
+@click.option("--numerics", metavar="NAME[,NAME]", help="fast, invariant or both, to see what it costs.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
 @_connect_option
@@ -183,6 +187,8 @@ def bench_command(
     prompts_path: Path | None,
     limit: int | None,
     max_tokens: int,
+    batches: str,
+    numerics: str | None,
     repeat: int,
     out: Path | None,
     connect: str | None,
@@ -194,30 +200,44 @@ def bench_command(
     from launcher.prompts import read_prompts
 
     config = load_config(config_path, overrides)
-    runs = bench.plan_runs([mode.strip() for mode in modes.split(",")], lookaheads, config.speculation.lookahead)
+    modes_asked = [mode.strip() for mode in modes.split(",")]
+    runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
+    settings = [config.engine.numerics] if numerics is None else bench.parse_numerics(numerics)
+    if connect is not None and numerics is not None:
+        raise click.UsageError("--numerics is the engine's own: give it to ssd up, not together with --connect")
     prompts = tuple(read_prompts(prompts_path, limit))
     overrides = (*overrides, *_overrides_for(runs, config))
     config = load_config(config_path, overrides)
     _check_writable(out)
-    workload = bench.Workload(prompts, sampling_params(sampling, max_tokens), max_tokens, repeat)
+    params = sampling_params(sampling, max_tokens)
     longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
-    request = _request(longest, False, max_tokens, (), None, workload.params)
-    with _session(config, config_path, overrides, connect, trace, request) as session:
-        steps = len(runs) * (1 + repeat * len(prompts))
-        with screen.counting("benchmark", steps) as advance:
-            report = bench.measure(session.client, runs, workload, advance)
-        report["machine"] = _machine(session.cores)
-        report["workload"] = {
-            "prompts": str(prompts_path or "embedded"),
-            "num_prompts": len(prompts),
-            "max_tokens": max_tokens,
-            "repeat": repeat,
-            "sampling": sampling,
-            "config": config.to_dict(),
-        }
-        if out is not None:
-            out.write_text(json.dumps(report, indent=1) + "\n")
-        screen.show_bench(report)
+    request = _request(longest, False, max_tokens, (), None, params)
+    reports = {}
+    for setting in settings:
+        own = overrides if numerics is None else (*overrides, f"engine.numerics={setting}")
+        config = load_config(config_path, own)
+        with _session(config, config_path, own, connect, trace, request) as session:
+            devices = bench.devices_by_mode(config, session.cores)
+            workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
+            with screen.counting("benchmark", bench.count_steps(runs, workload)) as advance:
+                reports[setting] = bench.measure(session.client, runs, workload, advance)
+            reports[setting]["machine"] = _machine(session.cores)
+    report = bench.join_numerics(reports)
+    if report["first_divergence"] and connect is None:
+        from launcher.scoring import gap_of_divergence
+
+        report["first_divergence"]["logit_gap"] = gap_of_divergence(report["first_divergence"], config, prompts, params)
+    report["workload"] = {
+        "prompts": str(prompts_path or "embedded"),
+        "num_prompts": len(prompts),
+        "max_tokens": max_tokens,
+        "repeat": repeat,
+        "sampling": sampling,
+        "config": config.to_dict(),
+    }
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    screen.show_bench(report)
 
 
 @ssd.command()
@@ -361,6 +381,9 @@ def _overrides_for(runs: Sequence[Any], config: Config) -> list[str]:
     deepest = max(run.lookahead for run in runs)
     if deepest > config.speculation.lookahead:
         needed.append(f"speculation.lookahead={deepest}")
+    together = max(run.batch for run in runs)
+    if together > config.engine.max_num_seqs:
+        needed.append(f"engine.max_num_seqs={together}")
     modes = {run.mode for run in runs}
     widest = next(mode for mode in ("ssd", "sd", "sd-colocated", "ar") if mode in modes)
     if widest != config.speculation.mode:

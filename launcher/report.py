@@ -1,4 +1,8 @@
-"""What is told of finished requests: rates and percentiles, as JSON values. Knows no engine and no terminal."""
+"""What is told of finished requests: rates and percentiles, as JSON values. Knows no engine and no terminal.
+
+TTFT and TPOT are those of serving benchmarks: the time to the first token, which counts waiting and prefill, and the
+time per token after it, (end to end - TTFT) / (n - 1) of n tokens, which holds where tokens come several at once too.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,66 @@ class Generation:
         return self.outputs[0].token_ids
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Requests that ran at once, in one repetition of the benchmark."""
+
+    repeat: int
+    generations: Sequence[Generation]
+
+    @property
+    def decoded(self) -> int:
+        """Tokens after the first of each request."""
+        return sum(max(one.finished.usage.completion_tokens - 1, 0) for one in self.generations)
+
+    @property
+    def decode_seconds(self) -> float:
+        """From the first token to the last of one request; of several, from their arrival to the last token of all,
+        less the prefills, which the engine computes between the rounds of the others."""
+        statistics = [one.finished.statistics for one in self.generations]
+        if len(statistics) == 1:
+            return statistics[0].decode_seconds
+        end = max(one.ttft_seconds + one.decode_seconds for one in statistics)
+        return max(end - sum(one.prefill_seconds for one in statistics), 0.0)
+
+
+def summarise_batches(batches: Sequence[Batch], devices: int) -> dict[str, Any]:
+    """`summarise`, with speeds of the engine as a whole where requests ran at once.
+
+    Args:
+        batches: of one run.
+        devices: cores or GPUs that the run used.
+    """
+    finished = [one.finished for batch in batches for one in batch.generations]
+    found = summarise(finished)
+    found["tokens_per_second_per_sequence"] = found["tokens_per_second"]
+    found["decode_seconds"] = sum(batch.decode_seconds for batch in batches)
+    found["tokens_per_second"] = _speed(batches)
+    found["devices"] = devices
+    found["tokens_per_second_per_device"] = ratio(found["tokens_per_second"] or 0.0, devices)
+    repeats = sorted({batch.repeat for batch in batches})
+    found["tokens_per_second_by_repeat"] = [_speed([b for b in batches if b.repeat == repeat]) for repeat in repeats]
+    return found
+
+
+def _speed(batches: Sequence[Batch]) -> float | None:
+    return ratio(sum(batch.decoded for batch in batches), sum(batch.decode_seconds for batch in batches))
+
+
+def rank_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `best`, among those of their mode and batch, and `speedup`, over AR in their batch."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["mode"], row["batch"])
+        if key not in best or (row["tokens_per_second"] or 0.0) > (best[key]["tokens_per_second"] or 0.0):
+            best[key] = row
+    for row in rows:
+        plain = best.get(("ar", row["batch"]), {}).get("tokens_per_second")
+        row["best"] = row is best[row["mode"], row["batch"]]
+        row["speedup"] = row["tokens_per_second"] / plain if plain and row["tokens_per_second"] else None
+    return rows
+
+
 def summarise(finished: Sequence[Finished]) -> dict[str, Any]:
     """Rates over all of the requests together, percentiles over all of their rounds; None where nothing was measured.
 
@@ -69,9 +133,19 @@ def summarise(finished: Sequence[Finished]) -> dict[str, Any]:
         "draft_tokens": drafted,
         "prefill_seconds": sum(s.prefill_seconds for s in statistics),
     }
+    summary["ttft_ms"] = _percentiles(s.ttft_seconds * 1e3 for s in statistics)
+    summary["tpot_ms"] = _percentiles(
+        s.decode_seconds * 1e3 / (one.usage.completion_tokens - 1)
+        for one, s in zip(finished, statistics, strict=True)
+        if one.usage.completion_tokens > 1
+    )
     for name in SERIES:
-        summary[name] = dataclasses.asdict(percentiles(chain.from_iterable(getattr(s, name) for s in statistics)))
+        summary[name] = _percentiles(chain.from_iterable(getattr(s, name) for s in statistics))
     return summary
+
+
+def _percentiles(values: Iterable[float]) -> dict[str, float | None]:
+    return dataclasses.asdict(percentiles(values))
 
 
 def _add_up(rows: Iterable[Sequence[int]]) -> list[int]:

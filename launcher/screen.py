@@ -63,10 +63,13 @@ def fetching(title: str) -> Iterator[Callable[[float], None]]:
 
 
 def show_bench(report: dict[str, Any]) -> None:
-    """Print the report of a benchmark: table, comparison of the tokens, cores."""
+    """Print the report of a benchmark: tables, comparison of the tokens, cores."""
     out = console()
     out.print(bench_table(report))
+    out.print(serving_table(report))
     out.print(bench_verdict(report), markup=False)
+    if "invariant_over_fast" in report:
+        out.print(cost_lines(report["invariant_over_fast"]), markup=False)
     out.print(cores_line(report["machine"]["cores"]), markup=False)
 
 
@@ -76,12 +79,13 @@ def bench_table(report: dict[str, Any]) -> Table:
     table = Table(caption="* the best lookahead of its mode" if several else None)
     table.add_column("mode")
     heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
-    for name in heads:
+    for name in ("batch", *heads) if _batched(report) else heads:
         table.add_column(name, justify="right")
     for row in report["runs"]:
         marked = row["best"] and "@" in row["name"]
         table.add_row(
-            row["mode"] + (" *" if marked else ""),
+            row["mode"] + (" invariant" if row.get("numerics") == "invariant" else "") + (" *" if marked else ""),
+            *([str(row["batch"])] if _batched(report) else []),
             str(row["lookahead"] or "-"),
             number(row["tokens_per_second"], 1),
             number(row["speedup"], 2, "x"),
@@ -96,6 +100,30 @@ def bench_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def serving_table(report: dict[str, Any]) -> Table:
+    """What a user and an owner of the machine see of the same runs."""
+    table = Table(caption="TTFT with waiting and prefill; TPOT = (end to end - TTFT) / (tokens - 1)")
+    table.add_column("run")
+    for name in ("tokens/s", "a sequence", "a device", "TTFT ms p50", "p95", "TPOT ms p50", "p95"):
+        table.add_column(name, justify="right")
+    for row in report["runs"]:
+        table.add_row(
+            row["name"],
+            number(row["tokens_per_second"], 1),
+            number(row["tokens_per_second_per_sequence"], 1),
+            number(row["tokens_per_second_per_device"], 1),
+            number(row["ttft_ms"]["p50"], 0),
+            number(row["ttft_ms"]["p95"], 0),
+            number(row["tpot_ms"]["p50"], 1),
+            number(row["tpot_ms"]["p95"], 1),
+        )
+    return table
+
+
+def _batched(report: dict[str, Any]) -> bool:
+    return any(row["batch"] > 1 for row in report["runs"])
+
+
 def bench_verdict(report: dict[str, Any]) -> str:
     """Whether all runs gave the same tokens, and else where they part."""
     if report["identical_tokens"]:
@@ -103,11 +131,21 @@ def bench_verdict(report: dict[str, Any]) -> str:
             return "one run only: nothing to compare its tokens with"
         return f"tokens: identical in all runs ({report['compared_outputs']} outputs compared)"
     where = report["first_divergence"]
+    gap = where.get("logit_gap")
+    close = "" if gap is None else f", {gap:+.4f} logits apart"
     return (
         f"tokens: {report['differing_outputs']} of {report['compared_outputs']} outputs differ; the first: "
-        f"{where['prompt']} at token {where['position']} ({where['runs'][1]} against {where['runs'][0]})\n"
-        "(in plain torch, rounding may turn a near-tie in bf16 and int8; with the compiled operators this is a bug)"
+        f"{where['prompt']} at token {where['position']}, {where['tokens'][0]} in {where['runs'][0]} against "
+        f"{where['tokens'][1]} in {where['runs'][1]}{close}\n"
+        "(in plain torch, rounding may turn a near-tie in bf16 and int8, unless engine.numerics is invariant; with the "
+        "compiled operators this is a bug)"
     )
+
+
+def cost_lines(costs: Mapping[str, float | None]) -> str:
+    """What invariant numerics cost, run by run."""
+    each = ", ".join(f"{name} {number(cost, 2)}" for name, cost in costs.items())
+    return f"invariant numerics, tokens/s of fast: {each}"
 
 
 def cores_line(cores: Mapping[str, Iterable[int]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Refused, Shutdown, Status
@@ -33,26 +33,35 @@ class Client:
             SsdError: the engine failed it.
             PeerLost: the engine is gone, or silent for `timeout_s`.
         """
-        self._peer.send(request)
-        over = False
+        return self.generate_together([request])
+
+    def generate_together(self, requests: Sequence[Generate]) -> Iterator[Chunk | Finished]:
+        """As `generate` for several requests at once: what belongs to any of them, as it comes, until all are over.
+
+        Whatever ends it early (the caller, or one request failing) cancels the others.
+        """
+        for request in requests:
+            self._peer.send(request)
+        running = {request.request_id for request in requests}
         try:
             for message in self._messages():
-                if isinstance(message, Failed) and message.request_id == request.request_id:
-                    over = True
+                if isinstance(message, Failed) and message.request_id in running:
+                    running.discard(message.request_id)
                     raise (RequestError if message.kind == "request" else SsdError)(message.reason)
                 if isinstance(message, Refused):
                     raise SsdError(f"the engine refused the request: {message.reason}")
-                if isinstance(message, Chunk | Finished) and message.request_id == request.request_id:
-                    over = isinstance(message, Finished)
+                if isinstance(message, Chunk | Finished) and message.request_id in running:
+                    if isinstance(message, Finished):
+                        running.discard(message.request_id)
                     yield message
-                    if over:
+                    if not running:
                         return
         except PeerLost:
-            over = True
+            running.clear()
             raise
         finally:
-            if not over:
-                self._peer.send(Cancel(request.request_id))
+            for request_id in running:
+                self._peer.send(Cancel(request_id))
 
     def _messages(self) -> Iterator[object]:
         silent_since = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher.bench import generate
+from launcher.bench import generate, generate_together
 from launcher.report import Generation
 from launcher.session import Session, started
 from launcher.torchrun import Launch
@@ -93,6 +93,20 @@ def test_text_is_streamed_in_pieces_that_make_the_whole(client: Client) -> None:
     assert isinstance(finished, Finished)
     assert len(chunks) == finished.statistics.rounds + 1 > 8
     assert finished.usage.completion_tokens == sum(len(chunk.token_ids) for chunk in chunks) == 32
+
+
+def test_one_client_asks_for_several_answers_at_once(client: Client) -> None:
+    requests = [ask("jumps over " * (i + 1), mode=MODES[i], max_tokens=40) for i in range(4)]
+    alone = [answer(client, request).token_ids for request in requests]
+    together = generate_together(client, requests)
+    assert [generation.token_ids for generation in together] == alone
+
+
+def test_a_refused_request_cancels_those_it_came_with(client: Client) -> None:
+    endless = ask(max_tokens=ENDLESS, mode="ar")
+    with pytest.raises(RequestError, match="stop string is empty"):
+        generate_together(client, [endless, ask(stop=("",))])
+    eventually(lambda: idle(client), 30, "the other request is cancelled")
 
 
 def test_clients_at_once_get_what_each_gets_alone(engine: Session, client: Client) -> None:

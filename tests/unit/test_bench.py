@@ -4,12 +4,26 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.bench import Run, Workload, divergence, measure, plan_runs
+from launcher.bench import (
+    Run,
+    Workload,
+    count_steps,
+    join_numerics,
+    measure,
+    parse_batches,
+    parse_numerics,
+    plan_runs,
+)
+from launcher.divergence import divergence
 from launcher.prompts import Prompt
 from launcher.report import summarise
+from launcher.scoring import Scorer, logit_gap
+from launcher.screen import bench_verdict
 from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
+from tests.tiny_models import tiny_decoder
 
 PROMPTS = (Prompt("a", "s", "first"), Prompt("b", "s", "second"))
 
@@ -20,7 +34,11 @@ class Player:
     def __init__(self, broken: str | None = None) -> None:
         self.broken, self.requests = broken, []
 
-    def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
+    def generate_together(self, requests: list[Generate]) -> Iterator[Chunk | Finished]:
+        for request in requests:
+            yield from self._generate(request)
+
+    def _generate(self, request: Generate) -> Iterator[Chunk | Finished]:
         self.requests.append(request)
         tokens = [request.params.seed + i for i in range(request.max_tokens)]
         if request.mode == self.broken and request.messages[0].content == "second":
@@ -43,6 +61,7 @@ def statistics(mode: str, tokens: int) -> RequestStatistics:
         lookups=rounds if mode == "ssd" else 0,
         hits=rounds // 2 if mode == "ssd" else 0,
         prefill_seconds=0.5,
+        ttft_seconds=1.0,
         decode_seconds=(tokens - 1) / (400 if mode == "ssd" else 100),
         verify_ms=(10.0,) * rounds,
     )
@@ -92,7 +111,72 @@ def test_the_first_divergence_is_named() -> None:
     report = measured(Player(broken="ssd"), plan_runs(["ar", "sd", "ssd"], [], 4))
     assert report["identical_tokens"] is False
     assert report["differing_outputs"] == 1
-    assert report["first_divergence"] == {"prompt": "b", "position": 3, "runs": ["ar", "ssd"]}
+    assert report["first_divergence"] == {
+        "prompt": "b",
+        "prompt_index": 1,
+        "position": 3,
+        "runs": ["ar", "ssd"],
+        "tokens": [11, -1],
+        "before": [8, 9, 10],
+    }
+
+
+def test_a_divergence_is_reported_with_both_tokens_and_the_gap() -> None:
+    report = measured(Player(broken="ssd"), plan_runs(["ar", "ssd"], [], 4))
+    report["first_divergence"]["logit_gap"] = 0.01234
+    verdict = bench_verdict(report)
+    assert "b at token 3, 11 in ar against -1 in ssd, +0.0123 logits apart" in verdict
+
+
+def test_the_gap_of_a_divergence_is_that_of_the_scores_that_were_compared() -> None:
+    decoder, text = tiny_decoder(), (5, 6, 7, 8)
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(temperature=temperature, seed=3)
+        (logits_RV,) = list(Scorer(decoder, 8).score((*text, 0), len(text)))
+        (ranking,) = rank_tokens_oracle(logits_RV[-1:], [Draw(params, len(text))], 5)
+        for token, margin in zip(ranking.tokens, ranking.margins, strict=True):
+            assert logit_gap(decoder, text, (ranking.tokens[0], token), params) == pytest.approx(margin, abs=1e-4)
+
+
+def test_requests_at_once_are_several_runs_with_the_speed_of_the_whole() -> None:
+    client = Player()
+    runs = plan_runs(["ar", "ssd"], [], 4, [1, 2])
+    assert [(run.name, run.batch) for run in runs] == [("ar", 1), ("ssd", 1), ("ar x2", 2), ("ssd x2", 2)]
+    workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ar": 1, "ssd": 2})
+    steps: list[str] = []
+    report = measure(client, runs, workload, steps.append)
+    assert len(steps) == count_steps(runs, workload)
+    alone, _, together, ssd = report["runs"]
+    assert (alone["tokens"], together["tokens"], report["compared_outputs"]) == (26, 26, 6)
+    # Both waited a second for two prefills of half a second each, then took .12 s for 12 tokens after the first.
+    assert together["tokens_per_second"] == pytest.approx(24 / (1.0 + 0.12 - 2 * 0.5))
+    assert together["tokens_per_second_per_sequence"] == pytest.approx(100)
+    assert ssd["tokens_per_second_per_device"] == pytest.approx(ssd["tokens_per_second"] / 2)
+    assert ssd["speedup"] == pytest.approx(4.0)
+    assert together["tpot_ms"]["p50"] == pytest.approx(10.0)
+    assert together["ttft_ms"]["p50"] == pytest.approx(1000.0)
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,x", "2,,3", "-1"])
+def test_batches_that_are_no_numbers_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--batch"):
+        parse_batches(text)
+
+
+def test_both_numerics_make_one_report_with_their_cost() -> None:
+    fast = measured(Player(broken="ssd"), plan_runs(["ar", "ssd"], [], 4))
+    invariant = measured(Player(), plan_runs(["ar", "ssd"], [], 4))
+    for row in invariant["runs"]:
+        row["tokens_per_second"] /= 2
+    report = join_numerics({"fast": fast, "invariant": invariant})
+    assert [row["name"] for row in report["runs"]] == ["ar", "ssd", "ar invariant", "ssd invariant"]
+    assert report["invariant_over_fast"] == {"ar": 0.5, "ssd": 0.5}
+    assert report["identical_tokens"] is False
+    assert report["identical_tokens_by_numerics"] == {"fast": False, "invariant": True}
+    assert (report["differing_outputs"], report["compared_outputs"]) == (1, 4)
+    assert join_numerics({"fast": fast}) is fast
+    with pytest.raises(ConfigError, match="--numerics: unknown 'exact'"):
+        parse_numerics("fast,exact")
 
 
 def test_several_lookaheads_of_a_mode_are_several_runs_and_one_is_best() -> None:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,7 +142,11 @@ class Engine:
     def __init__(self) -> None:
         self.requests: list[Generate] = []
 
-    def generate(self, request: Generate) -> Iterator[Chunk | Finished]:
+    def generate_together(self, requests: Sequence[Generate]) -> Iterator[Chunk | Finished]:
+        for request in requests:
+            yield from self._generate(request)
+
+    def _generate(self, request: Generate) -> Iterator[Chunk | Finished]:
         self.requests.append(request)
         wanted = request.logprobs is not None
         logprobs = tuple(TokenLogprob(token, -1.5, ((token, -1.5), (9, -2.0))) for token in (1, 2, 3) if wanted)
