@@ -10,12 +10,13 @@ PROJECT := $(VENV)/.stamp-project
 TESTING := $(VENV)/.stamp-testing
 EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*.* cuda_ext/csrc/cuda/*)
 
-.PHONY: help demo install ext fetch test test-gpu cuda-check sanitize lint format clean distclean
+.PHONY: help demo install ext fetch test test-plain test-gpu cuda-check sanitize lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, fetch the default model, stream an answer with SSD, compare AR, SD and SSD"
 	@echo "make test    install what the tests need and run them all"
+	@echo "make test-plain  the suites that meet the operators once more, without the compiled extension"
 	@echo "make lint    ruff, mypy and the import floors"
 	@echo "make ext     rebuild the compiled extension"
 	@echo "make cuda-check  compile the CUDA kernels (needs nvcc, no GPU) and hold them to their budgets"
@@ -57,6 +58,23 @@ demo: fetch
 
 test: $(TESTING) fetch
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Left out: what compares the extension with plain torch (test_cuda_*, test_decoder_layers); what calls no operator (the
+# links, messages and sockets, the launcher and its processes, files and text); and repetitions that are slow in plain
+# torch (further distributions, other modes and lengths of the same identity, 64 tokens of the real model).
+# tests/process, but for test_cli_ranks.py, always runs its ranks in plain torch.
+PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench.py cli.py config.py \
+  control.py logs.py messages* metrics.py model_files.py nodes.py processes.py prompts.py tokenizer_text.py topology.py \
+  torchrun.py trace.py tree.py setup.py)
+PLAIN_E2E := $(addprefix tests/e2e/,"test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[ssd-3-relative]" \
+  "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-5-twin]" \
+  "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-colocated-1-stranger]" \
+  "test_distribution.py::test_three_tokens_have_the_models_joint_distribution[ssd-1.0]" \
+  "test_smollm2.py::test_the_models_own_end_token_ends_an_answer[ssd]")
+
+test-plain: $(TESTING) fetch
+	SSD_CUDA_EXT=0 $(BIN)/python -m pytest -q $(PLAIN_LEFT_OUT) tests/unit $(PLAIN_E2E) \
+	  "tests/process/test_serving.py::test_every_mode_gives_the_same_tokens"
 
 cuda-check: $(VENV)/.stamp-torch
 	$(BIN)/python ops/cuda_check.py

@@ -15,8 +15,7 @@ from tests.tiny_models import write_hf
 
 
 def operators() -> doctor.Finding:
-    (finding,) = (found for found in doctor.examine(Config()) if found.subject == "operators")
-    return finding
+    return next(found for found in doctor.examine(Config()) if found.subject == "operators")
 
 
 @pytest.mark.parametrize(
