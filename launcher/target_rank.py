@@ -25,6 +25,8 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.planner import AdaptivePlanner
 from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.draft_peer import DraftPeer, welcome_draft
 from ssd_runtime.target.leader import Leader, Stop
@@ -97,7 +99,9 @@ class TargetRank(Rank):
         with contextlib.closing(LinkHost(rendezvous.own_host(config), timeout_s=config.timeouts.link)) as host:
             peer = self._welcome(server, host, tokenizer)
             vocab_size = decoder.arch.vocab_size
-            link = LinkSpeculator(peer, config.speculation.backup, vocab_size, config.timeouts.link)
+            speculation, pace = config.speculation, Pace()
+            planner = AdaptivePlanner(speculation.lookahead, speculation.budget, pace) if speculation.adapt else None
+            link = LinkSpeculator(peer, speculation.backup, vocab_size, config.timeouts.link, pace, planner)
             colocated = ColocatedSpeculator(lambda: self._drafter(tokenizer))
             speculators |= {"ssd": link, "sd": link, "sd-colocated": colocated}
             try:

@@ -83,23 +83,26 @@ class SpeculationConfig:
     Attributes:
         mode: what a request gets that does not ask for a mode itself.
         lookahead: K, most draft tokens in one speculation.
+        adapt: whether mode `ssd` chooses K and B by measurement, down to no speculation where it does not pay; then
+            lookahead and budget are the most of each.
         fan_out: how the budget is spread over the fork positions.
         fan_out_list: F_0..F_K for fan_out "list".
         budget: B, bonus candidates prepared in one verification (sum of F_k): of one sequence, on average over the
             batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
-        backup: what speculates after a miss.
+        backup: what speculates after a miss; "auto": the draft or an n-gram, whichever promises more tokens per second.
         coupling: how draft and target randomness relate; "shared-noise" is exact and drafter-invariant.
     """
 
     mode: Mode = "ssd"
     lookahead: int = 6
+    adapt: bool = True
     fan_out: Literal["uniform", "geometric", "confidence", "list"] = "confidence"
     fan_out_list: tuple[int, ...] = ()
     budget: int = 8
     recycle: int = 3
-    backup: Literal["draft", "ngram", "none"] = "draft"
+    backup: Literal["draft", "ngram", "none", "auto"] = "draft"
     coupling: Literal["shared-noise"] = "shared-noise"
 
 

@@ -17,6 +17,8 @@ from ssd_runtime.engine.sequence import Delta, Request, Sequence, TextStream
 from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.planner import Planner
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
 from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.link_speculator import LinkSpeculator
@@ -114,13 +116,14 @@ def in_process(
     engine: EngineConfig | None = None,
     speculation: SpeculationConfig | None = None,
     steps: Callable[[], int] | int = 3,
+    planner: Planner | None = None,
 ) -> InProcess:
-    """Build one. `steps` is how many drafting steps fit into one verification."""
+    """Build one. `steps` is how many drafting steps fit into one verification; K and B are fixed without a planner."""
     engine, speculation = engine or EngineConfig(max_model_len=256), speculation or SpeculationConfig()
     shape = FrameShape.of(engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget)
     count = steps if callable(steps) else lambda: steps
     rank = SteppedDraft(Drafter(draft, engine, speculation), shape, count)
-    link = LinkSpeculator(rank, speculation.backup, target.arch.vocab_size, deadline=5.0)
+    link = LinkSpeculator(rank, speculation.backup, target.arch.vocab_size, deadline=5.0, pace=Pace(), planner=planner)
     colocated = Drafter(draft, engine, speculation)
     speculators = {
         "ar": NoSpeculation(),

@@ -1,7 +1,7 @@
 """`OutcomeFrame` and `TreeFrame` as fixed-shape int64 tensors, and back. Knows no ranks, no I/O.
 
     header   magic, kind, round, two words about the frame, rows used, checksum of everything behind the header
-             (outcome: control_seq, 0; tree: microseconds and rows of the drafting step that grew it)
+             (outcome: control_seq, plan; tree: microseconds and rows of the drafting step that grew it)
     row      outcome: sequence_id, turn, num_accepted, bonus_token, source, length, tokens[K]
              tree:    sequence_id, turn, num_accepted, bonus_token, length, tokens[K]
 
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ssd_runtime.comm.protocol import FrameShape as FrameShape
 from ssd_runtime.comm.protocol import ProtocolError as ProtocolError
-from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
+from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
 
 MAGIC = 0x5353_4431  # "SSD1"
 HEADER = 7  # words
 MAX_TOKEN = 2**31
+PLAN_BUDGET = 2**16  # a plan is one word: 1 + lookahead + budget * PLAN_BUDGET; 0 is no plan
 
 Frame = TypeVar("Frame", OutcomeFrame, TreeFrame)
 
@@ -135,11 +136,16 @@ class OutcomeCodec(FrameCodec[OutcomeFrame]):
             outcome = row.outcome
             body += (row.sequence_id, row.turn, outcome.num_accepted, outcome.bonus_token, row.source, row.length)
             body += self._tokens(row.tokens)
-        return self._tensor(self.kind, frame.round, (frame.control_seq, 0), len(frame.rows), body)
+        plan = 0 if frame.plan is None else 1 + frame.plan.lookahead + frame.plan.budget * PLAN_BUDGET
+        return self._tensor(self.kind, frame.round, (frame.control_seq, plan), len(frame.rows), body)
 
     def decode(self, words: Tensor) -> OutcomeFrame:
-        round, (control_seq, _), rows = self._rows(words)
-        return OutcomeFrame(round, control_seq, tuple(map(self._row, rows)))
+        round, (control_seq, word), rows = self._rows(words)
+        budget, lookahead = divmod(word - 1, PLAN_BUDGET)
+        if word and lookahead > self.shape.lookahead:
+            raise ProtocolError(f"a plan of {lookahead} tokens ahead, above the agreed {self.shape.lookahead}")
+        plan = Plan(lookahead, budget) if word else None
+        return OutcomeFrame(round, control_seq, tuple(map(self._row, rows)), plan)
 
     def _row(self, row: list[int]) -> OutcomeRow:
         sequence_id, turn, num_accepted, bonus_token, source, length = row[:6]

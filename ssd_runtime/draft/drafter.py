@@ -24,7 +24,7 @@ from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows, processors_of
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
-from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
+from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, SamplingParams, Source, TreeFrame
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Drafter:
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
         self._sequences: dict[int, _Sequence] = {}
         self._round = 0
+        self._plan = Plan(speculation.lookahead, speculation.budget)
         self._last_step: DraftStep | None = None
 
     # -- control -------------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Drafter:
         """
         raise_faults(self._kv)  # the rankings of the last step have been read: there is nothing to wait for
         self._round = frame.round
+        self._plan = frame.plan or self._plan
         sources: list[int] = []
         targets: list[int] = []
         freed: list[int] = []
@@ -170,7 +172,7 @@ class Drafter:
         nodes: list[tuple[_Sequence, Node]] = []
         room = self._engine.prefill_chunk
         for sequence, forks in zip(self._sequences.values(), self._forks(), strict=True):
-            frontier = sequence.tree.frontier(forks)
+            frontier = sequence.tree.frontier(forks, self._plan.lookahead)
             catch_up = min(sequence.missing, room)
             if not frontier and (sequence.tree.turn >= 0 or not catch_up):
                 continue
@@ -196,7 +198,7 @@ class Drafter:
     def _forks(self) -> list[list[Fork]]:
         """The outcomes to draft for, of each sequence: the most gainful of all, B a sequence on average."""
         trees = [sequence.tree for sequence in self._sequences.values()]
-        total = self._speculation.budget * sum(tree.predraft for tree in trees)
+        total = min(self._plan.budget, self._speculation.budget) * sum(tree.predraft for tree in trees)
         # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
         # enough left for the chain of every sequence.
         total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))

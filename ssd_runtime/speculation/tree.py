@@ -169,24 +169,26 @@ class TokenTree:
             return []
         return self._fan_out.forks(self._verified(), budget)
 
-    def frontier(self, forks: Sequence[Fork]) -> list[Node]:
+    def frontier(self, forks: Sequence[Fork], depth: int | None = None) -> list[Node]:
         """The nodes the next forward should run on, parents before children; empty when there is nothing to gain.
 
         Args:
             forks: the share that this sequence got of what `forks` wanted.
+            depth: tokens that a branch drafted ahead should have, 0 for no drafting ahead; the lookahead if not given.
         """
+        depth = self._lookahead if depth is None else min(depth, self._lookahead)
         if self.trunk is None:
-            tip = self._tip(self.root)
+            tip = self._tip(self.root, self._lookahead)
             return [] if tip is None else [tip, *self._recycled(tip)]
-        if not self.predraft:
+        if not self.predraft or not depth:
             return []
         nodes = (self.root, *self.trunk)
         rows = [node for node in nodes if node.ranking is None and self._allowed(node)]
         # The likeliest outcome is that all is accepted: what comes next there is worth a bet.
-        main = rows[-1] if rows else self._tip(nodes[-1].best_child()) if nodes[-1].ranking else None
+        main = rows[-1] if rows else self._tip(nodes[-1].best_child(), depth) if nodes[-1].ranking else None
         for k, token, gain in forks:
             self._gains[Outcome(k, token)] = gain
-            tip = self._tip(nodes[k].child(token))
+            tip = self._tip(nodes[k].child(token), depth)
             if tip is not None:
                 rows.append(tip)
         return rows if main is None or main not in rows else [*rows, *self._recycled(main)]
@@ -217,10 +219,10 @@ class TokenTree:
         rankings = [node.ranking for node in (self.root, *self.trunk)]
         return Verified([node.token for node in self.trunk], rankings, self._temperature, self._after_hit)
 
-    def _tip(self, start: Node) -> Node | None:
-        """The node to forward for one more token on the branch that starts below `start`; None if it is complete."""
+    def _tip(self, start: Node, depth: int) -> Node | None:
+        """The node to forward for one more token on the branch that starts below `start`; None if it has `depth`."""
         node = start
-        for _ in range(self._lookahead):
+        for _ in range(depth):
             if node.ranking is None:
                 return node if self._allowed(node) else None
             node = node.best_child()

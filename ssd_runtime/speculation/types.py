@@ -127,12 +127,30 @@ class OutcomeRow:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How much to speculate in a round.
+
+    Attributes:
+        lookahead: most tokens of a speculation, and of the branches drafted meanwhile; 0: no speculation, no drafting.
+        budget: outcomes to draft for, of one sequence on average.
+    """
+
+    lookahead: int
+    budget: int
+
+
+@dataclass(frozen=True)
 class OutcomeFrame:
-    """Target -> draft, at the moment a verification starts (or a just-in-time branch is needed)."""
+    """Target -> draft, at the moment a verification starts (or a just-in-time branch is needed).
+
+    Attributes:
+        plan: how much to draft for the sequences in mode `ssd` from now on; None leaves it as it is.
+    """
 
     round: int
     control_seq: int
     rows: tuple[OutcomeRow, ...]
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)

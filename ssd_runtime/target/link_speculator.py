@@ -15,14 +15,15 @@ from ssd_runtime.comm.messages import Admit, Finish, Message
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.speculation.backup import worth_waiting
+from ssd_runtime.speculation.backup import JustInTime
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.estimates import AcceptanceEstimate
-from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame
+from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.planner import Planner, Round
+from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Plan, Source, Speculation, TreeFrame
 
 log = logging.getLogger(__name__)
 
-Backup = Literal["draft", "ngram", "none"]
+Backup = Literal["draft", "ngram", "none", "auto"]
 
 
 class DraftRank(Protocol):
@@ -40,17 +41,6 @@ class DraftRank(Protocol):
     def wait_trees(self, timeout_s: float) -> list[TreeFrame]: ...
 
 
-class _Smoothed:
-    """A moving average that starts with its first value."""
-
-    def __init__(self, keep: float = 0.8) -> None:
-        self._keep = keep
-        self.value: float | None = None
-
-    def observe(self, value: float) -> None:
-        self.value = value if self.value is None else self._keep * self.value + (1 - self._keep) * value
-
-
 class LinkSpeculator:
     """Speculations from a draft rank: local cache lookup, else the backup.
 
@@ -59,21 +49,32 @@ class LinkSpeculator:
         backup: what speculates after a miss (mode `sd` always asks the draft).
         vocab_size: of the target; a draft's token beyond it ends its branch.
         deadline: seconds after which a draft that was asked and did not answer counts as lost.
+        pace: where the measurements go.
+        planner: chooses K and B of mode `ssd` round by round; None: as the requests and the draft have them.
 
     Once the draft is lost the engine goes on without it: no token depends on it.
     """
 
-    def __init__(self, draft: DraftRank, backup: Backup, vocab_size: int, deadline: float) -> None:
+    def __init__(
+        self,
+        draft: DraftRank,
+        backup: Backup,
+        vocab_size: int,
+        deadline: float,
+        pace: Pace,
+        planner: Planner | None = None,
+    ) -> None:
         self._draft = draft
         self._backup = backup
         self._vocab_size = vocab_size
         self._deadline = deadline
         self._cache = SpeculationCache()
-        self._acceptance = AcceptanceEstimate()
-        self._step_seconds = _Smoothed()
-        self._token_seconds = _Smoothed()
-        self._verify_seconds = _Smoothed()
-        self._drafting_seconds = 0.0  # of all steps heard of since the last round
+        self._pace = pace
+        self._just_in_time = JustInTime(pace)
+        self._planner = planner
+        self._plan: Plan | None = None  # of the round in hand
+        self._proposed: Proposals | None = None
+        self._propose_seconds = 0.0
         self._steps: list[tuple[float, int]] = []
         self.lost: PeerLost | None = None
 
@@ -123,29 +124,41 @@ class LinkSpeculator:
     # -- rounds --------------------------------------------------------------------------------------------------
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:
+        start = time.monotonic()
         self.check()
+        planned = self._planner is not None and batch[0].request.mode == "ssd"
+        self._plan = self._planner.plan(len(batch)) if self._planner is not None and planned else None
         found = [self._lookup(sequence) for sequence in batch]
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
-        # A miss never holds up a hit: in SSD the batch waits only when nobody could go on at once.
-        may_wait = self._backup == "draft" and True not in hits
-        pending = [
-            sequence
-            for sequence, tokens in zip(batch, found, strict=True)
-            if not tokens and sequence.most_speculated and (may_wait or sequence.request.mode == "sd")
-        ]
-        start = time.monotonic()
-        if pending and self.lost is None:
-            self._with_draft(lambda: self._wait_for(batch, pending, round))
+        waiting = time.monotonic()
+        pending = self._pending(batch, hits) if self.lost is None else []
+        if pending:
+            self._with_draft(lambda: self._wait_for(pending, round))
             found = [self._lookup(sequence) for sequence in batch]
-        waited = time.monotonic() - start if pending else 0.0
+        waited = time.monotonic() - waiting if pending else 0.0
         speculations = [self._speculation(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         rows = [self._row(sequence, speculation) for sequence, speculation in zip(batch, speculations, strict=True)]
         for sequence in batch:
             self._cache.advance(sequence.sequence_id, sequence.turn)
         self._with_draft(lambda: self._send(round, rows))
         steps, self._steps = self._steps, []
-        self._drafting_seconds = sum(milliseconds for milliseconds, _ in steps) / 1e3
-        return Proposals(tuple(speculations), tuple(hits), waited, tuple(steps))
+        self._proposed = Proposals(tuple(speculations), tuple(hits), waited, tuple(steps))
+        self._propose_seconds = time.monotonic() - start
+        return self._proposed
+
+    def _pending(self, batch: Sequences[Sequence], hits: Sequences[bool | None]) -> list[Sequence]:
+        """Who waits for the draft. A miss never holds up a hit: in SSD only where nobody could go on at once."""
+        if batch[0].request.mode == "sd":
+            return [sequence for sequence in batch if self._most(sequence)]
+        if True in hits or self._backup not in ("draft", "auto"):
+            return []
+        missed = [sequence for sequence, hit in zip(batch, hits, strict=True) if hit is False]
+        if self._backup == "draft":
+            return missed
+        most = [self._most(sequence) for sequence in missed]
+        matches = [len(self._ngram(sequence)) for sequence in missed]
+        prefer = self._just_in_time.prefer_ngrams(matches, most)
+        return [sequence for sequence, ngram in zip(missed, prefer, strict=True) if not ngram]
 
     def observe(
         self,
@@ -153,54 +166,58 @@ class LinkSpeculator:
         outcomes: Sequences[Outcome],
         verify_seconds: float,
     ) -> None:
-        self._verify_seconds.observe(verify_seconds)
-        if self._drafting_seconds:
-            emitted = sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
-            self._token_seconds.observe(self._drafting_seconds / emitted)
-        for speculation, outcome in zip(speculations, outcomes, strict=True):
-            self._acceptance.observe(outcome.num_accepted, len(speculation.tokens))
+        self._pace.verified(speculations, outcomes, verify_seconds)
+        if self._planner is not None and self._plan is not None and self._proposed is not None:
+            hits = self._proposed.hits
+            tokens = sum(outcome.num_accepted + 1 for outcome in outcomes)
+            seconds = self._propose_seconds + verify_seconds
+            asked = sum(hit is not None for hit in hits)
+            self._planner.observe(Round(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked))
+
+    def _most(self, sequence: Sequence) -> int:
+        """The longest speculation of a sequence in this round."""
+        most = sequence.most_speculated
+        return most if self._plan is None else min(most, self._plan.lookahead)
 
     def _lookup(self, sequence: Sequence) -> tuple[int, ...]:
         """As much of the branch for the sequence's last outcome as is there and may be used; () on a miss."""
         assert sequence.outcome is not None
         tokens = self._cache.lookup(sequence.sequence_id, sequence.turn - 1, sequence.outcome) or ()
-        tokens = tokens[: sequence.most_speculated]
+        tokens = tokens[: self._most(sequence)]
         usable = next((i for i, token in enumerate(tokens) if token >= self._vocab_size), len(tokens))
         return tokens[:usable]
 
     def _hit(self, sequence: Sequence, tokens: tuple[int, ...]) -> bool | None:
         """Whether the cache answered; None where it was not asked, as at the end of a sequence or in mode `sd`."""
-        return None if sequence.request.mode == "sd" or not sequence.most_speculated else bool(tokens)
+        return None if sequence.request.mode == "sd" or not self._most(sequence) else bool(tokens)
 
-    def _wait_for(self, batch: Sequences[Sequence], pending: list[Sequence], round: int) -> None:
+    def _wait_for(self, pending: list[Sequence], round: int) -> None:
         """Tell the draft what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
         self._send(round, [self._row(sequence, Speculation((), Source.PENDING)) for sequence in pending])
         give_up = time.monotonic() + self._deadline
-        while any(not self._enough(sequence) for sequence in pending):
+        while not self._enough(pending):
             remaining = give_up - time.monotonic()
             if remaining <= 0:
                 raise PeerLost("draft", 1, round, f"no just-in-time branch within {self._deadline:g} s")
             self._take_in(self._draft.wait_trees(remaining))
 
-    def _enough(self, sequence: Sequence) -> bool:
-        length = len(self._lookup(sequence))
-        if length >= sequence.most_speculated:
-            return True
-        step, token, verify = self._step_seconds.value, self._token_seconds.value, self._verify_seconds.value
-        if sequence.request.mode == "sd" or step is None or token is None or verify is None:
-            return False
-        # Where drafting is the longer half, a round lasts from the outcome until the draft has got this far again.
-        round_seconds = max(verify, step + length * token)
-        return not worth_waiting(length, self._acceptance.rate, token, round_seconds)
+    def _enough(self, pending: list[Sequence]) -> bool:
+        lengths, most = [len(self._lookup(sequence)) for sequence in pending], [self._most(one) for one in pending]
+        if pending[0].request.mode == "sd":
+            return lengths == most
+        return self._just_in_time.enough(lengths, most)
 
     def _speculation(self, sequence: Sequence, tokens: tuple[int, ...]) -> Speculation:
         if tokens:
             return Speculation(tokens, Source.DRAFT)
-        if self._backup == "ngram" or self.lost is not None:
-            match = sequence.ngrams.match(sequence.tokens, sequence.most_speculated)
+        if self._backup in ("ngram", "auto") or self.lost is not None:
+            match = self._ngram(sequence)
             if match:
                 return Speculation(match, Source.NGRAM)
         return Speculation()
+
+    def _ngram(self, sequence: Sequence) -> tuple[int, ...]:
+        return sequence.ngrams.match(sequence.tokens, self._most(sequence))
 
     def _row(self, sequence: Sequence, speculation: Speculation) -> OutcomeRow:
         assert sequence.outcome is not None
@@ -209,11 +226,11 @@ class LinkSpeculator:
         return OutcomeRow(sequence.sequence_id, sequence.turn, sequence.outcome, speculation.source, length, told)
 
     def _send(self, round: int, rows: list[OutcomeRow]) -> None:
-        self._draft.send_outcomes(OutcomeFrame(round, self._draft.control_seq, tuple(rows)))
+        self._draft.send_outcomes(OutcomeFrame(round, self._draft.control_seq, tuple(rows), self._plan))
 
     def _take_in(self, trees: list[TreeFrame]) -> None:
         for tree in trees:
             self._cache.store(tree)
             if tree.step_us:
-                self._step_seconds.observe(tree.step_us / 1e6)
+                self._pace.drafted(tree.step_us / 1e6, tree.step_rows)
                 self._steps.append((tree.step_us / 1e3, tree.step_rows))

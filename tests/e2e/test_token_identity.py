@@ -18,7 +18,8 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.speculation.planner import Planner, Round
+from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
 
@@ -44,11 +45,28 @@ def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(random.Random(f"{length}-{seed}").randrange(VOCAB) for _ in range(length))
 
 
-def outputs(requests: list[Request], draft: str = "relative", steps=3, **speculation) -> list[tuple[int, ...]]:
+class Restless:
+    """A planner that knows nothing and changes its mind in every round, from no speculation to all that is allowed."""
+
+    def __init__(self, seed: int, lookahead: int = 5, budget: int = 6) -> None:
+        self._chance, self._most = random.Random(seed), (lookahead, budget)
+        self.rounds = 0
+
+    def plan(self, sequences: int) -> Plan:
+        lookahead, budget = self._most
+        return Plan(self._chance.randint(0, lookahead), self._chance.randint(0, budget + 2))
+
+    def observe(self, round: Round) -> None:
+        self.rounds += 1
+
+
+def outputs(
+    requests: list[Request], draft: str = "relative", steps=3, planner: Planner | None = None, **speculation
+) -> list[tuple[int, ...]]:
     """Output tokens of requests served together by one engine; all its blocks must come back."""
     engine = EngineConfig(max_model_len=160, max_num_seqs=4, block_size=BLOCK, prefill_chunk=11)
     config = SpeculationConfig(**({"lookahead": 5, "budget": 6, "fan_out_list": (1, 0, 2, 1, 0, 2)} | speculation))
-    process = in_process(models()["target"], models()[draft], engine, config, steps)
+    process = in_process(models()["target"], models()[draft], engine, config, steps, planner)
     sequences = process.run(requests)
     process.assert_all_blocks_are_back()
     assert process.link.lost is None
@@ -110,7 +128,7 @@ def test_more_requests_than_places_come_and_go():
     assert outputs(asked, steps=random_steps(5)) == [alone(one) for one in asked]
 
 
-@pytest.mark.parametrize("backup", ["draft", "ngram", "none"])
+@pytest.mark.parametrize("backup", ["draft", "ngram", "none", "auto"])
 @pytest.mark.parametrize("fan_out", ["uniform", "geometric", "confidence", "list"])
 def test_every_backup_and_fan_out(backup, fan_out):
     for draft, budget in itertools.product(["twin", "relative", "stranger"], [1, 4, 9]):
@@ -120,6 +138,19 @@ def test_every_backup_and_fan_out(backup, fan_out):
         ]
         found = outputs(asked, draft, random_steps(budget), backup=backup, fan_out=fan_out, budget=budget)
         assert found == [alone(one) for one in asked]
+
+
+@pytest.mark.parametrize("backup", ["draft", "auto", "none"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_planner_that_changes_its_mind_every_round_leaves_no_trace(seed, backup):
+    for draft in ("twin", "relative"):
+        planner = Restless(seed)
+        asked = [
+            request(prompt(9 + i, seed), lookahead=5, max_tokens=60, params=SamplingParams(0.4 * i, seed=seed))
+            for i in range(4)
+        ]
+        assert outputs(asked, draft, random_steps(seed), planner, backup=backup) == [alone(one) for one in asked]
+        assert planner.rounds >= 12
 
 
 @pytest.mark.parametrize("length", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK])
@@ -160,10 +191,11 @@ def test_an_end_token_inside_an_accepted_run_ends_the_sequence_there(mode):
 @settings(max_examples=60, deadline=None)
 @given(
     draft=st.sampled_from(["twin", "relative", "stranger"]),
-    backup=st.sampled_from(["draft", "ngram", "none"]),
+    backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
     fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
     budget=st.integers(1, 10),
     speed=st.integers(0, 2**16),
+    plans=st.booleans(),
     many=st.lists(
         st.tuples(
             st.sampled_from(MODES),
@@ -176,7 +208,7 @@ def test_an_end_token_inside_an_accepted_run_ends_the_sequence_there(mode):
         max_size=6,
     ),
 )
-def test_whatever_is_asked_and_however_fast_the_draft_is(draft, backup, fan_out, budget, speed, many):
+def test_whatever_is_asked_and_however_fast_the_draft_is(draft, backup, fan_out, budget, speed, plans, many):
     asked = [
         request(
             prompt(length, i),
@@ -188,7 +220,8 @@ def test_whatever_is_asked_and_however_fast_the_draft_is(draft, backup, fan_out,
         )
         for i, (mode, length, lookahead, temperature, max_tokens) in enumerate(many)
     ]
-    found = outputs(asked, draft, random_steps(speed), backup=backup, fan_out=fan_out, budget=budget)
+    planner = Restless(speed, budget=budget) if plans else None
+    found = outputs(asked, draft, random_steps(speed), planner, backup=backup, fan_out=fan_out, budget=budget)
     assert found == [alone(one) for one in asked]
 
 

@@ -24,6 +24,7 @@ max_model_len = 4096
 block_size = 8
 
 [speculation]
+adapt = false
 lookahead = 3
 budget = 4
 

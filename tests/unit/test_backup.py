@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.backup import PATIENCE, NgramIndex, ngram_match_oracle, worth_waiting
+from ssd_runtime.speculation.backup import PATIENCE, JustInTime, NgramIndex, ngram_match_oracle, worth_waiting
+from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.types import Outcome, Source, Speculation
 
 
 @given(
@@ -75,3 +77,70 @@ def test_waiting_ends_for_good_once_it_does_not_pay() -> None:
 
 def test_a_draft_slower_than_the_target_is_not_waited_for() -> None:
     assert not worth_waiting(0, 0.99, 0.050, 0.040)
+
+
+def paced(*, draft: float, ngram: float, step_ms: float, verify_ms: float = 30.0, a_row_ms: float = 0.0) -> JustInTime:
+    """A draft and n-grams that are right so often, and forwards that take so long."""
+    pace = Pace()
+    for source, rate in ((Source.DRAFT, draft), (Source.NGRAM, ngram)):
+        for accepted in ([True] * round(10 * rate) + [False] * round(10 * (1 - rate))) * 80:
+            pace.acceptance[source].observe_one(accepted)
+    for rows in (1, 2, 4, 8):
+        pace.drafted((step_ms + a_row_ms * rows) / 1e3, rows)
+    pace.verified([Speculation((1, 1))], [Outcome(2, 1)], verify_ms / 1e3)
+    return JustInTime(pace)
+
+
+def test_auto_takes_the_ngram_where_it_promises_as_much_and_the_draft_where_there_is_none() -> None:
+    just_in_time = paced(draft=0.8, ngram=0.8, step_ms=3.0)
+    assert just_in_time.prefer_ngrams([6], [6]) == [True]
+    assert just_in_time.prefer_ngrams([0], [6]) == [False]
+    assert just_in_time.prefer_ngrams([6, 0], [6, 6]) == [True, False]  # each its own
+
+
+def test_auto_waits_for_the_draft_where_ngrams_are_poor() -> None:
+    assert paced(draft=0.9, ngram=0.1, step_ms=3.0).prefer_ngrams([6, 6], [6, 6]) == [False, False]
+
+
+def test_auto_does_not_wait_for_a_draft_that_is_slower_than_the_target() -> None:
+    just_in_time = paced(draft=0.9, ngram=0.3, step_ms=60.0)
+    assert just_in_time.prefer_ngrams([0, 3], [6, 6]) == [True, True]
+
+
+def test_auto_waits_in_small_batches_and_not_in_large_ones() -> None:
+    """Theorem 17: a step for all takes longer, a match does not; there is one batch size where it turns."""
+    just_in_time = paced(draft=0.9, ngram=0.5, step_ms=1.0, a_row_ms=1.5)
+    waits = [not any(just_in_time.prefer_ngrams([6] * size, [6] * size)) for size in range(1, 20)]
+    assert waits[0]
+    assert not waits[-1]
+    assert waits == sorted(waits, reverse=True)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=8),
+    draft=st.sampled_from([0.2, 0.6, 0.9]),
+    ngram=st.sampled_from([0.1, 0.5, 0.9]),
+    step_ms=st.sampled_from([1.0, 10.0, 50.0]),
+)
+def test_auto_answers_for_every_sequence_and_alike_for_like_ones(
+    sizes: list[tuple[int, int]], draft: float, ngram: float, step_ms: float
+) -> None:
+    matches, most = [min(match, limit) for match, limit in sizes], [limit for _, limit in sizes]
+    prefer = paced(draft=draft, ngram=ngram, step_ms=step_ms).prefer_ngrams(matches, most)
+    assert len(prefer) == len(sizes)
+    if all(match == 0 for match in matches):
+        assert len(set(prefer)) == 1  # without matches all wait or nobody does
+
+
+def test_nothing_measured_yet_means_waiting_for_all() -> None:
+    just_in_time = JustInTime(Pace())
+    assert just_in_time.prefer_ngrams([6], [6]) == [False]
+    assert not just_in_time.enough([0, 6], [6, 6])
+    assert just_in_time.enough([6, 3], [6, 3])
+
+
+def test_a_batch_weighs_what_all_would_gain_against_what_all_would_wait() -> None:
+    """One sequence with a long way to go waits less when others are ready and wait with it."""
+    just_in_time = paced(draft=0.8, ngram=0.5, step_ms=7.0)
+    assert not just_in_time.enough([1], [6])
+    assert just_in_time.enough([1, 6, 6, 6, 6], [6, 6, 6, 6, 6])

@@ -13,7 +13,7 @@ from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source
+from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Plan, SamplingParams, Source
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import tiny_decoder
 
@@ -150,3 +150,35 @@ def test_the_pool_suffices_when_every_sequence_fills_its_share(
     assert [sequence.num_output for sequence in sequences] == [24] * len(asked)
     assert process.link.lost is None
     process.assert_all_blocks_are_back()
+
+
+def test_a_plan_of_nothing_rests_the_draft_and_the_next_plan_wakes_it() -> None:
+    draft = drafter()
+    draft.admit(admit())
+    while draft.grow():
+        pass
+    chosen = draft.tree().branches[0].outcome
+    for turn, plan in enumerate([Plan(0, 0)] * 5):
+        outcome = chosen if turn == 0 else Outcome(0, 7)
+        told = frame(turn, outcome, Source.NONE)
+        draft.advance(OutcomeFrame(told.round, 0, told.rows, plan))
+        assert draft.grow() is None
+    told = frame(5, Outcome(0, 7), Source.NONE)
+    draft.advance(OutcomeFrame(told.round, 0, told.rows, Plan(2, 4)))
+    while draft.grow():
+        pass
+    branches = draft.tree().branches
+    assert 1 <= len(branches) <= 4
+    assert {len(branch.tokens) for branch in branches} == {2}
+    assert {branch.turn for branch in branches} == {5}
+
+
+def test_a_branch_that_is_asked_for_does_not_mind_the_plan() -> None:
+    draft = drafter()
+    draft.admit(admit())
+    told = frame(0, Outcome(0, 7))
+    draft.advance(OutcomeFrame(told.round, 0, told.rows, Plan(1, 1)))
+    while draft.grow():
+        pass
+    (branch,) = draft.tree().branches
+    assert len(branch.tokens) == 3

@@ -22,7 +22,7 @@ from ssd_runtime.comm.frames import (
     TreeCodec,
     kind_of,
 )
-from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
+from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
 
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)
 COUNTS = st.integers(0, 2**62)
@@ -42,6 +42,7 @@ OUTCOME_FRAMES = st.builds(
         st.builds(rows, COUNTS, COUNTS, OUTCOMES, st.sampled_from(Source), TOKENS, st.booleans()),
         max_size=SHAPE.max_sequences,
     ).map(tuple),
+    st.none() | st.builds(Plan, st.integers(0, SHAPE.lookahead), st.integers(0, 2**31)),
 )
 TREE_FRAMES = st.builds(
     TreeFrame,
@@ -156,3 +157,12 @@ def test_sixteen_branches_are_coded_in_far_less_than_a_step() -> None:
         codec.decode(codec.encode(frame))
         times.append(time.perf_counter() - start)
     assert min(times) < 1e-3  # measured: 0.07 ms; a busy machine gets room
+
+
+def test_a_plan_beyond_the_agreed_lookahead_is_refused() -> None:
+    wider = OutcomeCodec(FrameShape.of(max_sequences=4, lookahead=9, budget=8))
+    words = OutcomeCodec(SHAPE).encode(OutcomeFrame(1, 0, ()))
+    words[:7] = wider.encode(OutcomeFrame(1, 0, (), Plan(6, 8)))[:7]
+    words[6] = OutcomeCodec(SHAPE).encode(OutcomeFrame(1, 0, ()))[6]
+    with pytest.raises(ProtocolError, match="a plan of 6 tokens ahead, above the agreed 5"):
+        OutcomeCodec(SHAPE).decode(words)

@@ -1,0 +1,105 @@
+"""How fast both sides are and how often each source is right, measured online. Knows no clock and no policy.
+
+All times are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssd_runtime.speculation.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.types import Outcome, Source, Speculation
+
+
+class Smoothed:
+    """A moving average that starts with its first value."""
+
+    def __init__(self, keep: float = 0.8) -> None:
+        self._keep = keep
+        self.value: float | None = None
+
+    def observe(self, value: float) -> None:
+        self.value = value if self.value is None else self._keep * self.value + (1 - self._keep) * value
+
+
+class Line:
+    """A cost that grows with rows: the least-squares line through what was measured, with forgetting.
+
+    While all measurements have about the same number of rows the slope is not known and taken as 0. Neither slope nor
+    intercept is ever negative.
+
+    Args:
+        memory: measurements after which one has lost half its weight.
+    """
+
+    def __init__(self, memory: float = 64.0) -> None:
+        self._keep = 0.5 ** (1.0 / memory)
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, rows: float, seconds: float) -> None:
+        keep = self._keep
+        self._weight = self._weight * keep + 1.0
+        self._x = self._x * keep + rows
+        self._y = self._y * keep + seconds
+        self._xx = self._xx * keep + rows * rows
+        self._xy = self._xy * keep + rows * seconds
+
+    @property
+    def known(self) -> bool:
+        return self._weight > 0.0
+
+    def at(self, rows: float) -> float:
+        """Seconds for so many rows. Only when `known`."""
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        spread = self._xx / self._weight - mean_x**2
+        if spread < 1e-3 * max(1.0, mean_x):
+            return mean_y
+        slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / spread)
+        slope = min(slope, mean_y / mean_x)
+        return mean_y + slope * (rows - mean_x)
+
+
+class Pace:
+    """The numbers of one engine.
+
+    Attributes:
+        step: a drafting step, by rows.
+        verification: one verification, by rows.
+        step_seconds, token_seconds, verify_seconds: moving averages; a token is one that came out of a round, so its
+            time counts what was drafted in vain.
+        steps_per_token: drafting steps over tokens of a sequence.
+        acceptance: of draft tokens, by source.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.verification = Line(), Line()
+        self.step_seconds, self.token_seconds, self.verify_seconds = Smoothed(), Smoothed(), Smoothed()
+        self.steps_per_token = Smoothed(0.95)
+        self.acceptance = {Source.DRAFT: AcceptanceEstimate(), Source.NGRAM: AcceptanceEstimate(prior=0.4)}
+        self._drafting: list[float] = []  # steps heard of since the last round
+
+    def drafted(self, seconds: float, rows: int) -> None:
+        """A drafting step was heard of."""
+        self.step_seconds.observe(seconds)
+        self.step.observe(rows, seconds)
+        self._drafting.append(seconds)
+
+    def verified(self, speculations: Sequence[Speculation], outcomes: Sequence[Outcome], seconds: float) -> None:
+        """A verification has ended, `seconds` after it began."""
+        self.verify_seconds.observe(seconds)
+        self.verification.observe(sum(1 + len(speculation.tokens) for speculation in speculations), seconds)
+        if self._drafting:
+            emitted = sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
+            self.token_seconds.observe(sum(self._drafting) / emitted)
+            self.steps_per_token.observe(len(self._drafting) / emitted)
+            self._drafting.clear()
+        for speculation, outcome in zip(speculations, outcomes, strict=True):
+            if speculation.source in self.acceptance:
+                self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
+
+
+def expected_tokens(length: float, acceptance: float) -> float:
+    """Tokens that a verification of `length` draft tokens yields: 1 + a + ... + a^length, for fractions too."""
+    if acceptance > 0.9999:
+        return length + 1.0
+    return float((1.0 - acceptance ** (length + 1.0)) / (1.0 - acceptance))
