@@ -42,7 +42,8 @@ def models() -> dict[str, Decoder]:
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(random.Random(f"{length}-{seed}").randrange(VOCAB) for _ in range(length))
+    draws = random.Random(f"{length}-{seed}")
+    return tuple(draws.randrange(VOCAB) for _ in range(length))
 
 
 class Restless:
