@@ -54,7 +54,10 @@ class TargetRank(Rank):
             with self._model(store) as decoder, self._speculators(server, decoder, tokenizer) as speculators:
                 link = speculators.get("ssd")
                 assert link is None or isinstance(link, LinkSpeculator)
-                engine = Engine(decoder, config.engine, config.speculation.lookahead, speculators, self._tracer)
+                speculation = config.speculation
+                engine = Engine(
+                    decoder, config.engine, speculation.lookahead, speculators, self._tracer, speculation.coupling
+                )
                 cores = topology.cores_by_role(config, self._place.world_size)
                 leader = Leader(config, engine, tokenizer, server, link, cores, self._stop)
                 self._on_stop = self._set_stop
@@ -125,7 +128,12 @@ class TargetRank(Rank):
         peer = welcome_draft(
             server,
             host,
-            FrameShape.of(config.engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget),
+            FrameShape.of(
+                config.engine.max_num_seqs,
+                max(1, speculation.lookahead),
+                speculation.budget,
+                speculation.sent_probabilities,
+            ),
             config_digest=config.digest(),
             vocabulary=tokenizer.vocabulary().digest(),
             timing=link_timing(config),

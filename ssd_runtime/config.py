@@ -23,6 +23,8 @@ Device = Literal["cpu", "cuda"]
 Mode = Literal["ar", "sd", "sd-colocated", "ssd"]
 Numerics = Literal["fast", "invariant"]
 NUMERICS: tuple[Numerics, ...] = ("fast", "invariant")
+Coupling = Literal["shared-noise", "rejection"]
+MOST_TOP_M = 1024  # each token of each branch carries that many words
 MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
 
 
@@ -92,7 +94,13 @@ class SpeculationConfig:
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
         backup: what speculates after a miss; "auto": the draft or an n-gram, whichever promises more tokens per second.
-        coupling: how draft and target randomness relate; "shared-noise" is exact and drafter-invariant.
+        coupling: how draft and target randomness relate. "shared-noise" is exact and drafter-invariant: the tokens are
+            the same in every mode. "rejection" is the scheme of the papers: the draft samples tokens of its own, the
+            target accepts them with probability min(1, p/q); exact in distribution only.
+        top_m: under "rejection", the draft samples from its top_m likeliest tokens and sends as many probabilities; 1
+            is a greedy draft, which sends none.
+        saguaro_c, saguaro_f: under "rejection", the draft's saguaro_f likeliest tokens are scaled by saguaro_c before
+            it samples (Definition 14 of the paper); 1.0 is off.
     """
 
     mode: Mode = "ssd"
@@ -103,7 +111,15 @@ class SpeculationConfig:
     budget: int = 8
     recycle: int = 3
     backup: Literal["draft", "ngram", "none", "auto"] = "draft"
-    coupling: Literal["shared-noise"] = "shared-noise"
+    coupling: Coupling = "shared-noise"
+    top_m: int = 32
+    saguaro_c: float = 1.0
+    saguaro_f: int = 4
+
+    @property
+    def sent_probabilities(self) -> int:
+        """Most probabilities that travel with a draft token."""
+        return self.top_m if self.coupling == "rejection" and self.top_m > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -245,6 +261,7 @@ def _validate(config: Config) -> None:
     at_least("speculation", "budget", 1)
     at_least("speculation", "recycle", 0)
     _validate_fan_out(config.speculation)
+    _validate_coupling(config.speculation)
     for role in ("target", "draft"):
         at_least(role, "threads", 1)
         at_least(role, "tensor_parallel", 1)
@@ -267,3 +284,21 @@ def _validate_fan_out(speculation: SpeculationConfig) -> None:
         raise ConfigError(f"{key} must have {wanted}, not {list(counts)}")
     if sum(counts) > speculation.budget:
         raise ConfigError(f"{key} sums to {sum(counts)}: raise speculation.budget = {speculation.budget} to that")
+
+
+def _validate_coupling(speculation: SpeculationConfig) -> None:
+    top_m, c, f = speculation.top_m, speculation.saguaro_c, speculation.saguaro_f
+    if not 1 <= top_m <= MOST_TOP_M:
+        raise ConfigError(f"config key 'speculation.top_m' must be between 1 and {MOST_TOP_M}, not {top_m}")
+    if not 0.0 <= c <= 1.0:
+        raise ConfigError(f"config key 'speculation.saguaro_c' must be between 0 and 1 (1 is off), not {c}")
+    if f < 1:
+        raise ConfigError(f"config key 'speculation.saguaro_f' must be at least 1, not {f}")
+    if c == 1.0:
+        return
+    if speculation.coupling != "rejection":
+        wanted = 'set speculation.coupling = "rejection", or leave saguaro_c at 1.0'
+        raise ConfigError(f"config key 'speculation.saguaro_c' is for rejection sampling: {wanted}")
+    if f >= top_m:
+        wanted = f"set saguaro_f below speculation.top_m = {top_m}"
+        raise ConfigError(f"config key 'speculation.saguaro_f' = {f} scales all tokens alike, to no effect: {wanted}")

@@ -120,7 +120,9 @@ def in_process(
 ) -> InProcess:
     """Build one. `steps` is how many drafting steps fit into one verification; K and B are fixed without a planner."""
     engine, speculation = engine or EngineConfig(max_model_len=256), speculation or SpeculationConfig()
-    shape = FrameShape.of(engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget)
+    shape = FrameShape.of(
+        engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget, speculation.sent_probabilities
+    )
     count = steps if callable(steps) else lambda: steps
     rank = SteppedDraft(Drafter(draft, engine, speculation), shape, count)
     link = LinkSpeculator(rank, speculation.backup, target.arch.vocab_size, deadline=5.0, pace=Pace(), planner=planner)
@@ -133,7 +135,7 @@ def in_process(
     }
     tracer = Tracer("test", enabled=False)
     return InProcess(
-        Engine(target, engine, speculation.lookahead, speculators, tracer),  # type: ignore[arg-type]
+        Engine(target, engine, speculation.lookahead, speculators, tracer, speculation.coupling),  # type: ignore[arg-type]
         rank,
         colocated,
         link,

@@ -3,32 +3,40 @@
     header   magic, kind, round, two words about the frame, rows used, checksum of everything behind the header
              (outcome: control_seq, plan; tree: microseconds and rows of the drafting step that grew it)
     row      outcome: sequence_id, turn, num_accepted, bonus_token, source, length, tokens[K]
-             tree:    sequence_id, turn, num_accepted, bonus_token, length, tokens[K]
+             tree:    sequence_id, turn, num_accepted, bonus_token, length, tokens[K], proposals[K][m]
 
-Tokens that are absent are -1; unused rows are zero. A signal (keepalive, goodbye) is a header alone, padded to the
-same size. Decoding checks every range: what passes is a frame, whatever the peer was.
+A proposal is what a branch token was sampled from: up to m words, a token id in the upper 32 bits and the bits of its
+float32 probability in the lower ones. m is 0 unless draft tokens are sampled apart from the target's.
+
+Tokens and words of proposals that are absent are -1; unused rows are zero. A signal (keepalive, goodbye) is a header
+alone, padded to the same size. Decoding checks every range: what passes is a frame, whatever the peer was.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Generic, NoReturn, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_runtime.comm.protocol import FrameShape as FrameShape
 from ssd_runtime.comm.protocol import ProtocolError as ProtocolError
-from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
+from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Proposal, Source, TreeFrame
 
 MAGIC = 0x5353_4431  # "SSD1"
 HEADER = 7  # words
 MAX_TOKEN = 2**31
 PLAN_BUDGET = 2**16  # a plan is one word: 1 + lookahead + budget * PLAN_BUDGET; 0 is no plan
+SUM_TOLERANCE = 1e-5  # of a proposal's probabilities: each is rounded to one part in 10^7
 
+Words = NDArray[np.int64]
 Frame = TypeVar("Frame", OutcomeFrame, TreeFrame)
 
 
@@ -161,7 +169,7 @@ class TreeCodec(FrameCodec[TreeFrame]):
     kind = Kind.TREE
 
     def __init__(self, shape: FrameShape) -> None:
-        super().__init__(shape, shape.max_branches, 5 + shape.lookahead)
+        super().__init__(shape, shape.max_branches, 5 + shape.lookahead * (1 + shape.probabilities))
 
     def encode(self, frame: TreeFrame) -> Tensor:
         body: list[int] = []
@@ -169,15 +177,76 @@ class TreeCodec(FrameCodec[TreeFrame]):
             outcome, tokens = branch.outcome, branch.tokens
             body += (branch.sequence_id, branch.turn, outcome.num_accepted, outcome.bonus_token, len(tokens))
             body += self._tokens(tokens)
+            assert len(branch.proposals) in (0, len(tokens)), branch
+            for proposal in branch.proposals:
+                body += self._proposal(proposal)
+            body += [-1] * (self.shape.probabilities * (self.shape.lookahead - len(branch.proposals)))
         return self._tensor(self.kind, frame.round, (frame.step_us, frame.step_rows), len(frame.branches), body)
+
+    def _proposal(self, proposal: Proposal) -> list[int]:
+        absent: int = self.shape.probabilities - len(proposal.tokens)
+        if absent < 0:
+            raise ValueError(f"{len(proposal.tokens)} probabilities do not fit a shape of {self.shape.probabilities}")
+        bits = np.array(proposal.weights, dtype=np.float32).view(np.uint32).tolist()
+        words = [token << 32 | weight for token, weight in zip(proposal.tokens, bits, strict=True)]
+        return [*words, *[-1] * absent]
 
     def decode(self, words: Tensor) -> TreeFrame:
         round, (step_us, step_rows), rows = self._rows(words)
-        return TreeFrame(round, tuple(map(self._branch, rows)), step_us, step_rows)
+        branches = tuple(map(self._branch, rows))
+        if self.shape.probabilities and branches:
+            branches = self._with_proposals(branches, words)
+        return TreeFrame(round, branches, step_us, step_rows)
 
     def _branch(self, row: list[int]) -> Branch:
         sequence_id, turn, num_accepted, bonus_token, length = row[:5]
-        tokens = self._check(row, length, row[5:])
+        tokens = self._check(row, length, row[5 : 5 + self.shape.lookahead])
         if len(tokens) != length:
             self._garbage(row)
         return Branch(sequence_id, turn, Outcome(num_accepted, bonus_token), tokens)
+
+    def _with_proposals(self, branches: tuple[Branch, ...], words: Tensor) -> tuple[Branch, ...]:
+        """The branches with their proposals, all of them checked at once."""
+        rows, lookahead = len(branches), self.shape.lookahead
+        body = words[HEADER : HEADER + rows * self.row_words].numpy().reshape(rows, self.row_words)
+        words_BKM = body[:, 5 + lookahead :].reshape(rows, lookahead, self.shape.probabilities)
+        ids_BKM = words_BKM >> 32
+        weights_BKM = (words_BKM & 0xFFFF_FFFF).astype(np.uint32).view(np.float32)
+        count_BK = (words_BKM >= 0).sum(axis=2)
+        self._check_proposals(branches, body[:, 5 : 5 + lookahead], words_BKM, ids_BKM, weights_BKM, count_BK)
+        ids, weights, counts = ids_BKM.tolist(), weights_BKM.tolist(), count_BK.tolist()
+        found = []
+        for index, branch in enumerate(branches):
+            sampled = len(branch.tokens) if counts[index][0] else 0
+            proposals = tuple(
+                Proposal(tuple(ids[index][k][:count]), tuple(weights[index][k][:count]))
+                for k, count in enumerate(counts[index][:sampled])
+            )
+            found.append(dataclasses.replace(branch, proposals=proposals))
+        return tuple(found)
+
+    def _check_proposals(
+        self,
+        branches: tuple[Branch, ...],
+        tokens_BK: Words,
+        words_BKM: Words,
+        ids_BKM: Words,
+        weights_BKM: NDArray[np.float32],
+        count_BK: Words,
+    ) -> None:
+        """All or none of a branch's tokens have a proposal: a distribution over tokens, their own among them."""
+        present_BKM = np.arange(words_BKM.shape[2]) < count_BK[:, :, None]
+        expected_BKM = np.where(present_BKM, words_BKM >= 0, words_BKM == -1)
+        length_B1 = np.array([len(branch.tokens) for branch in branches])[:, None]
+        sampled_BK = (np.arange(words_BKM.shape[1]) < length_B1) & (count_BK[:, :1] > 0)
+        total_BK = np.where(present_BKM, weights_BKM.astype(np.float64), 0.0).sum(axis=2)
+        sorted_BKM = np.sort(np.where(present_BKM, ids_BKM, -1 - np.arange(words_BKM.shape[2])), axis=2)
+        own_BKM = present_BKM & (ids_BKM == tokens_BK[:, :, None])
+        # Comparisons are written so that a weight that is no number fails them.
+        good_BK = expected_BKM.all(axis=2) & ((count_BK > 0) == sampled_BK)
+        good_BK &= ~sampled_BK | (np.abs(total_BK - 1.0) <= SUM_TOLERANCE) & own_BKM.any(axis=2)
+        good_BK &= (~present_BKM | (weights_BKM > 0.0)).all(axis=2) & (np.diff(sorted_BKM, axis=2) > 0).all(axis=2)
+        if not good_BK.all():
+            index, k = np.argwhere(~good_BK)[0].tolist()
+            about = f"token {k} of the branch for {branches[index].outcome} of sequence {branches[index].sequence_id}"
+            raise ProtocolError(f"what {about} was sampled from is no distribution that could have given it")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ssd_runtime.errors import SsdError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK = 1024  # tokens behind one digest of a vocabulary
 
 # Names that converters give to ids no tokenizer ever produces; at the end of a vocabulary they are padding.
@@ -31,16 +31,18 @@ class FrameShape:
         max_sequences: most rows of an `OutcomeFrame`.
         lookahead: K, most tokens of a row or branch.
         max_branches: most branches of a `TreeFrame`.
+        probabilities: most probabilities that a branch carries for each of its tokens.
     """
 
     max_sequences: int
     lookahead: int
     max_branches: int
+    probabilities: int = 0
 
     @classmethod
-    def of(cls, max_sequences: int, lookahead: int, budget: int) -> FrameShape:
+    def of(cls, max_sequences: int, lookahead: int, budget: int, probabilities: int = 0) -> FrameShape:
         """Room for `budget` branches a sequence and one drafted just in time after a miss."""
-        return cls(max_sequences, lookahead, max_sequences * (budget + 1))
+        return cls(max_sequences, lookahead, max_sequences * (budget + 1), probabilities)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.fanout import Fork, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows, processors_of
+from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, SamplingParams, Source, TreeFrame
@@ -70,6 +71,7 @@ class Drafter:
         self._speculation = speculation
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
         self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list, speculation.budget)
+        self._rule = proposal_rule(speculation)
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
@@ -219,7 +221,11 @@ class Drafter:
             logits_RV[:, : self._vocab_size],
             [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],
         )
-        rankings = rank_tokens(logits_RV.contiguous(), draws, count)
+        if self._rule is None:
+            rankings = rank_tokens(logits_RV.contiguous(), draws, count)
+        else:
+            texts = [node.text for _, node in nodes]
+            rankings = propose_tokens(logits_RV.contiguous(), draws, texts, count, self._rule)
         for (sequence, node), ranking in zip(nodes, rankings, strict=True):
             sequence.tree.record(node, ranking)
 
@@ -238,6 +244,13 @@ class Drafter:
 def _path(node: Node) -> list[int]:
     """The tokens that lead to a node from the root, which the sequence has."""
     return [above.token for above in node.ancestors()[1:]]
+
+
+def proposal_rule(speculation: SpeculationConfig) -> ProposalRule | None:
+    """How draft tokens are sampled at a temperature above 0; None under shared noise."""
+    if speculation.coupling == "shared-noise":
+        return None
+    return ProposalRule(speculation.top_m, speculation.saguaro_c, speculation.saguaro_f)
 
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:

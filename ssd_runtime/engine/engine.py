@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ssd_runtime.config import EngineConfig, Mode
+from ssd_runtime.config import Coupling, EngineConfig, Mode
 from ssd_runtime.engine.numerics import FreshTokens, Rounding, spare_slots
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.scheduler import Scheduler
@@ -24,9 +24,9 @@ from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
 from ssd_runtime.speculation.logprobs import MOST_ALTERNATIVES, token_logprobs
 from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
-from ssd_runtime.speculation.sampling import Draw, check_sampling, choose_tokens
+from ssd_runtime.speculation.sampling import check_sampling
 from ssd_runtime.speculation.types import Outcome, Speculation
-from ssd_runtime.speculation.verify import verify
+from ssd_runtime.speculation.verify import Claim, verify_claims
 from ssd_runtime.trace import Tracer
 
 
@@ -47,6 +47,7 @@ class Engine:
         max_lookahead: the longest speculation a request may ask for.
         speculators: how each mode speculates; a request in another mode is refused.
         tracer: where rounds are recorded.
+        coupling: how speculations are verified; the speculators' drafts must be of the same mind.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Engine:
         max_lookahead: int,
         speculators: Mapping[Mode, Speculator],
         tracer: Tracer,
+        coupling: Coupling = "shared-noise",
     ) -> None:
         self._decoder = decoder
         self._config = config
         self._max_lookahead = max_lookahead
         self._speculators = dict(speculators)
         self._tracer = tracer
+        self._coupling = coupling
         self.allocator = BlockAllocator(config.pool_blocks)
         num_slots = config.pool_blocks * config.block_size
         self._kv = decoder.new_kv(num_slots + spare_slots(decoder, config.numerics))
@@ -171,9 +174,8 @@ class Engine:
         sequence.table.length = end
         progressed = []
         if end == sequence.num_prompt:
-            processed_RV = process_rows(logits_RV, [(sequence.processors, ())])
-            (token,) = choose_tokens(processed_RV, [Draw(sequence.request.params, end)])
-            progressed = [_commit(sequence, Outcome(0, token), Speculation(), logits_RV)]
+            (outcome,) = self._outcomes([sequence], [Speculation()], logits_RV)
+            progressed = [_commit(sequence, outcome, Speculation(), logits_RV)]
         end_ns = time.monotonic_ns()
         sequence.measured.prefill_seconds += (end_ns - start_ns) / 1e9
         self._tracer.complete("prefill", start_ns, end_ns, arguments={"tokens": end - start})
@@ -222,18 +224,12 @@ class Engine:
             for sequence, speculation in zip(batch, speculations, strict=True)
             for offset in range(len(speculation.tokens) + 1)
         ]
-        draws = [
-            Draw(sequence.request.params, len(sequence.tokens) + offset)
+        hashed = self._coupling == "rejection"
+        claims = [
+            Claim(sequence.request.params, len(sequence.tokens), speculation, sequence.text_hash() if hashed else 0)
             for sequence, speculation in zip(batch, speculations, strict=True)
-            for offset in range(len(speculation.tokens) + 1)
         ]
-        chosen = choose_tokens(process_rows(logits_RV, rows), draws)
-        outcomes = []
-        for speculation in speculations:
-            count = len(speculation.tokens) + 1
-            outcomes.append(verify(chosen[:count], speculation.tokens))
-            chosen = chosen[count:]
-        return outcomes
+        return verify_claims(self._coupling, process_rows(logits_RV, rows), claims)
 
     # -- endings and measures ------------------------------------------------------------------------------------
 

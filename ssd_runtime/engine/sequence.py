@@ -15,6 +15,7 @@ from ssd_runtime.comm.messages import RequestStatistics
 from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.backup import NgramIndex
+from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.processors import LogitsProcessors
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation, TokenLogprob
 
@@ -207,6 +208,7 @@ class Sequence:
         self.ngrams = NgramIndex()
         self._text = text
         self._stop = StopStrings(request.stop)
+        self._hashed = (0, EMPTY_TEXT)  # how many tokens, their hash
 
     @property
     def num_prompt(self) -> int:
@@ -224,6 +226,12 @@ class Sequence:
     def most_speculated(self) -> int:
         """The longest speculation worth verifying: no longer than what may still be emitted besides the bonus token."""
         return max(0, min(self.request.lookahead, self.max_tokens - self.num_output - 1))
+
+    def text_hash(self) -> int:
+        """Hash of all tokens (speculation/noise.py); what was hashed before is not hashed again."""
+        count, text = self._hashed
+        self._hashed = (len(self.tokens), extend_text(text, self.tokens[count:]))
+        return self._hashed[1]
 
     def commit(self, outcome: Outcome, speculation: Speculation) -> Delta:
         """Append what a verification decided, token by token, and stop exactly where the request says."""

@@ -6,7 +6,7 @@ a later tree supersedes an earlier one, which for one outcome means a longer bra
 
 from __future__ import annotations
 
-from ssd_runtime.speculation.types import Branch, Outcome, TreeFrame
+from ssd_runtime.speculation.types import Branch, Outcome, Proposal, TreeFrame
 
 
 class SpeculationCache:
@@ -14,7 +14,7 @@ class SpeculationCache:
 
     def __init__(self) -> None:
         self._turn: dict[int, int] = {}
-        self._branches: dict[int, dict[Outcome, tuple[int, ...]]] = {}
+        self._branches: dict[int, dict[Outcome, Branch]] = {}
 
     def admit(self, sequence_id: int) -> None:
         """Start to keep branches of a sequence; those of unknown sequences are dropped."""
@@ -41,14 +41,21 @@ class SpeculationCache:
         if self._turn.get(branch.sequence_id) != branch.turn:
             return
         known = self._branches[branch.sequence_id]
-        if len(branch.tokens) >= len(known.get(branch.outcome, ())):
-            known[branch.outcome] = branch.tokens
+        if branch.outcome not in known or len(branch.tokens) >= len(known[branch.outcome].tokens):
+            known[branch.outcome] = branch
 
     def lookup(self, sequence_id: int, turn: int, outcome: Outcome) -> tuple[int, ...] | None:
         """The branch for `outcome` of verification `turn`, or None: a miss."""
-        if self._turn.get(sequence_id) != turn:
-            return None
-        return self._branches[sequence_id].get(outcome)
+        branch = self._branch(sequence_id, turn, outcome)
+        return None if branch is None else branch.tokens
+
+    def proposals(self, sequence_id: int, turn: int, outcome: Outcome) -> tuple[Proposal, ...]:
+        """What the tokens of that branch were sampled from; () on a miss, or where none was sampled."""
+        branch = self._branch(sequence_id, turn, outcome)
+        return () if branch is None else branch.proposals
+
+    def _branch(self, sequence_id: int, turn: int, outcome: Outcome) -> Branch | None:
+        return self._branches[sequence_id].get(outcome) if self._turn.get(sequence_id) == turn else None
 
     def __len__(self) -> int:
         return sum(len(branches) for branches in self._branches.values())

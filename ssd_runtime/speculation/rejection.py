@@ -89,9 +89,12 @@ def verify_by_rejection(z_LV: Sequence[Tensor] | Tensor, speculation: Speculatio
         support_M = torch.tensor(proposal.tokens, device=z_V.device)
         q_M = torch.tensor(proposal.weights, dtype=torch.float64, device=z_V.device)
         q_M = q_M / q_M.sum()
+        if max(proposal.tokens) >= len(z_V):  # the draft's padding: p is 0 there
+            inside_M = support_M < len(z_V)
+            support_M, q_M = support_M[inside_M], q_M[inside_M]
         p_M = (z_V[support_M] - norm).exp()
-        index = proposal.tokens.index(token)
-        # u < min(1, p / q), and never for p = 0: u may be 0.
+        index = support_M.tolist().index(token)
+        # Not u < p / q, which is what it is: u may be 0 where p is 0, and q may be tiny.
         if uniform_noise(text_key(seed, text, Stream.ACCEPTANCE)) * float(q_M[index]) >= float(p_M[index]):
             rest_V = z_V.index_copy(0, support_M, (p_M - q_M).clamp(min=0.0).log() + norm)
             return Outcome(k, _draw(rest_V if bool(rest_V.max() > -torch.inf) else z_V, seed, text))

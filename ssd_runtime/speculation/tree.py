@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ssd_runtime.speculation.fanout import FanOut, Fork, Verified
+from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.recycling import KEPT, Recycler
 from ssd_runtime.speculation.sampling import Ranking
-from ssd_runtime.speculation.types import Branch, Outcome
+from ssd_runtime.speculation.types import Branch, Outcome, Proposal
 
 NO_SLOT = -1
 
@@ -30,15 +31,17 @@ class Node:
     Attributes:
         token, position: the token and its absolute position in the sequence.
         slot: KV slot of its row, NO_SLOT until forwarded.
+        text: hash of the sequence up to this token, which keys what the draft samples next.
         ranking: tokens most likely to follow; None until forwarded.
     """
 
-    __slots__ = ("children", "parent", "position", "ranking", "slot", "token")
+    __slots__ = ("children", "parent", "position", "ranking", "slot", "text", "token")
 
-    def __init__(self, token: int, position: int, parent: Node | None) -> None:
+    def __init__(self, token: int, position: int, parent: Node | None, text: int) -> None:
         self.token = token
         self.position = position
         self.parent = parent
+        self.text = text
         self.slot = NO_SLOT
         self.ranking: Ranking | None = None
         self.children: dict[int, Node] = {}
@@ -47,13 +50,14 @@ class Node:
         """The child of that token, made if it is not there yet."""
         node = self.children.get(token)
         if node is None:
-            node = self.children[token] = Node(token, self.position + 1, self)
+            node = Node(token, self.position + 1, self, extend_text(self.text, (token,)))
+            self.children[token] = node
         return node
 
     def best_child(self) -> Node:
-        """The likeliest successor. Only of a forwarded node."""
+        """The successor by the draft's own choice. Only of a forwarded node."""
         assert self.ranking is not None
-        return self.child(self.ranking.tokens[0])
+        return self.child(self.ranking.draft_token)
 
     def ancestors(self) -> list[Node]:
         """From the root of the tree down to this node, itself included."""
@@ -112,7 +116,7 @@ class TokenTree:
         recycle: int = 0,
     ) -> None:
         root_token = prompt[-1]
-        self.root = Node(root_token, len(prompt) - 1, None)
+        self.root = Node(root_token, len(prompt) - 1, None, extend_text(EMPTY_TEXT, prompt))
         self.turn = -1
         self.outcome = Outcome(0, root_token)
         self.trunk: list[Node] | None = []  # None: a miss, the just-in-time branch is wanted
@@ -242,9 +246,9 @@ class TokenTree:
         else:
             found = [(self.turn, Outcome(k, child.token), child) for k, child in self._outcomes()]
         return [
-            Branch(sequence_id, turn, outcome, tokens)
+            self._branch(sequence_id, turn, outcome, start)
             for turn, outcome, start in found
-            if (tokens := self._branch_tokens(start))
+            if start.ranking is not None
         ]
 
     def _outcomes(self) -> list[tuple[int, Node]]:
@@ -260,10 +264,14 @@ class TokenTree:
                     ranked.append((-gain, rank, -k, child))
         return [(-k, child) for _, _, k, child in sorted(ranked, key=lambda item: item[:3])]
 
-    def _branch_tokens(self, start: Node) -> tuple[int, ...]:
+    def _branch(self, sequence_id: int, turn: int, outcome: Outcome, start: Node) -> Branch:
+        """What follows `start`. A token is part of it as soon as it is drafted, whichever token it is (noise.py)."""
         tokens: list[int] = []
+        proposals: list[Proposal] = []
         node = start
         while node.ranking is not None and len(tokens) < self._lookahead:
+            if node.ranking.proposal is not None:
+                proposals.append(node.ranking.proposal)
             node = node.best_child()
             tokens.append(node.token)
-        return tuple(tokens)
+        return Branch(sequence_id, turn, outcome, tuple(tokens), tuple(proposals))

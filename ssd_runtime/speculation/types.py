@@ -159,12 +159,14 @@ class Branch:
 
     Attributes:
         turn: the verification whose outcome this branch answers; -1 is the prefill.
+        proposals: what each token was sampled from; () if none was sampled.
     """
 
     sequence_id: int
     turn: int
     outcome: Outcome
     tokens: tuple[int, ...]
+    proposals: tuple[Proposal, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,47 @@
-"""Verification under shared noise: accept while the draft's token equals the target's own.
+"""Verification of a batch: under shared noise, accept while the draft's token equals the target's own.
 
-Knows no tensors. Lossless because every emitted token is the target's own choice; a speculation only decides how many
-of them one forward yields.
+Lossless because every emitted token is the target's own choice; a speculation only decides how many of them one forward
+yields. Under rejection sampling (rejection.py) that holds at temperature 0 only; above it the tokens have the target's
+distribution. Knows no models and no ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ssd_runtime.speculation.types import Outcome
+import torch
+from torch import Tensor
+
+from ssd_runtime.config import Coupling
+from ssd_runtime.speculation.rejection import verify_by_rejection
+from ssd_runtime.speculation.sampling import Draw, choose_tokens, process_logits
+from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A speculation to be verified.
+
+    Attributes:
+        params: of the request.
+        position: of the first speculated token in the sequence; of the bonus token if there is none.
+        text: hash of the tokens before it (noise.py); only rejection sampling looks at it.
+    """
+
+    params: SamplingParams
+    position: int
+    speculation: Speculation
+    text: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.speculation.tokens) + 1
 
 
 def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
-    """The outcome (k, t*) of verifying one speculation.
+    """The outcome (k, t*) of verifying one speculation under shared noise.
 
     Args:
         chosen: the target's own tokens after the bonus token and after each speculated one; len(speculation) + 1.
@@ -23,3 +52,30 @@ def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
     while num_accepted < len(speculation) and speculation[num_accepted] == chosen[num_accepted]:
         num_accepted += 1
     return Outcome(num_accepted, chosen[num_accepted])
+
+
+def verify_claims(coupling: Coupling, logits_RV: Tensor, claims: Sequence[Claim]) -> list[Outcome]:
+    """The outcome of every claim.
+
+    Args:
+        logits_RV: `num_rows` rows a claim, in order, after the processors of processors.py.
+    """
+    rows = logits_RV.split([claim.num_rows for claim in claims])
+    by_equality = [i for i, claim in enumerate(claims) if coupling == "shared-noise" or claim.params.temperature == 0.0]
+    outcomes: dict[int, Outcome] = {}
+    if by_equality:
+        same_RV = logits_RV if len(by_equality) == len(claims) else torch.cat([rows[i] for i in by_equality])
+        draws = [
+            Draw(claims[i].params, claims[i].position + offset)
+            for i in by_equality
+            for offset in range(claims[i].num_rows)
+        ]
+        chosen = iter(choose_tokens(same_RV, draws))
+        for i in by_equality:
+            speculation = claims[i].speculation
+            outcomes[i] = verify(list(itertools.islice(chosen, claims[i].num_rows)), speculation.tokens)
+    for i, claim in enumerate(claims):
+        if i not in outcomes:
+            z_LV = [process_logits(logits_V, claim.params) for logits_V in rows[i]]
+            outcomes[i] = verify_by_rejection(z_LV, claim.speculation, claim.params.seed, claim.text)
+    return [outcomes[i] for i in range(len(claims))]

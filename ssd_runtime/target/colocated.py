@@ -58,11 +58,14 @@ class ColocatedSpeculator:
         steps: list[tuple[float, int]] = []
         while (step := self._drafter.grow()) is not None:
             steps.append(((step.end_ns - step.start_ns) / 1e6, step.rows))
-        drafted = {branch.sequence_id: branch.tokens for branch in self._drafter.tree().branches}
+        drafted = {branch.sequence_id: branch for branch in self._drafter.tree().branches}
         speculations = []
         for sequence in batch:
-            tokens = drafted.get(sequence.sequence_id, ())[: sequence.most_speculated]
-            speculations.append(Speculation(tokens, Source.DRAFT if tokens else Source.NONE))
+            branch, most = drafted.get(sequence.sequence_id), sequence.most_speculated
+            if branch is None or not most:
+                speculations.append(Speculation())
+            else:
+                speculations.append(Speculation(branch.tokens[:most], Source.DRAFT, branch.proposals[:most]))
         verified = [
             _outcome_row(sequence, speculation.source, len(speculation.tokens))
             for sequence, speculation in zip(batch, speculations, strict=True)

@@ -209,7 +209,9 @@ class LinkSpeculator:
 
     def _speculation(self, sequence: Sequence, tokens: tuple[int, ...]) -> Speculation:
         if tokens:
-            return Speculation(tokens, Source.DRAFT)
+            assert sequence.outcome is not None
+            proposals = self._cache.proposals(sequence.sequence_id, sequence.turn - 1, sequence.outcome)
+            return Speculation(tokens, Source.DRAFT, proposals[: len(tokens)])
         if self._backup in ("ngram", "auto") or self.lost is not None:
             match = self._ngram(sequence)
             if match:

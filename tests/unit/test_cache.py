@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.types import Branch, Outcome, TreeFrame
+from ssd_runtime.speculation.types import Branch, Outcome, Proposal, TreeFrame
 
 A, B = Outcome(0, 5), Outcome(2, 7)
 
@@ -78,3 +78,15 @@ def test_sequences_do_not_see_each_others_branches() -> None:
     cache.store(tree(Branch(0, -1, A, (1,)), Branch(1, -1, A, (2,))))
     cache.advance(0, 0)
     assert cache.lookup(1, -1, A) == (2,)
+
+
+def test_what_a_branch_was_sampled_from_is_kept_with_it() -> None:
+    cache = SpeculationCache()
+    cache.admit(0)
+    first, second = Proposal((1, 4), (0.5, 0.5)), Proposal((2,), (1.0,))
+    cache.store(tree(Branch(0, -1, A, (1,), (first,)), Branch(0, -1, B, (9,))))
+    assert cache.proposals(0, -1, A) == (first,)
+    assert cache.proposals(0, -1, B) == ()
+    cache.store(tree(Branch(0, -1, A, (1, 2), (first, second))))
+    assert cache.proposals(0, -1, A) == (first, second)
+    assert cache.proposals(0, 0, A) == cache.proposals(5, -1, A) == ()

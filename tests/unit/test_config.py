@@ -1,5 +1,6 @@
 """Configuration: what is read, what is refused, and that a refusal names the key and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,28 @@ def test_a_fan_out_list_is_read() -> None:
 def test_only_the_target_is_shared_among_ranks(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["coupling=neither"], "must be one of shared-noise, rejection"),
+        (["coupling=rejection", "top_m=0"], "'speculation.top_m' must be between 1 and 1024, not 0"),
+        (["coupling=rejection", "top_m=5000"], "'speculation.top_m' must be between 1 and 1024, not 5000"),
+        (["coupling=rejection", "saguaro_c=1.5"], "'speculation.saguaro_c' must be between 0 and 1"),
+        (["coupling=rejection", "saguaro_c=0.5", "saguaro_f=0"], "'speculation.saguaro_f' must be at least 1"),
+        (["saguaro_c=0.5"], 'set speculation.coupling = "rejection", or leave saguaro_c at 1.0'),
+        (["coupling=rejection", "saguaro_c=0.5", "top_m=4"], "set saguaro_f below speculation.top_m = 4"),
+    ],
+)
+def test_couplings_that_cannot_work_name_their_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, [f"speculation.{override}" for override in overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sent"), [([], 0), (["coupling=rejection"], 32), (["coupling=rejection", "top_m=1"], 0)]
+)
+def test_probabilities_travel_only_where_draft_tokens_are_sampled(overrides: list[str], sent: int) -> None:
+    config = load_config(None, [f"speculation.{override}" for override in overrides])
+    assert config.speculation.sent_probabilities == sent
