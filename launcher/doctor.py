@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher import preflight
+from launcher import nccl, preflight
+from launcher.torchrun import num_ranks
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError, SsdError
 
@@ -44,6 +45,9 @@ def examine(config: Config) -> Iterator[Finding]:
     if config.target.tensor_parallel > 1:
         yield _finding("target shares", lambda: _shares(config))
     yield _finding("vocabularies", lambda: _vocabularies(config))
+    yield from _placement(config)
+    if "cuda" in (config.target.device, config.draft.device):
+        yield from (Finding(one.name, True, f"{one.value}: {one.reason}") for one in nccl.settings(os.environ))
     for role in ("target", "draft"):
         yield _finding(f"{role} KV cache", lambda role=role: _kv(config, role))  # type: ignore[misc]
 
@@ -141,6 +145,25 @@ def _shares(config: Config) -> str:
     part = ShardPlan(card.arch, 0, config.target.tensor_parallel).local
     heads = f"{part.num_heads} heads, {part.num_kv_heads} key-value heads, {part.intermediate_size} inner features"
     return f"a rank of {config.target.tensor_parallel} holds {heads}, {part.vocab_size} tokens"
+
+
+def _placement(config: Config) -> Iterator[Finding]:
+    """The plan, rank by rank, and each of its faults."""
+    from launcher import placement
+    from ssd_runtime import hardware, topology
+
+    try:
+        target, draft = (_card(model).arch for model in (config.target, config.draft))
+    except (SsdError, ImportError):
+        return  # the models' own findings say it
+    plan = placement.plan(config, hardware.read(), target, draft, num_ranks(config), topology.allowed_cores())
+    for one in plan.ranks:
+        yield Finding(f"{one.role} rank {one.rank}", True, placement.describe(one, config.engine.block_size))
+    for role, joint in (("target ranks", plan.target_joint), ("target and draft", plan.link_joint)):
+        if joint is not None:
+            yield Finding(role, True, f"joined by {placement.JOINTS[joint]}")
+    for warning in plan.warnings:
+        yield Finding("placement", False, warning)
 
 
 def _vocabularies(config: Config) -> str:

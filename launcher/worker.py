@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from launcher import processes
+from launcher import nccl, processes
 from launcher.announcer import Announcer
 from launcher.draft_rank import DraftRank
 from launcher.follower_rank import FollowerRank
@@ -46,6 +46,9 @@ def run(config_path: Path | None, overrides: tuple[str, ...], announcer: Announc
     try:
         logs.setup(role, int(rank))
         config = load_config(config_path, overrides)
+        if "cuda" in (config.target.device, config.draft.device):
+            for setting in nccl.apply():
+                log.info("%s=%s: %s", setting.name, setting.value, setting.reason)
         place = topology.place(config, os.environ)
         if place.role != role:
             role = place.role

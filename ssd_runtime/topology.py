@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from ssd_runtime import hardware
 from ssd_runtime.config import Config, Device, ModelConfig
 from ssd_runtime.errors import ConfigError
 
@@ -93,8 +94,14 @@ def place(config: Config, environ: Mapping[str, str]) -> Placement:
 
 
 def settle(placement: Placement) -> None:
-    """Move this process to its place: cores, compute threads, current GPU. Call before anything starts threads."""
-    pin(placement.cores, placement.threads)
+    """Move this process to its place: cores, compute threads, current GPU. Call before anything starts threads.
+
+    A rank on a GPU whose cores are not named goes to those near its GPU, as far as NVML knows them.
+    """
+    cores = placement.cores
+    if not cores and placement.device.type == "cuda":
+        cores = hardware.near_cores(hardware.read(), placement.device.index, allowed_cores())
+    pin(cores, placement.threads)
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
 
@@ -253,25 +260,14 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _gpus() -> list[str]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception as error:  # noqa: BLE001 - no module, no library, no driver: all mean that there is nothing to see
-        return [f"gpu      none seen ({type(error).__name__}: {error})"]
-    try:
-        lines = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name = pynvml.nvmlDeviceGetName(handle)
-            name = name.decode() if isinstance(name, bytes) else name
-            lines.append(f"gpu {index}    {name}, {memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
-        return lines or ["gpu      none"]
-    except pynvml.NVMLError as error:
-        return [f"gpu      cannot be asked ({error})"]
-    finally:
-        pynvml.nvmlShutdown()
+    found = hardware.read()
+    if not found.gpus:
+        return [f"gpu      none seen ({found.why_none})"]
+    return [
+        f"gpu {i}    {gpu.name}, {gpu.memory_free / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB free, "
+        f"{gpu.nvlinks} NVLinks, near cores {listed(gpu.cores) or 'unknown'}"
+        for i, gpu in enumerate(found.gpus)
+    ]
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,164 @@
+"""GPUs as NVML tells them, and the plan made of it, on a modelled node of eight H100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import doctor, nccl, placement
+from ssd_runtime import hardware, topology
+from ssd_runtime.config import Config, load_config
+from ssd_runtime.hardware import Hardware, near_cores, read
+from ssd_runtime.model.architecture import Architecture
+from tests.recorded_nvml import RecordedNvml
+from tests.tiny_models import write_hf
+
+ALL_CORES = tuple(range(224))
+NO_NVLINK = {"p2p_status_nvlink": [[5] * 8 for _ in range(8)]}
+GIB = 2**30
+
+
+def llama(layers: int, hidden: int, inner: int, heads: int, tied: bool = False) -> Architecture:
+    return Architecture(
+        "llama", layers, heads, 8, hidden // heads, hidden, inner, 128256, 1e-5, 5e5, tie_word_embeddings=tied
+    )
+
+
+LLAMA_70B, LLAMA_1B = llama(80, 8192, 28672, 64), llama(16, 2048, 8192, 32, tied=True)
+
+
+def config(*overrides: str) -> Config:
+    on_gpus = ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", "target.tensor_parallel=4"]
+    return load_config(None, [*on_gpus, "engine.max_model_len=8192", "engine.max_num_seqs=8", *overrides])
+
+
+def planned(*overrides: str, node: Hardware | None = None, num_ranks: int = 5) -> placement.Plan:
+    node = read(RecordedNvml(), {}) if node is None else node
+    return placement.plan(config(*overrides), node, LLAMA_70B, LLAMA_1B, num_ranks, ALL_CORES)
+
+
+def test_a_node_is_read_with_its_links_memory_and_cores() -> None:
+    nvml = RecordedNvml()
+    node = read(nvml, {})
+    assert nvml.open == 0
+    assert len(node.gpus) == 8
+    assert {(gpu.name, gpu.nvlinks) for gpu in node.gpus} == {("NVIDIA H100 80GB HBM3", 18)}
+    assert [gpu.numa for gpu in node.gpus] == [(0,)] * 4 + [(1,)] * 4
+    assert topology.listed(node.gpus[7].cores) == "56-111,168-223"
+    assert (node.joint(0, 7), node.joint(3, 3)) == ("nvlink", "same")
+    assert node.gpus[0].memory_free == (81559 - 551) * 2**20
+
+
+def test_without_nvlink_gpus_are_joined_by_what_both_hang_on() -> None:
+    node = read(RecordedNvml(**NO_NVLINK), {})
+    assert (node.joint(0, 3), node.joint(4, 3), node.joint(3, 4)) == ("numa", "socket", "socket")
+    levels = {10: "switch", 20: "switch", 30: "bridge", 40: "numa", 50: "socket"}
+    for level, joint in levels.items():
+        changed = RecordedNvml(**NO_NVLINK, topology_common_ancestor=[[level] * 8 for _ in range(8)])
+        assert read(changed, {}).joint(0, 1) == joint
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        (None, list(range(8))),
+        ("6,2", [6, 2]),
+        ("", []),
+        ("1,99,2", [1]),
+        ("GPU-00000000-0000-0000-0000-000000000003", [3]),
+    ],
+)
+def test_cuda_visible_devices_chooses_and_orders(setting: str | None, shown: list[int]) -> None:
+    environ = {} if setting is None else {"CUDA_VISIBLE_DEVICES": setting}
+    node = read(RecordedNvml(), environ)
+    assert [gpu.index for gpu in node.gpus] == shown
+    if len(shown) == 2:
+        assert node.joints == {(0, 1): "nvlink"}
+
+
+class NoDriver:
+    def nvmlInit(self) -> None:  # noqa: N802
+        raise RuntimeError("driver not loaded")
+
+
+def test_a_host_that_cannot_be_asked_has_no_gpus_and_says_why() -> None:
+    assert read(NoDriver()) == Hardware(why_none="RuntimeError: driver not loaded")
+
+
+def test_each_gpu_gets_cores_of_its_own_near_it() -> None:
+    node = read(RecordedNvml(), {})
+    chosen = [near_cores(node, i, ALL_CORES) for i in range(8)]
+    assert all(set(cores) <= set(gpu.cores) for cores, gpu in zip(chosen, node.gpus, strict=True))
+    assert [len(cores) for cores in chosen] == [28] * 8
+    assert len(set().union(*chosen)) == 224
+    assert near_cores(node, 5, (0, 1, 60)) == (60,)  # fewer cores than GPUs: shared
+    assert near_cores(node, 5, (0, 1)) == near_cores(Hardware(), 0, ALL_CORES) == ()
+
+
+def test_weights_and_blocks_are_those_of_the_published_models() -> None:
+    assert placement.weight_bytes(LLAMA_70B, "bf16") == pytest.approx(2 * 70.55e9, rel=0.001)
+    assert placement.weight_bytes(LLAMA_1B, "bf16") == pytest.approx(2 * 1.236e9, rel=0.001)
+    assert placement.weight_bytes(LLAMA_70B, "bf16", 4) == pytest.approx(2 * 70.55e9 / 4, rel=0.001)
+    assert placement.weight_bytes(LLAMA_70B, "int8") < 0.53 * placement.weight_bytes(LLAMA_70B, "bf16")
+    assert placement.block_bytes(LLAMA_70B, 16, "bf16") == 16 * 327_680  # 320 KiB a token
+    assert placement.block_bytes(LLAMA_70B, 16, "bf16", 4) == 4 * 327_680
+
+
+def test_four_and_one_fit_on_one_node_with_room_counted_for_the_draft() -> None:
+    plan = planned()
+    assert [(one.role, one.gpu) for one in plan.ranks] == [("target", i) for i in range(4)] + [("draft", 4)]
+    assert (plan.target_joint, plan.link_joint, plan.warnings) == ("nvlink", "nvlink", ())
+    target, draft = plan.ranks[0], plan.ranks[4]
+    assert target.kv_blocks == 8 * 8192 // 16 < draft.kv_blocks  # the draft's trees need rows too
+    assert target.blocks_left is not None
+    free = (81559 - 551) * 2**20
+    assert target.weights + placement.RESERVE + target.blocks_left * 4 * 327_680 <= free
+    assert target.weights + placement.RESERVE + (target.blocks_left + 1) * 4 * 327_680 > free
+    assert set(draft.cores) <= set(range(56, 112)) | set(range(168, 224))
+    assert "GPU 4, cores" in placement.describe(draft, 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "num_ranks", "warning"),
+    [
+        (["target.tensor_parallel=1"], {}, 2, "target rank 0 does not fit: 131.4 GiB of weights, and GPU 0 has 79.1"),
+        (["engine.max_num_seqs=512"], {}, 5, "the KV cache of target rank 0 does not fit: 262144 blocks"),
+        (["target.cores=[200]"], {}, 5, "target rank 0 is pinned to cores 200, which are far from GPU 0"),
+        (["target.tensor_parallel=8"], {}, 9, "target rank 7, draft rank 8 share GPU 7"),
+        ([], NO_NVLINK, 5, "spread over NVLink islands (joined by the NUMA node)"),
+        (["target.tensor_parallel=8"], NO_NVLINK, 9, "spread over sockets (joined by the link between sockets)"),
+    ],
+)
+def test_a_bad_plan_is_told(overrides: list[str], changes: dict[str, Any], num_ranks: int, warning: str) -> None:
+    plan = planned(*overrides, node=read(RecordedNvml(**changes), {}), num_ranks=num_ranks)
+    assert any(warning in one for one in plan.warnings), plan.warnings
+
+
+def test_doctor_prints_the_plan_and_fails_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("target", "draft"):
+        write_hf(tmp_path / name, seed=1)
+    models = (f"target.model={tmp_path}/target", f"draft.model={tmp_path}/draft", "target.tensor_parallel=2")
+    node = read(RecordedNvml(**NO_NVLINK), {"CUDA_VISIBLE_DEVICES": "3,4,5"})
+    monkeypatch.setattr(hardware, "read", lambda: node)
+    found = {finding.subject: finding for finding in doctor.examine(config(*models, "engine.max_model_len=64"))}
+    assert "GPU 2" in found["draft rank 2"].detail
+    assert found["target ranks"].detail == "joined by the link between sockets"
+    assert found["placement"].ok is False
+    assert "spread over sockets" in found["placement"].detail
+    assert "losing the draft must not end the target" in found["TORCH_NCCL_ASYNC_ERROR_HANDLING"].detail
+
+
+def test_nccl_settings_respect_the_environment_and_name_the_interface(tmp_path: Path) -> None:
+    names = lambda found: {one.name: (one.value, one.chosen) for one in found}  # noqa: E731
+    alone = names(nccl.settings({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, tmp_path))
+    assert alone["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == ("2", True)
+    assert alone["NCCL_IB_DISABLE"] == ("1", True)
+    assert "NCCL_SOCKET_IFNAME" not in alone
+    (tmp_path / "mlx5_0").mkdir()
+    chosen = names(nccl.settings({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, tmp_path))
+    assert chosen["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == ("0", False)
+    assert "NCCL_IB_DISABLE" not in chosen
+    assert nccl.interface_of("127.0.0.1") == "lo"
+    assert nccl.interface_of("192.0.2.1") is None
