@@ -5,6 +5,7 @@ A row's result depends on that row alone: not on how many rows share the call, n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import fakes, fallbacks, reference
-from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8
 
 
 def _load() -> None:
@@ -31,6 +32,8 @@ _fallbacks = fallbacks.register()
 _ops = torch.ops.ssd_runtime
 _pack_linear = _ops.pack_linear.default
 _linear_int8 = _ops.linear_int8.default
+_pack_grouped = _ops.pack_grouped.default
+_linear_grouped = _ops.linear_grouped.default
 _linear_bf16 = _ops.linear_bf16.default
 _linear_fp32 = _ops.linear_fp32.default
 rms_norm = _ops.rms_norm.default
@@ -42,7 +45,10 @@ _decoder_layers_ = _ops.decoder_layers_.default
 copy_branch_ = _ops.copy_branch_.default
 write_kv_ = _ops.write_kv_.default
 rollback_ = _ops.rollback_.default
+rollback_ = _ops.rollback_.default
 match_outcomes = _ops.match_outcomes.default
+lookup_branches = _ops.lookup_branches.default
+raise_faults = _ops.raise_faults.default
 lookup_branches = _ops.lookup_branches.default
 raise_faults = _ops.raise_faults.default
 sample_shared_noise = _ops.sample_shared_noise.default
@@ -66,6 +72,13 @@ def pack_int8(weight_OI: Tensor) -> PackedInt8:
     return PackedInt8(_pack_linear(plain.data, plain.scales_O), plain.scales_O, plain.in_features, plain.out_features)
 
 
+def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
+    plain = reference.pack_grouped(weight_OI, bits)
+    if weight_OI.device.type != "cpu":
+        return plain
+    return dataclasses.replace(plain, data=_pack_grouped(plain.data, plain.scales_OG, plain.minima_OG, bits))
+
+
 def pack_bf16(weight_OI: Tensor) -> PackedBf16:
     if weight_OI.device.type != "cpu":
         return reference.pack_bf16(weight_OI)
@@ -84,6 +97,12 @@ def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tens
     if x_NI.device.type != "cpu":
         return reference.linear_int8(x_NI, packed, bias_O)
     return _linear_int8(x_NI, packed.data, packed.out_features, bias_O)
+
+
+def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None) -> Tensor:
+    if x_NI.device.type != "cpu":
+        return reference.linear_grouped(x_NI, packed, bias_O)
+    return _linear_grouped(x_NI, packed.data, packed.out_features, bias_O, packed.bits)
 
 
 def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tensor:

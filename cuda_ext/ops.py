@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ __all__ = [
     "DecoderWeights",
     "PackedBf16",
     "PackedFp32",
+    "PackedGrouped",
     "PackedInt8",
     "about",
     "add_rms_norm",
@@ -35,12 +36,14 @@ __all__ = [
     "decoder_layers_",
     "linear_bf16",
     "linear_fp32",
+    "linear_grouped",
     "linear_int8",
     "lookup_branches",
     "match_outcomes",
     "new_cache",
     "pack_bf16",
     "pack_fp32",
+    "pack_grouped",
     "pack_int8",
     "paged_attention",
     "raise_faults",
@@ -159,6 +162,14 @@ def pack_int8(weight_OI: Tensor) -> PackedInt8:
 
 def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None = None) -> Tensor:
     return _kernels().linear_int8(x_NI, packed, bias_O)
+
+
+def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
+    return _kernels().pack_grouped(weight_OI, bits)
+
+
+def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None = None) -> Tensor:
+    return _kernels().linear_grouped(x_NI, packed, bias_O)
 
 
 def pack_bf16(weight_OI: Tensor) -> PackedBf16:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 INT8_MAX = 127
+GROUP = 32  # features that share a scale in a grouped layer
 TINY = 1e-30  # a row no larger than this quantizes to zeros
 
 
@@ -28,6 +29,25 @@ class PackedInt8:
 
     data: Tensor
     scales_O: Tensor
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class PackedGrouped:
+    """A linear layer of codes in groups of GROUP input features; never mixed between backends.
+
+    Attributes:
+        data: the codes (uint8), in the backend's layout; with the rest where the backend wants it so.
+        scales_OG, minima_OG: float16, one a group: weight = scale * code + minimum.
+        bits: of a code, 4 or 8.
+        in_features, out_features: the shape before packing.
+    """
+
+    data: Tensor
+    scales_OG: Tensor
+    minima_OG: Tensor
+    bits: int
     in_features: int
     out_features: int
 
@@ -55,7 +75,7 @@ class DecoderWeights:
     """All layers of a decoder as `decoder_layers_` of the compiled backend wants them.
 
     Attributes:
-        kind: what the linear layers were packed as: "int8", "bf16" or "fp32".
+        kind: what the linear layers were packed as: "int4", "int8", "bf16" or "fp32".
         num_heads, intermediate_size, eps: what the tensors do not say.
         norms_ME: the norms before attention and before the MLP of each layer in turn, then the last one (M = 2L + 1).
         head_norms_MD: of queries and of keys, layer by layer (M = 2L); None for models without.
@@ -180,6 +200,39 @@ def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tens
     else:  # _int_mm of torch 2.13 misreads the strides of such a matrix
         sums_NO = (integers_NI.double() @ packed.data.double().t()).to(torch.int32)
     out_NO = sums_NO.float() * scales_N[:, None] * packed.scales_O
+    if bias_O is not None:
+        out_NO += bias_O
+    return out_NO.to(x_NI.dtype)
+
+
+def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
+    """Quantize a weight matrix to 4 or 8 bits by groups of GROUP input features: the least of a group becomes code 0,
+    the largest the last code. A matrix that was quantized so before (Q4_1 of GGUF, 4 bits) comes out as it was."""
+    levels, missing = 2**bits - 1, -weight_OI.shape[1] % GROUP
+    weight_OI = weight_OI.float()
+    # The last feature fills the last group: it widens no range.
+    padded_OI = torch.cat((weight_OI, weight_OI[:, -1:].expand(-1, missing)), dim=1) if missing else weight_OI
+    groups_OGC = padded_OI.unflatten(1, (-1, GROUP))
+    least_OG, most_OG = groups_OGC.amin(-1), groups_OGC.amax(-1)
+    scales_OG, minima_OG = ((most_OG - least_OG) / levels).half(), least_OG.half()
+    codes_OGC = (groups_OGC - minima_OG.float()[..., None]) / scales_OG.float().clamp_min(TINY)[..., None]
+    codes_OGC = codes_OGC.round_().clamp_(0, levels).to(torch.uint8)
+    codes_OI = codes_OGC.flatten(1)[:, : weight_OI.shape[1]].contiguous()
+    return PackedGrouped(codes_OI, scales_OG, minima_OG, bits, weight_OI.shape[1], weight_OI.shape[0])
+
+
+def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None) -> Tensor:
+    """x W^T + bias with each group of a row quantized to int8 as it comes: exact integers inside a group."""
+    num_rows, num_groups, missing = x_NI.shape[0], packed.scales_OG.shape[1], -packed.in_features % GROUP
+    x_XC = torch.nn.functional.pad(x_NI, (0, missing)).reshape(num_rows * num_groups, GROUP)
+    integers_XC, scales_X = quantize_rows(x_XC)
+    integers_GNC = integers_XC.float().view(num_rows, num_groups, GROUP).transpose(0, 1)
+    scales_GN = scales_X.view(num_rows, num_groups).t()
+    codes_GCO = torch.nn.functional.pad(packed.data, (0, missing)).view(-1, num_groups, GROUP).permute(1, 2, 0)
+    dots_GNO = torch.bmm(integers_GNC, codes_GCO.float())  # below 2^24: exact in float32
+    weight_scales_GO, minima_GO = packed.scales_OG.float().t(), packed.minima_OG.float().t()
+    out_NO = (dots_GNO * (scales_GN[:, :, None] * weight_scales_GO[:, None])).sum(0)
+    out_NO += (scales_GN * integers_GNC.sum(-1)).t() @ minima_GO
     if bias_O is not None:
         out_NO += bias_O
     return out_NO.to(x_NI.dtype)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ssd_runtime.errors import ConfigError
 
-Dtype = Literal["fp32", "bf16", "int8"]
+Dtype = Literal["fp32", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
 Mode = Literal["ar", "sd", "sd-colocated", "ssd"]
 Numerics = Literal["fast", "invariant"]

@@ -22,8 +22,11 @@ int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 const int64_t* integers(const View& view) { return reinterpret_cast<const int64_t*>(view.data); }
 
 Weights weights_named(const std::string& name) {
-  SSD_CHECK(name == "int8" || name == "bf16" || name == "fp32", kOp, ": weights must be int8, bf16 or fp32, not ", name);
-  return name == "int8" ? Weights::kInt8 : name == "bf16" ? Weights::kBfloat16 : Weights::kFloat32;
+  for (const auto& [known, weights] : {std::pair("int4", Weights::kGrouped4), std::pair("int8", Weights::kInt8),
+                                       std::pair("bf16", Weights::kBfloat16), std::pair("fp32", Weights::kFloat32)})
+    if (name == known) return weights;
+  SSD_CHECK(false, kOp, ": weights must be int4, int8, bf16 or fp32, not ", name);
+  return Weights::kFloat32;
 }
 
 struct Sizes {

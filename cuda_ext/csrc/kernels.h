@@ -12,21 +12,36 @@ enum class Dtype : int32_t { kFloat32, kBfloat16 };
 // A panel holds the weights of kPanelOutputs output channels. One step is kStepBytes bytes of it: for each channel in
 // turn the 4 bytes that meet 4 bytes of an activation row (4 int8, 2 bfloat16 or 1 float32 features). An int8 panel
 // stores weight + 128 and ends in kPanelOutputs float32 scales.
+//
+// A grouped panel (kGrouped4, kGrouped8) is, for every kGroup input features in turn, 32 float16 scales and 32 float16
+// minima (weight = scale * code + minimum), then the codes of 8 steps as they meet a row of int8 integers: a byte each,
+// or four bits each, an even step in the low ones and the step after it in the high ones.
 constexpr int64_t kPanelOutputs = 32;
 constexpr int64_t kStepBytes = 4 * kPanelOutputs;
 constexpr int64_t kMaxTileRows = 12;  // 24 accumulators, 2 weights and an activation fit 32 registers
 
-enum class Weights : int32_t { kInt8, kBfloat16, kFloat32 };
+constexpr int64_t kGroup = 32;                   // features that share a scale, in weights and in rows
+constexpr int64_t kGroupWords = kGroup / 4 + 2;  // of a row: its integers, their scale, their scaled sum
+
+enum class Weights : int32_t { kInt8, kBfloat16, kFloat32, kGrouped4, kGrouped8 };
+
+inline bool is_grouped(Weights weights) { return weights == Weights::kGrouped4 || weights == Weights::kGrouped8; }
+// Bytes of a group in a panel.
+constexpr int64_t group_bytes(int64_t bits) { return 4 * kPanelOutputs + kPanelOutputs * kGroup * bits / 8; }
 
 inline int64_t features_per_step(Weights weights) {
   return weights == Weights::kInt8 ? 4 : weights == Weights::kBfloat16 ? 2 : 1;
 }
+inline int64_t num_groups(int64_t in_features) { return (in_features + kGroup - 1) / kGroup; }
+// 4-byte words of a row of activations as the kernels read it.
 inline int64_t num_steps(Weights weights, int64_t in_features) {
+  if (is_grouped(weights)) return num_groups(in_features) * kGroupWords;
   const int64_t per_step = features_per_step(weights);
   return (in_features + per_step - 1) / per_step;
 }
 inline int64_t num_panels(int64_t out_features) { return (out_features + kPanelOutputs - 1) / kPanelOutputs; }
 inline int64_t panel_bytes(Weights weights, int64_t in_features) {
+  if (is_grouped(weights)) return num_groups(in_features) * group_bytes(weights == Weights::kGrouped4 ? 4 : 8);
   return num_steps(weights, in_features) * kStepBytes + (weights == Weights::kInt8 ? 4 * kPanelOutputs : 0);
 }
 
@@ -100,7 +115,7 @@ struct Kernels {
   const char* level;
   // Bytes of scratch for the activations of a linear layer.
   int64_t (*linear_scratch)(const LinearArgs&);
-  // Lays the activation rows out (quantized for int8 weights).
+  // Lays the activation rows out (quantized for all weights of 8 bits and less).
   void (*linear_prepare)(const LinearArgs&, char* scratch);
   // Computes the outputs of the panels [begin, end). A row's result depends on that row and the weights alone.
   void (*linear_panels)(const LinearArgs&, const char* scratch, int64_t begin, int64_t end);

@@ -55,6 +55,8 @@ Tensor weight_memory(int64_t bytes) {
 
 // ---- linear
 
+ssd::Weights grouped(int64_t bits) { return bits == 4 ? ssd::Weights::kGrouped4 : ssd::Weights::kGrouped8; }
+
 Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& scales) {
   const View w(weight);
   check_dim(w, 2, "pack_linear", "weight");
@@ -99,6 +101,43 @@ Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& scales) {
   return packed;
 }
 
+// codes: uint8, of `bits` bits; scales and minima: float16, one a group of ssd::kGroup features.
+Tensor pack_grouped(const Tensor& codes, const Tensor& scales, const Tensor& minima, int64_t bits) {
+  const char* op = "pack_grouped";
+  const View c(codes), s(scales), m(minima);
+  SSD_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, not ", bits);
+  check_dim(c, 2, op, "codes");
+  SSD_CHECK(c.type == ScalarType::Byte, op, ": codes must be uint8");
+  const int64_t outputs = c.sizes[0], inputs = c.sizes[1], groups = ssd::num_groups(inputs);
+  for (const View* view : {&s, &m}) {
+    check_dim(*view, 2, op, "scales and minima");
+    SSD_CHECK(view->type == ScalarType::Half, op, ": scales and minima must be float16");
+    check_size(view->sizes[0], outputs, op, "the rows of scales and minima");
+    check_size(view->sizes[1], groups, op, "the groups of scales and minima");
+  }
+  const int64_t bytes = ssd::panel_bytes(grouped(bits), inputs), group_bytes = ssd::group_bytes(bits);
+  Tensor packed = weight_memory(ssd::num_panels(outputs) * bytes);
+  char* target = static_cast<char*>(packed.data_ptr());
+  std::memset(target, 0, ssd::num_panels(outputs) * bytes);
+  for (int64_t output = 0; output < outputs; ++output) {
+    const int64_t lane = output % ssd::kPanelOutputs;
+    char* panel = target + output / ssd::kPanelOutputs * bytes;
+    for (int64_t g = 0; g < groups; ++g) {
+      std::memcpy(panel + g * group_bytes + 2 * lane, s.data + 2 * (output * s.strides[0] + g), 2);
+      std::memcpy(panel + g * group_bytes + 64 + 2 * lane, m.data + 2 * (output * m.strides[0] + g), 2);
+    }
+    for (int64_t i = 0; i < inputs; ++i) {
+      const auto code = static_cast<uint8_t>(c.data[output * c.strides[0] + i]);
+      SSD_CHECK(code < 1 << bits, op, ": a code is ", static_cast<int>(code), ", which is more than ", bits, " bits");
+      const int64_t step = i % ssd::kGroup / 4, shift = bits == 4 ? step % 2 * 4 : 0;
+      char* codes = panel + i / ssd::kGroup * group_bytes + 128 + ssd::kStepBytes * (step * bits / 8);
+      char* place = codes + 4 * lane + i % 4;
+      *place = static_cast<char>(*place | code << shift);
+    }
+  }
+  return packed;
+}
+
 Tensor linear(ssd::Weights kind, const char* op, const Tensor& x, const Tensor& packed, int64_t out_features,
               const std::optional<Tensor>& bias) {
   const View xv(x), pv(packed);
@@ -131,6 +170,11 @@ Tensor linear(ssd::Weights kind, const char* op, const Tensor& x, const Tensor& 
 
 Tensor linear_int8(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
   return linear(ssd::Weights::kInt8, "linear_int8", x, packed, out_features, bias);
+}
+Tensor linear_grouped(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
+                      int64_t bits) {
+  SSD_CHECK(bits == 4 || bits == 8, "linear_grouped: bits must be 4 or 8, not ", bits);
+  return linear(grouped(bits), "linear_grouped", x, packed, out_features, bias);
 }
 Tensor linear_bf16(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
   return linear(ssd::Weights::kBfloat16, "linear_bf16", x, packed, out_features, bias);
@@ -287,6 +331,8 @@ std::string cpu_level() { return ssd::kernels().level; }
 
 STABLE_TORCH_LIBRARY(ssd_runtime, m) {
   m.def("pack_linear(Tensor weight, Tensor? scales) -> Tensor");
+  m.def("pack_grouped(Tensor codes, Tensor scales, Tensor minima, int bits) -> Tensor");
+  m.def("linear_grouped(Tensor x, Tensor packed, int out_features, Tensor? bias, int bits) -> Tensor");
   m.def("linear_int8(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor");
   m.def("linear_bf16(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor");
   m.def("linear_fp32(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor");
@@ -304,6 +350,8 @@ STABLE_TORCH_LIBRARY(ssd_runtime, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("pack_grouped", TORCH_BOX(&pack_grouped));
+  m.impl("linear_grouped", TORCH_BOX(&linear_grouped));
   m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
   m.impl("linear_fp32", TORCH_BOX(&linear_fp32));

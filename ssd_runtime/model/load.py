@@ -15,7 +15,7 @@ from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan, check_divides
-from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_linear
+from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ class _Loader:
         if not arch.tie_word_embeddings:
             del table_VE
             table_VE = self._matrix("lm_head.weight")
-        lm_head = self._linear(table_VE)
+        lm_head = make_head(table_VE, self.dtype, self.device)
         del table_VE
         self.progress(2 / steps)
         layers = []
@@ -192,7 +192,7 @@ class _Loader:
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
-        """In float32, which int8 is best made from; but bfloat16 where that is what will be kept anyway."""
+        """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway."""
         return self.source.read(name).to(torch.bfloat16 if self.dtype == "bf16" else torch.float32)
 
     def _vector(self, weight: torch.Tensor) -> torch.Tensor:

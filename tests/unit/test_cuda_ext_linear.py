@@ -14,7 +14,7 @@ compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not b
 ROWS = st.integers(0, 33)
 FEATURES = st.sampled_from([1, 2, 3, 7, 16, 31, 32, 33, 64, 65, 130, 576])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
-KINDS = ["int8", "bf16", "fp32"]
+KINDS = ["int8", "bf16", "fp32", "grouped4", "grouped8"]
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -26,9 +26,18 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
     return out if bias is None else out + bias.double()
 
 
+def pack(kind: str, weight: torch.Tensor):
+    if kind.startswith("grouped"):
+        return compiled.pack_grouped(weight, int(kind[-1]))
+    return getattr(compiled, f"pack_{kind}")(weight)
+
+
+def runner(kind: str):
+    return compiled.linear_grouped if kind.startswith("grouped") else getattr(compiled, f"linear_{kind}")
+
+
 def linear(kind: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    packed = getattr(compiled, f"pack_{kind}")(weight)
-    return getattr(compiled, f"linear_{kind}")(x, packed, bias)
+    return runner(kind)(x, pack(kind, weight), bias)
 
 
 @settings(max_examples=80, deadline=None)
@@ -38,6 +47,36 @@ def test_int8_equals_the_oracle_bit_for_bit(rows, inputs, outputs, dtype, bias_d
     bias = random(2, outputs).to(bias_dtype) if biased else None
     expected = reference.linear_int8(x, reference.pack_int8(weight), bias)
     assert torch.equal(linear("int8", x, weight, bias), expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=ROWS, inputs=FEATURES, outputs=FEATURES, dtype=DTYPES, biased=st.booleans(), bits=st.sampled_from([4, 8]))
+def test_grouped_equals_the_oracle_but_for_the_order_of_groups(rows, inputs, outputs, dtype, biased, bits):
+    x, weight = random(0, rows, inputs).to(dtype), random(1, outputs, inputs)
+    bias = random(2, outputs) if biased else None
+    expected = reference.linear_grouped(x, reference.pack_grouped(weight, bits), bias)
+    # Sums of up to 18 groups, whose terms are larger than the result: minimum and scale have opposite signs.
+    rounding = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(linear(f"grouped{bits}", x, weight, bias), expected, rtol=rounding, atol=2e-4)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.12), (8, 0.02)])
+def test_grouped_is_as_near_as_its_bits_allow(bits, most):
+    x, weight = random(0, 16, 576), random(1, 64, 576)
+    wide = torch.where(torch.arange(576) % 97 == 0, 40.0, 1.0)  # a few features are far larger than the rest
+    wanted = exact(x * wide, weight, None)
+    assert (linear(f"grouped{bits}", x * wide, weight).double() - wanted).norm() < most * wanted.norm()
+
+
+def test_a_matrix_of_sixteen_levels_a_group_is_kept_exactly():
+    levels = torch.arange(16).repeat(2)
+    codes = torch.stack([levels[torch.randperm(32, generator=torch.Generator().manual_seed(i))] for i in range(40)])
+    scales, minima = random(3, 40).abs().half().float() + 0.5, random(4, 40).half().float()
+    weight = (scales.half().float()[:, None] * codes + minima[:, None]).float()
+    packed = reference.pack_grouped(weight, 4)
+    assert torch.equal(packed.data, codes.to(torch.uint8))
+    restored = packed.scales_OG.float() * packed.data + packed.minima_OG.float()
+    torch.testing.assert_close(restored, weight, rtol=0, atol=2e-6)
 
 
 @settings(max_examples=80, deadline=None)
@@ -66,8 +105,8 @@ def test_fp32_agrees_with_double_precision(rows, inputs, outputs, dtype, bias_dt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
-    packed = getattr(compiled, f"pack_{kind}")(random(1, 100, 130))
-    run = getattr(compiled, f"linear_{kind}")
+    packed = pack(kind, random(1, 100, 130))
+    run = runner(kind)
     x = random(0, 33, 130).to(dtype)
     alone = torch.cat([run(x[row : row + 1], packed, None) for row in range(33)])
     for rows in range(1, 34):
@@ -76,8 +115,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_number_of_threads(kind):
-    packed = getattr(compiled, f"pack_{kind}")(random(1, 500, 130))
-    run = getattr(compiled, f"linear_{kind}")
+    packed = pack(kind, random(1, 500, 130))
+    run = runner(kind)
     x = random(0, 5, 130)
     before = torch.get_num_threads()
     try:
@@ -111,8 +150,8 @@ def test_a_row_that_is_not_finite_becomes_nan_and_leaves_the_others_alone(bad):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_inputs_are_refused_with_a_reason(kind):
-    packed = getattr(compiled, f"pack_{kind}")(random(1, 40, 64))
-    run = getattr(compiled, f"linear_{kind}")
+    packed = pack(kind, random(1, 40, 64))
+    run = runner(kind)
     with pytest.raises(RuntimeError, match="x must be float32 or bfloat16"):
         run(random(0, 2, 64).half(), packed, None)
     with pytest.raises(RuntimeError, match="x must have 2 dimensions"):
@@ -128,7 +167,7 @@ def test_wrong_inputs_are_refused_with_a_reason(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_packed_weight_outlives_the_matrix_it_came_from(kind):
     x, weight = random(0, 3, 64), random(1, 40, 64)
-    packs = [getattr(compiled, f"pack_{kind}")(weight * scale) for scale in (1, 2, 4)]
-    outs = [getattr(compiled, f"linear_{kind}")(x, packed, None) for packed in packs]
+    packs = [pack(kind, weight * scale) for scale in (1, 2, 4)]
+    outs = [runner(kind)(x, packed, None) for packed in packs]
     assert [packed.data.is_contiguous() for packed in packs] == [True] * 3
     assert torch.equal(outs[2], outs[0] * 4)

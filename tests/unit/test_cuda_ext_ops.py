@@ -63,7 +63,17 @@ def test_lower_cpu_levels_give_the_same_integers(level):
 
 def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
     pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
-    packed = {"pack_linear", "linear_int8", "linear_bf16", "linear_fp32", "decoder_layers_", "cpu_level", "huge_memory"}
+    packed = {
+        "pack_grouped",
+        "linear_grouped",
+        "pack_linear",
+        "linear_int8",
+        "linear_bf16",
+        "linear_fp32",
+        "decoder_layers_",
+        "cpu_level",
+        "huge_memory",
+    }
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("ssd_runtime::") and (operator := name.split("::")[1].split(".")[0]) not in packed:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{operator}", "CUDA"), operator
@@ -75,6 +85,13 @@ def test_weights_of_another_device_stay_plain(kind):
     packed = getattr(compiled, f"pack_{kind}")(torch.empty(4, 8, device="meta"))
     assert packed.data.shape == (4, 8)
     assert getattr(compiled, f"linear_{kind}")(torch.empty(3, 8, device="meta"), packed, None).shape == (3, 4)
+
+
+def test_grouped_weights_of_another_device_stay_plain():
+    compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    packed = compiled.pack_grouped(torch.empty(4, 8, device="meta"), 4)
+    assert packed.data.shape == (4, 8)
+    assert compiled.linear_grouped(torch.empty(3, 8, device="meta"), packed, None).shape == (3, 4)
 
 
 @pytest.mark.parametrize("has_cuda_kernels", [True, False])

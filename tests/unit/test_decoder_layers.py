@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 16},
     "mistral": {"family": "mistral", "head_dim": 20},
 }
-DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8")
+DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8", "int4")
 TOKENS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
@@ -137,7 +137,7 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kind", "int4", "weights must be int8, bf16 or fp32, not int4"),
+        ("kind", "int3", "weights must be int4, int8, bf16 or fp32, not int3"),
         ("kind", "bf16", "qkv is not a packed weight of 64 x 32"),
         ("num_heads", 3, "3 query heads are no multiple of 2"),
         ("down", (), "down must have a weight for each of 2 layers, not 0"),

@@ -27,7 +27,7 @@ PUBLISHED_CONFIG: dict[str, Any] = {  # of SmolLM2-135M-Instruct
     "rope_theta": 100000,
     "tie_word_embeddings": True,
 }
-DTYPES: tuple[Dtype, ...] = ("bf16", "int8")
+DTYPES: tuple[Dtype, ...] = ("bf16", "int8", "int4")
 PROMPTS = (
     "Write a Python function that reverses a list.",
     "Tell me a story about a fox.",
@@ -67,8 +67,8 @@ def test_greedy_text_in_fp32_is_transformers_own(smollm2_path: str) -> None:
     assert "scatter" in tokenizer.decode(answer)
 
 
-def test_int8_mostly_chooses_the_token_of_bf16_in_its_own_text(smollm2_path: str) -> None:
-    """What a greedy draft's acceptance will be: bf16 writes, int8 is asked at every position."""
+def test_a_quantized_draft_mostly_chooses_the_token_of_bf16_in_its_own_text(smollm2_path: str) -> None:
+    """What a greedy draft's acceptance will be: bf16 writes, int8 and int4 are asked at every position."""
     tokenizer = Tokenizer.from_model(smollm2_path)
     decoders = {dtype: load_decoder(smollm2_path, dtype, CPU) for dtype in DTYPES}
     agreed: dict[str, list[bool]] = {dtype: [] for dtype in DTYPES}
@@ -81,6 +81,7 @@ def test_int8_mostly_chooses_the_token_of_bf16_in_its_own_text(smollm2_path: str
     shares = {dtype: sum(found) / len(found) for dtype, found in agreed.items()}
     print(f"agreement with bf16's greedy text over {len(agreed['int8'])} tokens: {shares}")  # noqa: T201
     assert shares["int8"] > 0.88
+    assert shares["int4"] > 0.92  # the file has 4-bit weights: int4 keeps them as they are
     assert shares["bf16"] > 0.95  # prefill and decode round differently
 
 
