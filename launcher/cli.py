@@ -31,7 +31,9 @@ from ssd_runtime.speculation.types import SamplingParams
 if TYPE_CHECKING:
     from launcher.nodes import Nodes
     from launcher.session import Session
+    from launcher.torchrun import Launch
     from ssd_runtime.comm.messages import Generate
+    from ssd_runtime.topology import Group, Role
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +249,8 @@ def bench_command(
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Of this node; 0 leads.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Of node 0, the same on all nodes.")
 @click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks on this node, if not the same on all.")
+@click.option("--role", type=click.Choice(["target", "draft"]), help="Start only these ranks: both may fail apart.")
+@click.option("--target", metavar="HOST:PORT", help="With --role draft: the address that the target prints.")
 def up(
     config_path: Path | None,
     overrides: tuple[str, ...],
@@ -255,22 +259,28 @@ def up(
     node_rank: int,
     rendezvous: str | None,
     nproc_per_node: int | None,
+    role: Role | None,
+    target: str | None,
 ) -> None:
     """Keep an engine running for `ssd generate --connect` until Ctrl-C or SIGTERM.
 
-    On several nodes, run it on each with the same --nnodes and --rendezvous.
+    On several nodes, run it on each with the same --nnodes and --rendezvous. To let target and draft fail apart, run
+    it once with --role target and once with --role draft --target HOST:PORT; a draft may come, go and come back.
     """
     from launcher.nodes import Nodes
+    from launcher.torchrun import Launch
+    from ssd_runtime.topology import group_of
 
+    group = group_of(role, target)
     nodes = Nodes(nnodes, node_rank, rendezvous, nproc_per_node or 0)
     config = load_config(config_path, overrides)
     overrides = (*overrides, *nodes.overrides(config))
     config = load_config(config_path, overrides)
     try:
-        if not nodes.leads:
-            _stay(config, config_path, overrides, trace, nodes)
+        if not nodes.leads or role == "draft":
+            _stay(Launch(config, config_path, overrides, trace, nodes, group))
             return
-        with _session(config, config_path, overrides, None, trace, None, nodes) as session:
+        with _session(config, config_path, overrides, None, trace, None, nodes, group) as session:
             from launcher import screen
 
             click.echo(f"address: {session.address}")
@@ -317,19 +327,20 @@ def fetch(names: tuple[str, ...], config_path: Path | None, overrides: tuple[str
         click.echo(f"{name}: {path}")
 
 
-def _stay(
-    config: Config, config_path: Path | None, overrides: tuple[str, ...], trace: Path | None, nodes: Nodes
-) -> None:
-    """A node of a world that is led from another."""
+def _stay(launch: Launch) -> None:
+    """Ranks that are led from elsewhere: another node of their world, or the target of a draft's group."""
     from launcher import preflight
 
-    _check_writable(trace)
-    preflight.check_engine(config, nodes)
+    nodes, group = launch.nodes, launch.group
+    _check_writable(launch.trace)
+    preflight.check_engine(launch.config, nodes, group)
     from launcher import session
-    from launcher.torchrun import Launch
 
-    with session.joined(Launch(config, config_path, overrides, trace, nodes)) as ranks:
-        click.echo(f"node {nodes.rank} of {nodes.count}: ranks started; node 0 says when the engine is ready")
+    with session.joined(launch) as ranks:
+        if group is not None and group.target is not None:
+            click.echo(f"drafts for: {group.target}  (Ctrl-C ends it; the target goes on without)")
+        else:
+            click.echo(f"node {nodes.rank} of {nodes.count}: ranks started; node 0 says when the engine is ready")
         while ranks.is_running():
             time.sleep(UP_POLL_S)
         ranks.raise_unless_ended_well()
@@ -343,6 +354,7 @@ def _session(
     trace: Path | None,
     request: Generate | None,
     nodes: Nodes | None = None,
+    group: Group | None = None,
 ) -> AbstractContextManager[Session]:
     """The engine at `connect`, or one of our own after everything that can be checked beforehand has been."""
     from launcher import preflight
@@ -354,13 +366,13 @@ def _session(
 
         return session.connected(connect, CONNECT_TIMEOUT_S)
     _check_writable(trace)
-    preflight.check_engine(config, nodes)
+    preflight.check_engine(config, nodes, group)
     if request is not None:
         preflight.check_request(request, config)
     from launcher import screen, session  # after the checks, which are to answer at once
     from launcher.torchrun import Launch
 
-    launch = Launch(config, config_path, overrides, trace)
+    launch = Launch(config, config_path, overrides, trace, group=group)
     return session.started(launch if nodes is None else replace(launch, nodes=nodes), screen.loading)
 
 

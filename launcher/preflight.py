@@ -15,14 +15,21 @@ from ssd_runtime.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from ssd_runtime.model.load import ModelCard
     from ssd_runtime.model.tokenizer import Tokenizer
+    from ssd_runtime.topology import Group
 
 
-def check_engine(config: Config, nodes: Nodes | None = None) -> None:
+def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None = None) -> None:
     """Raise ConfigError for what would keep the engine from starting; each of several nodes checks its devices."""
+    if group is not None and group.role == "draft":
+        inspect(replace(config, target=config.draft))
+        return
     if nodes is None or nodes.leads:
         check_port(config)
-    if nodes is None or nodes.count == 1:
+    if (nodes is None or nodes.count == 1) and group is None:
         check_devices(config)
+    if group is not None:
+        check_shares(config, inspect(replace(config, draft=config.target))[0])
+        return
     if config.speculation.mode == "ar":  # no draft is loaded
         check_shares(config, inspect(replace(config, draft=config.target))[0])
         return

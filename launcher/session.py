@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from launcher.torchrun import Launch, Ranks, num_ranks
+from launcher.torchrun import Launch, Ranks
 from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.engine.client import Client
@@ -89,12 +89,12 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         with uninterrupted():
             _end(ranks, client)
             if launch.trace is not None:
-                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, num_ranks(launch.config)))
+                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
 
 
 @contextlib.contextmanager
 def joined(launch: Launch) -> Iterator[Ranks]:
-    """Start this node's ranks of a world whose leader is on another node, and end them with the block."""
+    """Start ranks whose leader is elsewhere, on another node or in another torchrun, and end them with the block."""
     ranks = Ranks(launch)
     try:
         ranks.start()
@@ -103,7 +103,7 @@ def joined(launch: Launch) -> Iterator[Ranks]:
         with uninterrupted():
             _end(ranks, None)
             if launch.trace is not None:
-                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, num_ranks(launch.config)))
+                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
 
 
 @contextlib.contextmanager

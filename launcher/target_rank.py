@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from launcher import rendezvous
-from launcher.rank import Rank, Stopped, Surroundings, link_timing
+from launcher.rank import Rank, Surroundings, link_timing
 from launcher.target_group import joined
 from ssd_runtime import topology
 from ssd_runtime.comm.control import ControlServer
@@ -28,7 +28,8 @@ from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.pace import Pace
 from ssd_runtime.speculation.planner import AdaptivePlanner
 from ssd_runtime.target.colocated import ColocatedSpeculator
-from ssd_runtime.target.draft_peer import DraftPeer, welcome_draft
+from ssd_runtime.target.door import Door, Terms
+from ssd_runtime.target.drafts import Drafts
 from ssd_runtime.target.leader import Leader, Stop
 from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.target.replay import LeadingDecoder
@@ -45,21 +46,26 @@ class TargetRank(Rank):
 
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
-        known_as = rendezvous.own_host(config) if has_peers else None
+        known_as = rendezvous.own_host(config) if has_peers or self._place.drafts_may_come else None
         with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
             store = rendezvous.store(config) if has_peers else None  # kept: it may be this rank's own to serve
             if store is not None:
                 store.set(rendezvous.CONTROL_KEY, server.address)
             tokenizer = Tokenizer.from_model(resolve(config.target.model))
-            with self._model(store) as decoder, self._speculators(server, decoder, tokenizer) as speculators:
-                link = speculators.get("ssd")
-                assert link is None or isinstance(link, LinkSpeculator)
+            with (
+                self._model(store) as decoder,
+                self._speculators(server, decoder, tokenizer) as (
+                    speculators,
+                    link,
+                    door,
+                ),
+            ):
                 speculation = config.speculation
                 engine = Engine(
                     decoder, config.engine, speculation.lookahead, speculators, self._tracer, speculation.coupling
                 )
                 cores = topology.cores_by_role(config, self._place.world_size)
-                leader = Leader(config, engine, tokenizer, server, link, cores, self._stop)
+                leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop)
                 self._on_stop = self._set_stop
                 self._announcer.say(Ready(server.address, cores))
                 if self._announcer.address is None:  # started by hand: nobody else says it
@@ -89,28 +95,33 @@ class TargetRank(Rank):
     @contextlib.contextmanager
     def _speculators(
         self, server: ControlServer, decoder: Model, tokenizer: Tokenizer
-    ) -> Iterator[dict[Mode, Speculator]]:
-        """How this engine can speculate: every mode the ranks at hand allow."""
+    ) -> Iterator[tuple[dict[Mode, Speculator], LinkSpeculator | None, Door | None]]:
+        """How this engine can speculate: every mode the ranks at hand allow, and what drafts need."""
         config = self._config
         speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
-        if self._place.num_drafts == 0:
+        if not self._place.drafts_may_come:
             if config.speculation.mode == "sd-colocated":
                 drafter = self._drafter(tokenizer)
                 speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
-            yield speculators
+            yield speculators, None, None
             return
         with contextlib.closing(LinkHost(rendezvous.own_host(config), timeout_s=config.timeouts.link)) as host:
-            peer = self._welcome(server, host, tokenizer)
-            vocab_size = decoder.arch.vocab_size
-            speculation, pace = config.speculation, Pace()
-            planner = AdaptivePlanner(speculation.lookahead, speculation.budget, pace) if speculation.adapt else None
-            link = LinkSpeculator(peer, speculation.backup, vocab_size, config.timeouts.link, pace, planner)
-            colocated = ColocatedSpeculator(lambda: self._drafter(tokenizer))
-            speculators |= {"ssd": link, "sd": link, "sd-colocated": colocated}
+            door = self._door(server, host, tokenizer)
             try:
-                yield speculators
+                if self._place.num_drafts or config.deployment.draft_required:
+                    door.await_first(config.timeouts.load + config.timeouts.handshake, lambda: bool(self._stop))
+                speculation, pace = config.speculation, Pace()
+                planner = (
+                    AdaptivePlanner(speculation.lookahead, speculation.budget, pace) if speculation.adapt else None
+                )
+                drafts = Drafts(door, config.timeouts.link)
+                link = LinkSpeculator(drafts, speculation.backup, decoder.arch.vocab_size, pace, planner)
+                link.check()
+                colocated = ColocatedSpeculator(lambda: self._drafter(tokenizer))
+                speculators |= {"ssd": link, "sd": link, "sd-colocated": colocated}
+                yield speculators, link, door
             finally:
-                peer.close(self._stop.reason or "the target failed")
+                door.close(self._stop.reason or "the target failed")
 
     def _drafter(self, tokenizer: Tokenizer) -> Drafter:
         """A draft in this process."""
@@ -122,25 +133,18 @@ class TargetRank(Rank):
         decoder = self._load("draft in the target's process", config.draft.model, config.draft.dtype)
         return Drafter(decoder, config.engine, config.speculation, len(draft.vocabulary().tokens))
 
-    def _welcome(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer) -> DraftPeer:
-        config = self._config
-        speculation = config.speculation
-        peer = welcome_draft(
+    def _door(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer) -> Door:
+        config, speculation = self._config, self._config.speculation
+        shape = FrameShape.of(
+            config.engine.max_num_seqs,
+            max(1, speculation.lookahead),
+            speculation.budget,
+            speculation.sent_probabilities,
+        )
+        terms = Terms(config.digest(), tokenizer.vocabulary().digest(), shape, link_timing(config))
+        return Door(
             server,
             host,
-            FrameShape.of(
-                config.engine.max_num_seqs,
-                max(1, speculation.lookahead),
-                speculation.budget,
-                speculation.sent_probabilities,
-            ),
-            config_digest=config.digest(),
-            vocabulary=tokenizer.vocabulary().digest(),
-            timing=link_timing(config),
-            deadline_s=config.timeouts.load + config.timeouts.handshake,
-            stopping=lambda: bool(self._stop),
-            open_link=lambda address, timing: open_target_link(address, timing, **self._frames_travel_by()),
+            terms,
+            lambda address, timing: open_target_link(address, timing, **self._frames_travel_by()),
         )
-        if peer is None:
-            raise Stopped(self._stop.reason)
-        return peer

@@ -23,6 +23,7 @@ from launcher.nodes import Nodes
 from ssd_runtime.comm import codec, messages
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
+from ssd_runtime.topology import Group
 
 POLL_S = 0.2
 FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
@@ -38,6 +39,7 @@ class Launch:
         overrides: `section.key=value`, as given on the command line.
         trace: where the ranks leave their parts of a trace; None for no trace.
         nodes: of the world, and which of them this one is.
+        group: of ranks that have one role only.
     """
 
     config: Config
@@ -45,6 +47,14 @@ class Launch:
     overrides: tuple[str, ...] = ()
     trace: Path | None = None
     nodes: Nodes = field(default_factory=Nodes)
+    group: Group | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the whole world."""
+        if self.group is None:
+            return num_ranks(self.config)
+        return self.config.target.tensor_parallel if self.group.role == "target" else 1
 
 
 def num_ranks(config: Config) -> int:
@@ -77,7 +87,7 @@ class Ranks:
         """The command line, which works by hand too."""
         nodes = self.launch.nodes
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0"]
-        torchrun += ["--nproc-per-node", str(nodes.ranks_here(num_ranks(self.launch.config)))]
+        torchrun += ["--nproc-per-node", str(nodes.ranks_here(self.launch.num_ranks))]
         torchrun += nodes.torchrun(self.launch.config.timeouts.load)
         torchrun += ["--log-dir", str(self.directory)]
         worker = ["-m", "launcher.worker", "--announce", self._endpoint]
@@ -85,6 +95,9 @@ class Ranks:
             worker += ["--config", str(self.launch.config_path.resolve())]
         for override in self.launch.overrides:
             worker += ["--set", override]
+        if self.launch.group is not None:
+            worker += ["--role", self.launch.group.role]
+            worker += ["--target", self.launch.group.target] if self.launch.group.target else []
         if self.launch.trace is not None:
             worker += ["--trace", str(self.launch.trace.resolve())]
         return torchrun + worker
@@ -181,7 +194,8 @@ class Ranks:
             return f": {errors[-1][:300]}"
         if failed := FAILED_RANK.search(log, max(0, log.find("Root Cause"))):
             rank, code = int(failed[1]), int(failed[2])
-            role = "target" if rank < self.launch.config.target.tensor_parallel else "draft"
+            group, num_targets = self.launch.group, self.launch.config.target.tensor_parallel
+            role = group.role if group else "target" if rank < num_targets else "draft"
             how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
             return f": {role} rank {rank} {how}"
         return ""

@@ -31,25 +31,42 @@ log = logging.getLogger("ssd.worker")
 @click.command()
 @click.option("--config", "config_path", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE")
+@click.option("--role", type=click.Choice(["target", "draft"]), help="Of all ranks of this torchrun; default: both.")
+@click.option("--target", metavar="HOST:PORT", help="The leader's address, with --role draft.")
 @click.option("--announce", metavar="ADDRESS", help="Where the launcher listens.")
 @click.option("--trace", type=click.Path(path_type=Path))
-def main(config_path: Path | None, overrides: tuple[str, ...], announce: str | None, trace: Path | None) -> None:
+def main(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    role: topology.Role | None,
+    target: str | None,
+    announce: str | None,
+    trace: Path | None,
+) -> None:
     """One rank; started by torchrun."""
     processes.die_with(os.getppid())
-    sys.exit(run(config_path, overrides, Announcer(announce), trace))
+    sys.exit(run(config_path, overrides, role, target, Announcer(announce), trace))
 
 
-def run(config_path: Path | None, overrides: tuple[str, ...], announcer: Announcer, trace: Path | None) -> int:
+def run(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    group_role: topology.Role | None,
+    target: str | None,
+    announcer: Announcer,
+    trace: Path | None,
+) -> int:
     """Run one rank to its end; returns the exit code. What went wrong is announced and logged as one line."""
     rank = os.environ.get("RANK", "0")
-    role: Any = "target" if rank == "0" else "draft"
+    role: Any = group_role or ("target" if rank == "0" else "draft")
     try:
         logs.setup(role, int(rank))
         config = load_config(config_path, overrides)
         if "cuda" in (config.target.device, config.draft.device):
             for setting in nccl.apply():
                 log.info("%s=%s: %s", setting.name, setting.value, setting.reason)
-        place = topology.place(config, os.environ)
+        group = topology.group_of(group_role, target)
+        place = topology.place(config, os.environ, group)
         if place.role != role:
             role = place.role
             logs.setup(role, int(rank))

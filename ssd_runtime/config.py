@@ -124,13 +124,34 @@ class SpeculationConfig:
 
 @dataclass(frozen=True)
 class TimeoutConfig:
-    """Deadlines in seconds. Nothing waits without one."""
+    """Deadlines in seconds. Nothing waits without one.
+
+    Attributes:
+        load: longest time a model takes to load.
+        handshake: longest time the other side takes to answer while both come up.
+        link: longest silence of a peer that was asked for something.
+        idle_heartbeat: a side with nothing to say says so this often.
+        rejoin: how long a draft that has lost its target tries to find it again.
+        shutdown: how long ranks may take to leave.
+    """
 
     load: float = 300.0
     handshake: float = 60.0
     link: float = 20.0
     idle_heartbeat: float = 5.0
+    rejoin: float = 120.0
     shutdown: float = 10.0
+
+
+@dataclass(frozen=True)
+class DeploymentConfig:
+    """How targets and drafts come together.
+
+    Attributes:
+        draft_required: a target in a torchrun of its own serves only once a draft has come; else at once, without.
+    """
+
+    draft_required: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,7 @@ class Config:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,26 @@ from ssd_runtime.errors import ConfigError
 
 Role = Literal["target", "draft"]
 Backend = Literal["gloo", "nccl"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A torchrun that has one role only; the other role has another, which may come and go.
+
+    Attributes:
+        role: of all its ranks.
+        target: the leader's address, for drafts.
+    """
+
+    role: Role
+    target: str | None = None
+
+
+def group_of(role: Role | None, target: str | None) -> Group | None:
+    """The group that --role and --target describe, None without; raises ConfigError if they do not go together."""
+    if (role == "draft") != (target is not None):
+        raise ConfigError("--role draft needs --target HOST:PORT, the address the target prints; nothing else does")
+    return None if role is None else Group(role, target)
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class Placement:
         cores: CPU cores to be pinned to; empty means not pinned.
         threads: compute threads.
         num_targets: ranks that share the target model, the first of the world.
+        group: of a torchrun that has one role only.
     """
 
     role: Role
@@ -53,30 +75,43 @@ class Placement:
     cores: tuple[int, ...]
     threads: int
     num_targets: int = 1
+    group: Group | None = None
 
     @property
     def num_drafts(self) -> int:
-        return self.world_size - self.num_targets
+        """In the same torchrun."""
+        return 0 if self.group else self.world_size - self.num_targets
+
+    @property
+    def drafts_may_come(self) -> bool:
+        """Whether this target has drafts, here or from another torchrun."""
+        return self.group is not None or self.num_drafts > 0
 
 
-def place(config: Config, environ: Mapping[str, str]) -> Placement:
+def place(config: Config, environ: Mapping[str, str], group: Group | None = None) -> Placement:
     """The placement of the rank that torchrun's variables in `environ` describe; without them, of a target alone.
+
+    Args:
+        group: if this torchrun has one role only.
 
     Raises:
         ConfigError: ranks that cannot work, no GPU for this rank, cores that are not allowed.
     """
     rank, world_size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
     num_targets = config.target.tensor_parallel
-    role = role_of(rank, world_size, num_targets)
-    if world_size == num_targets and config.speculation.mode in ("sd", "ssd"):
+    role = role_of(rank, world_size, num_targets) if group is None else _role_in(group, config, world_size)
+    if group is None and world_size == num_targets and config.speculation.mode in ("sd", "ssd"):
         raise ConfigError(
             f"speculation.mode = {config.speculation.mode} needs {num_targets + 1} ranks "
             f"({_who(num_targets)}), not {world_size}; without a draft only ar and sd-colocated are possible"
         )
     local_rank = _number(environ, "LOCAL_RANK", rank)
     first = rank - local_rank  # of this host: torchrun numbers its ranks in a row
-    targets_here = max(0, min(num_targets - first, _number(environ, "LOCAL_WORLD_SIZE", world_size)))
-    here = _roles_here(targets_here, _number(environ, "LOCAL_WORLD_SIZE", world_size))
+    ranks_here = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    targets_here = max(0, min(num_targets - first, ranks_here)) if role == "target" or group is None else 0
+    here = _roles_here(targets_here, ranks_here)
+    if group is not None and group.target is not None and _is_here(group.target):
+        here, targets_here = ("target", "draft"), num_targets  # leave the target its cores
     model = config.target if role == "target" else config.draft
     cores = choose_cores(config, allowed_cores(), here, targets_here).of(role)
     if role == "target":
@@ -90,7 +125,29 @@ def place(config: Config, environ: Mapping[str, str]) -> Placement:
         cores=cores,
         threads=model.threads,
         num_targets=num_targets,
+        group=group,
     )
+
+
+def _role_in(group: Group, config: Config, world_size: int) -> Role:
+    if config.speculation.mode not in ("sd", "ssd"):
+        raise ConfigError(f"--role {group.role} needs speculation.mode sd or ssd, not {config.speculation.mode}")
+    if group.role == "target" and world_size != config.target.tensor_parallel:
+        raise ConfigError(
+            f"--role target needs {config.target.tensor_parallel} ranks (target.tensor_parallel), not {world_size}"
+        )
+    return group.role
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address of another process is one of this host; a name is taken for another host's."""
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
 
 
 def settle(placement: Placement) -> None:

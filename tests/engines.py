@@ -21,6 +21,7 @@ from ssd_runtime.speculation.pace import Pace
 from ssd_runtime.speculation.planner import Planner
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
 from ssd_runtime.target.colocated import ColocatedSpeculator
+from ssd_runtime.target.drafts import Drafts
 from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.trace import Tracer
 
@@ -33,10 +34,10 @@ class SteppedDraft:
 
     def __init__(self, drafter: Drafter, shape: FrameShape, steps: Callable[[], int]) -> None:
         self.drafter = drafter
-        self.control_seq = 0
+        self.rank, self.control_seq = 1, 0
         self.dead = False
         self._outcomes, self._trees = OutcomeCodec(shape), TreeCodec(shape)
-        self._steps = steps
+        self.shape, self.steps = shape, steps
         self._pushed: list[TreeFrame] = []
 
     def send_control(self, message: Message) -> None:
@@ -55,7 +56,7 @@ class SteppedDraft:
         assert arrived == frame
         if self.drafter.advance(arrived):
             self._push()
-        for _ in range(self._steps()):
+        for _ in range(self.steps()):
             self._grow()
 
     def poll_trees(self) -> list[TreeFrame]:
@@ -67,6 +68,9 @@ class SteppedDraft:
         if not self._pushed and not self._grow():
             raise PeerLost("draft", 1, -1, "asked to wait for a draft that has nothing left to draft")
         return self.poll_trees()
+
+    def check_pulse(self) -> None:
+        self._raise_if_dead()
 
     def _grow(self) -> bool:
         if self.drafter.grow() is None:
@@ -85,6 +89,21 @@ class SteppedDraft:
             raise PeerLost("draft", 1, -1, "killed by the test")
 
 
+class Comings:
+    """An `Entrance` through which the test sends drafts."""
+
+    def __init__(self) -> None:
+        self.waiting: list[SteppedDraft] = []
+        self.gone: list[SteppedDraft] = []
+
+    def arrived(self) -> list[SteppedDraft]:
+        arrived, self.waiting = self.waiting, []
+        return arrived
+
+    def let_go(self, draft: SteppedDraft) -> None:
+        self.gone.append(draft)
+
+
 @dataclass
 class InProcess:
     """An engine with every mode."""
@@ -93,6 +112,7 @@ class InProcess:
     draft: SteppedDraft
     colocated: Drafter
     link: LinkSpeculator
+    comings: Comings
     deltas: dict[str, list[Delta]] = field(default_factory=dict)
 
     def run(self, requests: list[Request], text: Callable[[], TextStream] | None = None) -> list[Sequence]:
@@ -103,6 +123,16 @@ class InProcess:
                 request_id = progressed.sequence.request.request_id
                 self.deltas.setdefault(request_id, []).append(progressed.delta)
         return sequences
+
+    def drop_draft(self) -> None:
+        """Kill the draft; noticed when it is needed next."""
+        self.draft.dead = True
+
+    def bring_draft_back(self) -> None:
+        """Its process starts again, empty."""
+        self.draft.drafter.reset()
+        self.draft = SteppedDraft(self.draft.drafter, self.draft.shape, self.draft.steps)
+        self.comings.waiting.append(self.draft)
 
     def assert_all_blocks_are_back(self) -> None:
         for allocator in (self.engine.allocator, self.draft.drafter.allocator, self.colocated.allocator):
@@ -125,7 +155,11 @@ def in_process(
     )
     count = steps if callable(steps) else lambda: steps
     rank = SteppedDraft(Drafter(draft, engine, speculation), shape, count)
-    link = LinkSpeculator(rank, speculation.backup, target.arch.vocab_size, deadline=5.0, pace=Pace(), planner=planner)
+    comings = Comings()
+    comings.waiting.append(rank)
+    drafts = Drafts(comings, deadline=5.0)  # type: ignore[arg-type]
+    link = LinkSpeculator(drafts, speculation.backup, target.arch.vocab_size, Pace(), planner)
+    link.check()
     colocated = Drafter(draft, engine, speculation)
     speculators = {
         "ar": NoSpeculation(),
@@ -139,6 +173,7 @@ def in_process(
         rank,
         colocated,
         link,
+        comings,
     )
 
 

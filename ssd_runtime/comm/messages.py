@@ -8,9 +8,10 @@ from typing import Literal
 
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.config import Mode
-from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
+from ssd_runtime.speculation.types import Outcome, SamplingParams, TokenLogprob
 
 Role = Literal["target", "draft"]
+DraftState = Literal["none", "linked", "lost", "relinking"]
 
 
 # ---- target <-> draft ------------------------------------------------------------------------------------------------
@@ -18,13 +19,18 @@ Role = Literal["target", "draft"]
 
 @dataclass(frozen=True)
 class Hello:
-    """Draft -> target, first: who I am and what I would work with."""
+    """Draft -> target, first: who I am and what I would work with.
+
+    Attributes:
+        instance: random name of this process: one that comes back takes its own place, not another's.
+    """
 
     version: int
     role: Role
     rank: int
     config_digest: str
     vocabulary: VocabularyDigest
+    instance: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,17 +60,25 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Refused:
-    """The answer to a Hello that does not fit, or to bytes that are no message."""
+    """The answer to a Hello that does not fit, or to bytes that are no message.
+
+    Attributes:
+        again: the same Hello may be welcome later.
+    """
 
     reason: str
+    again: bool = False
 
 
 @dataclass(frozen=True)
 class Admit:
-    """Target -> draft: a sequence begins. Counts towards control_seq.
+    """Target -> draft: a sequence begins, or goes on where this draft has not seen it. Counts towards control_seq.
 
     Attributes:
         end_tokens: those that end the sequence; told because `params.min_tokens` keeps them from being chosen.
+        output_tokens: decided so far; the last one is the bonus token of `outcome`.
+        turn: of the next outcome row, which repeats `outcome`; -1 while the prompt is computed.
+        outcome: of the last verification; None while the prompt is computed.
     """
 
     sequence_id: int
@@ -74,6 +88,9 @@ class Admit:
     lookahead: int
     max_tokens: int
     end_tokens: tuple[int, ...] = ()
+    output_tokens: tuple[int, ...] = ()
+    turn: int = -1
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -234,17 +251,23 @@ class Status:
     """Leader -> client.
 
     Attributes:
+        draft: "linked" with at least one draft; "relinking" while the link to one is being built; "lost" without.
         cores: role -> CPU cores it is pinned to.
+        num_drafts: linked now.
+        drafts_lost, drafts_linked: how often, since the start.
     """
 
     state: Literal["loading", "ready", "stopping"]
-    draft: Literal["none", "linked", "lost"]
+    draft: DraftState
     target_model: str
     draft_model: str
     mode: Mode
     num_running: int = 0
     num_waiting: int = 0
     cores: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    num_drafts: int = 0
+    drafts_lost: int = 0
+    drafts_linked: int = 0
 
 
 # ---- workers -> launcher ---------------------------------------------------------------------------------------------

@@ -44,7 +44,10 @@ class _Sequence:
         self.sequence_id = request.sequence_id
         self.params: SamplingParams = request.params
         self.processors = processors_of(request.params, request.prompt_tokens, vocab_size, request.end_tokens)
-        self.tokens = list(request.prompt_tokens)
+        if self.processors is not None:
+            self.processors.extend(request.output_tokens)
+        self.tokens = [*request.prompt_tokens, *request.output_tokens]
+        self.num_admitted = len(self.tokens)
         self.table = table
         self.tree = tree
 
@@ -52,6 +55,11 @@ class _Sequence:
     def missing(self) -> int:
         """Committed tokens before the root that have no KV row."""
         return len(self.tokens) - 1 - self.table.length
+
+    @property
+    def behind(self) -> bool:
+        """Whether tokens that were there at admission still have no KV row: they are computed though nobody asks."""
+        return self.table.length < self.num_admitted - 1
 
 
 class Drafter:
@@ -83,19 +91,23 @@ class Drafter:
     # -- control -------------------------------------------------------------------------------------------------
 
     def admit(self, request: Admit) -> None:
-        """A sequence begins; its prompt is computed in the next steps."""
+        """A sequence begins, or is taken over; the tokens it has are computed in the next steps."""
+        self.finish(request.sequence_id)  # told twice: the later word counts
         if request.lookahead > self._speculation.lookahead:
             raise ProtocolError(f"lookahead {request.lookahead} is above the agreed {self._speculation.lookahead}")
+        check_admission(request, self._engine.max_model_len)
         prompt = request.prompt_tokens
         table = BlockTable(self.allocator, self._engine.block_size, self._engine.max_model_len, self._decoder.device)
         tree = TokenTree(
-            prompt,
+            (*prompt, *request.output_tokens),
             lookahead=request.lookahead,
             max_position=min(len(prompt) + request.max_tokens, self._engine.max_model_len),
             fan_out=self._fan_out,
             predraft=request.mode == "ssd",
             temperature=request.params.temperature,
             recycle=self._speculation.recycle,
+            turn=request.turn,
+            outcome=request.outcome,
         )
         self._sequences[request.sequence_id] = _Sequence(request, table, tree, self._vocab_size)
 
@@ -108,6 +120,12 @@ class Drafter:
         if not self._sequences:
             self._scratch.release()
 
+    def reset(self) -> None:
+        """Forget every sequence and the plan: another target, or the same one after a pause, tells anew."""
+        self._plan = Plan(self._speculation.lookahead, self._speculation.budget)
+        for sequence_id in list(self._sequences):
+            self.finish(sequence_id)
+
     @property
     def num_sequences(self) -> int:
         return len(self._sequences)
@@ -118,8 +136,8 @@ class Drafter:
         """Take in outcomes: adopt branches that hit, roll back where none did, restart from t*.
 
         Returns:
-            Whether the target waits for something that is drafted already: a branch that it has not seen, because it
-            fell out of a tree frame or was none before. Growing would not push it again.
+            Whether the target waits for an answer. It gets what is drafted already, which growing might not push
+            again, or nothing yet: a sign of life.
 
         Raises:
             ProtocolError: an outcome that cannot follow what was known before.
@@ -147,8 +165,7 @@ class Drafter:
                 sequence.tree.resolve(row.length, row.tokens, after_hit=after_hit)
         copy_branch(self._kv, sources, targets)
         self._scratch.give_back(sources + freed)
-        asked = [row.sequence_id for row in frame.rows if row.source == Source.PENDING]
-        return any(self._sequences[key].tree.branches(key) for key in asked if key in self._sequences)
+        return any(row.source == Source.PENDING and row.sequence_id in self._sequences for row in frame.rows)
 
     def _commit(self, sequence: _Sequence, row: OutcomeRow) -> tuple[list[Node], list[int]]:
         """Apply one outcome. Returns the committed nodes whose rows move into the trunk, and the slots set free."""
@@ -176,7 +193,7 @@ class Drafter:
         for sequence, forks in zip(self._sequences.values(), self._forks(), strict=True):
             frontier = sequence.tree.frontier(forks, self._plan.lookahead)
             catch_up = min(sequence.missing, room)
-            if not frontier and (sequence.tree.turn >= 0 or not catch_up):
+            if not frontier and not sequence.behind:
                 continue
             rows.begin_sequence(sequence.table)
             if catch_up:
@@ -251,6 +268,17 @@ def proposal_rule(speculation: SpeculationConfig) -> ProposalRule | None:
     if speculation.coupling == "shared-noise":
         return None
     return ProposalRule(speculation.top_m, speculation.saguaro_c, speculation.saguaro_f)
+
+
+def check_admission(request: Admit, max_model_len: int) -> None:
+    """Raise ProtocolError for a sequence that cannot be."""
+    begins, outcome, output = request.turn == -1, request.outcome, request.output_tokens
+    fits = not output if begins else bool(output) and outcome is not None and outcome.bonus_token == output[-1]
+    length = len(request.prompt_tokens) + len(output)
+    if not fits or request.turn < -1 or begins != (outcome is None) or not 0 < length <= max_model_len:
+        raise ProtocolError(
+            f"sequence {request.sequence_id} cannot be taken over at turn {request.turn} with {length} tokens"
+        )
 
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:

@@ -16,7 +16,7 @@ from ssd_runtime.trace import Tracer
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.2  # between two looks at the control socket when the link is quiet; the target wakes us by a frame
-FAREWELL_S = 2.0  # how long a Shutdown may lag behind the end of the link
+FAREWELL_S = 1.0  # how long a Shutdown may lag behind the end of the link
 
 
 class DraftLoop:
@@ -59,8 +59,8 @@ class DraftLoop:
                 if not self._grow():
                     self._handle(self._control.poll(0.0))
                     self._advance(self._link.wait_outcomes(IDLE_WAIT_S))
-        except PeerLost:
-            self._farewell()
+        except PeerLost as lost:
+            self._farewell(lost)
         log.info("leaving: %s", self._leaving)
 
     def _grow(self) -> bool:
@@ -98,15 +98,20 @@ class DraftLoop:
             elif isinstance(message, Finish):
                 self._control_seq += 1
                 self._drafter.finish(message.sequence_id)
-            elif isinstance(message, Shutdown | Refused):
+            elif isinstance(message, Shutdown):
                 self.stop(message.reason)
+            elif isinstance(message, Refused):
+                raise PeerLost("target", 0, -1, f"it did not understand this draft: {message.reason}")
             else:
                 log.warning("the target sent %s, which a draft does not expect", type(message).__name__)
 
-    def _farewell(self) -> None:
+    def _farewell(self, lost: PeerLost) -> None:
         """A link that ended is no loss if a Shutdown says so."""
         if self._leaving:
             return
-        message = self._control.wait_for(Shutdown, timeout_s=FAREWELL_S)
+        try:
+            message = self._control.wait_for(Shutdown, timeout_s=FAREWELL_S)
+        except PeerLost:
+            raise lost from None
         assert isinstance(message, Shutdown)
         self.stop(message.reason)

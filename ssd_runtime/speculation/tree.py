@@ -102,6 +102,8 @@ class TokenTree:
         temperature: of the request, for the policy.
         recycle: recycled candidates forwarded together with the token that they may follow; the first of them leads a
             chain of as many tokens.
+        turn, outcome: where to take over a sequence that runs: `outcome` ends with the last of the committed tokens,
+            and `turn` is the verification that follows. As after a miss, nothing is drafted yet.
     """
 
     def __init__(
@@ -114,12 +116,15 @@ class TokenTree:
         predraft: bool,
         temperature: float = 0.0,
         recycle: int = 0,
+        turn: int = -1,
+        outcome: Outcome | None = None,
     ) -> None:
         root_token = prompt[-1]
         self.root = Node(root_token, len(prompt) - 1, None, extend_text(EMPTY_TEXT, prompt))
-        self.turn = -1
-        self.outcome = Outcome(0, root_token)
-        self.trunk: list[Node] | None = []  # None: a miss, the just-in-time branch is wanted
+        self.turn = turn
+        self.outcome = outcome or Outcome(0, root_token)
+        # None: a miss, the just-in-time branch is wanted
+        self.trunk: list[Node] | None = [] if outcome is None else None
         self._lookahead = lookahead
         self._max_position = max_position
         self._fan_out = fan_out

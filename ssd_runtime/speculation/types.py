@@ -113,9 +113,9 @@ class OutcomeRow:
         sequence_id: unique for the life of the engine.
         turn: how many verifications of this sequence came before the one now starting (0: the first after prefill).
         outcome: of verification `turn - 1`; turn 0 carries Outcome(0, first token).
-        speculation: what verification `turn` verifies. `tokens` is filled only when the draft does not know them
-            (NGRAM); for DRAFT, `length` tokens of the branch for `outcome`.
-        length: speculation length now being verified.
+        source, length: of the speculation now being verified.
+        tokens: of that speculation. Told whatever the source: another draft, or this one before it was lost and came
+            back, may have drafted them.
     """
 
     sequence_id: int

@@ -12,6 +12,7 @@ from ssd_runtime.comm.messages import Admit
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame
+from ssd_runtime.target.admission import admission
 
 
 class ColocatedSpeculator:
@@ -30,18 +31,7 @@ class ColocatedSpeculator:
         return self._load()
 
     def admit(self, sequence: Sequence) -> None:
-        request = sequence.request
-        self._drafter.admit(
-            Admit(
-                sequence.sequence_id,
-                request.prompt_tokens,
-                request.params,
-                "sd",
-                request.lookahead,
-                sequence.max_tokens,
-                end_tokens=request.eos_token_ids,
-            )
-        )
+        self._drafter.admit(admission(sequence, "sd"))
 
     def finish(self, sequence: Sequence) -> None:
         self._drafter.finish(sequence.sequence_id)

@@ -1,97 +1,61 @@
-"""The draft's rank as the leader reaches it: handshake, counted control messages, and the link."""
+"""A draft's rank as the leader reaches it: its control connection, messages counted, and the link."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.handshake import check_hello
-from ssd_runtime.comm.link import LinkHost, LinkTiming, TargetLink, open_target_link
-from ssd_runtime.comm.messages import Hello, LinkAddress, Message, Refused, Shutdown, Welcome
-from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
-from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.comm.link import TargetLink
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
-
-POLL_S = 0.2
-
-OpenLink = Callable[[LinkAddress, LinkTiming], TargetLink]
 
 
 class DraftPeer:
-    """A draft that has been welcomed.
+    """A draft that has been welcomed. All but `close_link` belong to the leader's thread.
 
     Args:
         server: the leader's control socket.
         identity: the draft's name on it.
+        rank: the draft's own, for messages.
         link: the data plane to it.
     """
 
-    def __init__(self, server: ControlServer, identity: bytes, link: TargetLink) -> None:
+    def __init__(self, server: ControlServer, identity: bytes, rank: int, link: TargetLink) -> None:
         self._server = server
-        self.identity = identity
+        self._identity = identity
         self._link = link
+        self._replaced = False
+        self.rank = rank
         self.control_seq = 0
 
     def send_control(self, message: Message) -> None:
         """Send a message that counts towards control_seq. Raises PeerLost if the draft is gone."""
-        if not self._server.send(self.identity, message):
-            raise PeerLost("draft", 1, -1, f"its control connection is gone (sending {type(message).__name__})")
+        if not self._server.send(self._identity, message):
+            raise self._lost(f"its control connection is gone (sending {type(message).__name__})")
         self.control_seq += 1
 
     def send_outcomes(self, frame: OutcomeFrame) -> None:
         self._link.send_outcomes(frame)
 
     def poll_trees(self) -> list[TreeFrame]:
+        if self._replaced:
+            raise self._lost("it came back and wants a new link")
         return self._link.poll_trees()
 
     def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
         return self._link.wait_trees(timeout_s)
 
-    def close(self, reason: str) -> None:
-        """Tell the draft to leave and close the link."""
-        self._server.send(self.identity, Shutdown(reason))
+    def check_pulse(self) -> None:
+        """Raise PeerLost if its control connection is gone: it left, or missed a few heartbeats."""
+        if not self._server.alive(self._identity):
+            raise self._lost("its control connection is gone")
+
+    def replace(self) -> None:
+        """The process behind it has come again: this link is over."""
+        self._replaced = True
+
+    def close_link(self) -> None:
+        """Close the link; beside a dead peer that takes up to a second."""
         self._link.close()
 
-
-def welcome_draft(
-    server: ControlServer,
-    host: LinkHost,
-    shape: FrameShape,
-    *,
-    config_digest: str,
-    vocabulary: VocabularyDigest,
-    timing: LinkTiming,
-    deadline_s: float,
-    stopping: Callable[[], bool],
-    open_link: OpenLink = open_target_link,
-) -> DraftPeer | None:
-    """Wait for a draft, check that it fits, build the link to it.
-
-    Args:
-        stopping: asked between polls; True ends the wait with None.
-
-    Raises:
-        ConfigError: no draft came within `deadline_s`, or it does not fit (the draft is told so, too).
-        PeerLost: it came and went.
-    """
-    deadline = time.monotonic() + deadline_s
-    while (left := deadline - time.monotonic()) > 0:
-        if stopping():
-            return None
-        for identity, message in server.poll(min(left, POLL_S)):
-            if not isinstance(message, Hello):
-                server.send(identity, Refused("the engine is still loading"))
-                continue
-            reason = check_hello(message, config_digest, vocabulary)
-            if reason is not None:
-                server.send(identity, Refused(reason))
-                raise ConfigError(f"the draft (rank {message.rank}) does not fit: {reason}")
-            address = host.next_address(shape)
-            if not server.send(identity, Welcome(address)):
-                raise PeerLost("draft", message.rank, -1, "it left during the handshake")
-            return DraftPeer(server, identity, open_link(address, timing))
-    raise ConfigError(
-        f"no draft came within {deadline_s:g} s: start one draft rank beside the target (two ranks in all), or choose "
-        "speculation.mode ar or sd-colocated"
-    )
+    def _lost(self, reason: str) -> PeerLost:
+        return PeerLost("draft", self.rank, -1, reason)

@@ -9,6 +9,7 @@ from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.messages import (
     Cancel,
     Chunk,
+    DraftState,
     Failed,
     Finished,
     Generate,
@@ -26,6 +27,7 @@ from ssd_runtime.engine.sequence import Request, Sequence, add_up
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
+from ssd_runtime.target.door import Door
 from ssd_runtime.target.link_speculator import LinkSpeculator
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,8 @@ class Leader:
         engine: decodes.
         tokenizer: of the target.
         server: the control socket, bound.
-        link: the speculator that needs the draft's rank; None without one.
+        link: the speculator that needs drafts; None if no draft may come.
+        door: where drafts come in; None if no draft may come.
         cores: role -> CPU cores, for the status.
         stop: leaves the loop when set.
     """
@@ -88,6 +91,7 @@ class Leader:
         tokenizer: Tokenizer,
         server: ControlServer,
         link: LinkSpeculator | None,
+        door: Door | None,
         cores: dict[str, tuple[int, ...]],
         stop: Stop,
     ) -> None:
@@ -96,6 +100,7 @@ class Leader:
         self._tokenizer = tokenizer
         self._server = server
         self._link = link
+        self._door = door
         self._cores = cores
         self._stop = stop
         self._clients: dict[str, _Client] = {}
@@ -136,9 +141,15 @@ class Leader:
         elif isinstance(message, Shutdown):
             self._stop.reason = self._stop.reason or message.reason
         elif isinstance(message, Hello):
-            self._server.send(identity, Refused("this engine has its draft already"))
+            self._hello(identity, message)
         else:
             self._server.send(identity, Refused(f"a client does not send {type(message).__name__}"))
+
+    def _hello(self, identity: bytes, message: Hello) -> None:
+        if self._door is None:
+            self._server.send(identity, Refused("this engine was started without drafts"))
+        else:
+            self._door.knock(identity, message)
 
     def _generate(self, identity: bytes, message: Generate) -> None:
         if message.request_id in self._clients:
@@ -190,17 +201,27 @@ class Leader:
             self._finish(client)
 
     def _status(self) -> Status:
-        draft = "none" if self._link is None else "lost" if self._link.lost else "linked"
+        drafts = None if self._link is None else self._link.drafts
         return Status(
             state="stopping" if self._stop else "ready",
-            draft=draft,  # type: ignore[arg-type]
+            draft=self._draft_state(),
             target_model=self._config.target.model,
             draft_model=self._config.draft.model,
             mode=self._config.speculation.mode,
             num_running=len(self._engine.scheduler.running),
             num_waiting=len(self._engine.scheduler.waiting),
             cores=self._cores,
+            num_drafts=drafts.count if drafts else 0,
+            drafts_lost=drafts.num_lost if drafts else 0,
+            drafts_linked=drafts.num_linked if drafts else 0,
         )
+
+    def _draft_state(self) -> DraftState:
+        if self._link is None or self._door is None:
+            return "none"
+        if self._link.drafts.count:
+            return "linked"
+        return "relinking" if self._door.is_building else "lost"
 
     # -- results -------------------------------------------------------------------------------------------------
 

@@ -5,69 +5,44 @@ Knows the protocol of a round and the speculation cache; knows no model of its o
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Sequences
-from typing import Literal, Protocol
+from typing import Literal
 
-from ssd_runtime.comm.messages import Admit, Finish, Message
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
-from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.backup import JustInTime
 from ssd_runtime.speculation.cache import SpeculationCache
 from ssd_runtime.speculation.pace import Pace
 from ssd_runtime.speculation.planner import Planner, Round
-from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Plan, Source, Speculation, TreeFrame
-
-log = logging.getLogger(__name__)
+from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
+from ssd_runtime.target.drafts import Drafts
 
 Backup = Literal["draft", "ngram", "none", "auto"]
 
 
-class DraftRank(Protocol):
-    """The draft's rank as the leader reaches it: control messages, counted, and the link."""
-
-    @property
-    def control_seq(self) -> int: ...
-
-    def send_control(self, message: Message) -> None: ...
-
-    def send_outcomes(self, frame: OutcomeFrame) -> None: ...
-
-    def poll_trees(self) -> list[TreeFrame]: ...
-
-    def wait_trees(self, timeout_s: float) -> list[TreeFrame]: ...
-
-
 class LinkSpeculator:
-    """Speculations from a draft rank: local cache lookup, else the backup.
+    """Speculations from draft ranks: local cache lookup, else the backup.
 
     Args:
-        draft: the draft's rank.
+        drafts: those at work. There may be none: the engine goes on without, and no token depends on it.
         backup: what speculates after a miss (mode `sd` always asks the draft).
         vocab_size: of the target; a draft's token beyond it ends its branch.
-        deadline: seconds after which a draft that was asked and did not answer counts as lost.
         pace: where the measurements go.
         planner: chooses K and B of mode `ssd` round by round; None: as the requests and the draft have them.
-
-    Once the draft is lost the engine goes on without it: no token depends on it.
     """
 
     def __init__(
         self,
-        draft: DraftRank,
+        drafts: Drafts,
         backup: Backup,
         vocab_size: int,
-        deadline: float,
         pace: Pace,
         planner: Planner | None = None,
     ) -> None:
-        self._draft = draft
+        self.drafts = drafts
         self._backup = backup
         self._vocab_size = vocab_size
-        self._deadline = deadline
         self._cache = SpeculationCache()
         self._pace = pace
         self._just_in_time = JustInTime(pace)
@@ -76,50 +51,21 @@ class LinkSpeculator:
         self._proposed: Proposals | None = None
         self._propose_seconds = 0.0
         self._steps: list[tuple[float, int]] = []
-        self.lost: PeerLost | None = None
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
     def admit(self, sequence: Sequence) -> None:
-        request = sequence.request
         self._cache.admit(sequence.sequence_id)
-        admit = Admit(
-            sequence.sequence_id,
-            request.prompt_tokens,
-            request.params,
-            request.mode,
-            request.lookahead,
-            sequence.max_tokens,
-            end_tokens=request.eos_token_ids,
-        )
-        self._control(admit)
+        self.drafts.admit(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         self._cache.finish(sequence.sequence_id)
-        self._control(Finish(sequence.sequence_id))
-
-    def _control(self, message: Message) -> None:
-        """Tell the draft, and wake it with an empty frame: it may be waiting on the link."""
-
-        def send() -> None:
-            self._draft.send_control(message)
-            self._draft.send_outcomes(OutcomeFrame(0, self._draft.control_seq, ()))
-
-        self._with_draft(send)
-
-    def _with_draft(self, act: Callable[[], None]) -> None:
-        """Do something that needs the draft; if it is lost, say so once and go on without."""
-        if self.lost is not None:
-            return
-        try:
-            act()
-        except PeerLost as lost:
-            log.warning("%s; going on without a draft", lost)
-            self.lost = lost
+        self.drafts.finish(sequence)
 
     def check(self) -> None:
-        """Between requests: notice a draft that is gone."""
-        self._with_draft(lambda: self._take_in(self._draft.poll_trees()))
+        """Between rounds and between requests: let in drafts that have come, notice those that are gone."""
+        self.drafts.check()
+        self._take_in()
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -131,16 +77,16 @@ class LinkSpeculator:
         found = [self._lookup(sequence) for sequence in batch]
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         waiting = time.monotonic()
-        pending = self._pending(batch, hits) if self.lost is None else []
+        pending = self._pending(batch, hits) if self.drafts.count else []
         if pending:
-            self._with_draft(lambda: self._wait_for(pending, round))
+            self._wait_for(pending, round)
             found = [self._lookup(sequence) for sequence in batch]
         waited = time.monotonic() - waiting if pending else 0.0
         speculations = [self._speculation(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         rows = [self._row(sequence, speculation) for sequence, speculation in zip(batch, speculations, strict=True)]
         for sequence in batch:
             self._cache.advance(sequence.sequence_id, sequence.turn)
-        self._with_draft(lambda: self._send(round, rows))
+        self.drafts.tell(round, rows, self._plan)
         steps, self._steps = self._steps, []
         self._proposed = Proposals(tuple(speculations), tuple(hits), waited, tuple(steps))
         self._propose_seconds = time.monotonic() - start
@@ -192,14 +138,11 @@ class LinkSpeculator:
         return None if sequence.request.mode == "sd" or not self._most(sequence) else bool(tokens)
 
     def _wait_for(self, pending: list[Sequence], round: int) -> None:
-        """Tell the draft what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
-        self._send(round, [self._row(sequence, Speculation((), Source.PENDING)) for sequence in pending])
-        give_up = time.monotonic() + self._deadline
-        while not self._enough(pending):
-            remaining = give_up - time.monotonic()
-            if remaining <= 0:
-                raise PeerLost("draft", 1, round, f"no just-in-time branch within {self._deadline:g} s")
-            self._take_in(self._draft.wait_trees(remaining))
+        """Tell the drafts what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
+        rows = [self._row(sequence, Speculation((), Source.PENDING)) for sequence in pending]
+        self.drafts.tell(round, rows, self._plan)
+        while not self._enough(pending) and self.drafts.wait():
+            self._take_in()
 
     def _enough(self, pending: list[Sequence]) -> bool:
         lengths, most = [len(self._lookup(sequence)) for sequence in pending], [self._most(one) for one in pending]
@@ -212,7 +155,7 @@ class LinkSpeculator:
             assert sequence.outcome is not None
             proposals = self._cache.proposals(sequence.sequence_id, sequence.turn - 1, sequence.outcome)
             return Speculation(tokens, Source.DRAFT, proposals[: len(tokens)])
-        if self._backup in ("ngram", "auto") or self.lost is not None:
+        if self._backup in ("ngram", "auto") or not self.drafts.count:
             match = self._ngram(sequence)
             if match:
                 return Speculation(match, Source.NGRAM)
@@ -223,15 +166,11 @@ class LinkSpeculator:
 
     def _row(self, sequence: Sequence, speculation: Speculation) -> OutcomeRow:
         assert sequence.outcome is not None
-        told = speculation.tokens if speculation.source is Source.NGRAM else ()
-        length = len(speculation.tokens)
-        return OutcomeRow(sequence.sequence_id, sequence.turn, sequence.outcome, speculation.source, length, told)
+        length, tokens = len(speculation.tokens), speculation.tokens
+        return OutcomeRow(sequence.sequence_id, sequence.turn, sequence.outcome, speculation.source, length, tokens)
 
-    def _send(self, round: int, rows: list[OutcomeRow]) -> None:
-        self._draft.send_outcomes(OutcomeFrame(round, self._draft.control_seq, tuple(rows), self._plan))
-
-    def _take_in(self, trees: list[TreeFrame]) -> None:
-        for tree in trees:
+    def _take_in(self) -> None:
+        for tree in self.drafts.take_trees():
             self._cache.store(tree)
             if tree.step_us:
                 self._pace.drafted(tree.step_us / 1e6, tree.step_rows)

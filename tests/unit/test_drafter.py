@@ -148,7 +148,7 @@ def test_the_pool_suffices_when_every_sequence_fills_its_share(
     ]
     sequences = process.run(asked)
     assert [sequence.num_output for sequence in sequences] == [24] * len(asked)
-    assert process.link.lost is None
+    assert process.link.drafts.num_lost == 0
     process.assert_all_blocks_are_back()
 
 

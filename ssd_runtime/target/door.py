@@ -1,0 +1,179 @@
+"""Where drafts come in, at the start or in the middle of work. Messages are the leader's thread's; links are built and
+closed in threads of their own, since both take seconds when things go wrong. Knows no sequences.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ssd_runtime.comm.control import ControlServer
+from ssd_runtime.comm.handshake import check_hello
+from ssd_runtime.comm.link import LinkHost, LinkTiming, TargetLink, open_target_link
+from ssd_runtime.comm.messages import Hello, LinkAddress, Refused, Shutdown, Welcome
+from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
+from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.target.draft_peer import DraftPeer
+from ssd_runtime.target.drafts import DraftRank
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+CLOSING_S = 3.0  # longest wait for the threads that close links, at the end
+
+OpenLink = Callable[[LinkAddress, LinkTiming], TargetLink]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a draft must fit, and what it gets.
+
+    Attributes:
+        config_digest, vocabulary: the target's.
+        shape: of the frames.
+        timing: deadlines of the link.
+        seats: most drafts at a time.
+    """
+
+    config_digest: str
+    vocabulary: VocabularyDigest
+    shape: FrameShape
+    timing: LinkTiming
+    seats: int = 1
+
+
+@dataclass
+class _Visit:
+    """One Hello that was welcomed: its link is being built, or was."""
+
+    identity: bytes
+    hello: Hello
+    peer: DraftPeer | None = None
+
+
+class Door:
+    """Lets drafts in.
+
+    Args:
+        server: the leader's control socket.
+        host: where links are made.
+        terms: what a draft must fit.
+        open_link: builds the target's end of a link; blocks.
+    """
+
+    def __init__(
+        self, server: ControlServer, host: LinkHost, terms: Terms, open_link: OpenLink = open_target_link
+    ) -> None:
+        self._server = server
+        self._host = host
+        self._terms = terms
+        self._open_link = open_link
+        self._visits: dict[str, _Visit] = {}  # by instance
+        self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
+        self._ready: list[DraftRank] = []
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def is_building(self) -> bool:
+        """Whether a link is on its way."""
+        return any(visit.peer is None for visit in self._visits.values())
+
+    def knock(self, identity: bytes, hello: Hello) -> str | None:
+        """Answer a Hello; if it is welcome its link is built from now on. Returns why it does not fit, or None."""
+        reason = check_hello(hello, self._terms.config_digest, self._terms.vocabulary)
+        if reason is not None:
+            self._server.send(identity, Refused(reason))
+            log.warning("refused a draft (rank %d): %s", hello.rank, reason)
+            return reason
+        self._make_room(hello.instance)
+        if len(self._visits) >= self._terms.seats:
+            seats = "draft" if self._terms.seats == 1 else f"{self._terms.seats} drafts"
+            self._server.send(identity, Refused(f"this engine has its {seats} already", again=True))
+            return None
+        address = self._host.next_address(self._terms.shape)
+        if self._server.send(identity, Welcome(address)):
+            visit = self._visits[hello.instance] = _Visit(identity, hello)
+            self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")
+        return None
+
+    def _make_room(self, instance: str) -> None:
+        """Give up the place of whoever knocks again, and of those whose connection is gone."""
+        for key, visit in list(self._visits.items()):
+            if key == instance or not self._server.alive(visit.identity):
+                del self._visits[key]
+                if visit.peer is not None:
+                    visit.peer.replace()
+
+    def _build(self, visit: _Visit, address: LinkAddress) -> None:
+        try:
+            self._built.put((visit, self._open_link(address, self._terms.timing)))
+        except PeerLost as lost:
+            self._built.put((visit, lost))
+
+    def arrived(self) -> list[DraftRank]:
+        """Drafts whose link was built since the last call."""
+        self._settle()
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _settle(self) -> None:
+        while not self._built.empty():
+            visit, link = self._built.get_nowait()
+            expected = self._visits.get(visit.hello.instance) is visit
+            if isinstance(link, PeerLost):
+                log.warning("%s", link)
+                if expected:
+                    del self._visits[visit.hello.instance]
+            elif expected:
+                visit.peer = DraftPeer(self._server, visit.identity, visit.hello.rank, link)
+                self._ready.append(visit.peer)
+            else:  # it knocked again, or left, while this link was being built
+                self._in_background(link.close, "link-close")
+
+    def let_go(self, draft: DraftRank) -> None:
+        """Close a draft that is lost, without waiting."""
+        assert isinstance(draft, DraftPeer)
+        self._visits = {key: visit for key, visit in self._visits.items() if visit.peer is not draft}
+        self._in_background(draft.close_link, "link-close")
+
+    def await_first(self, deadline_s: float, stopping: Callable[[], bool]) -> None:
+        """Wait until a link is built, before anyone is served; ends early if `stopping()`.
+
+        Raises:
+            ConfigError: no draft came within `deadline_s`, or it does not fit (the draft is told so, too).
+        """
+        deadline = time.monotonic() + deadline_s
+        while not self._ready and not stopping():
+            self._settle()
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"no draft came within {deadline_s:g} s: start one draft rank beside the target (two ranks in "
+                    "all), or choose speculation.mode ar or sd-colocated"
+                )
+            for identity, message in self._server.poll(POLL_S / 10):
+                if not isinstance(message, Hello):
+                    self._server.send(identity, Refused("the engine is still loading", again=True))
+                elif reason := self.knock(identity, message):
+                    raise ConfigError(f"the draft (rank {message.rank}) does not fit: {reason}")
+
+    def close(self, reason: str) -> None:
+        """Tell every draft to leave, and close the links."""
+        for visit in self._visits.values():
+            self._server.send(visit.identity, Shutdown(reason))
+            if visit.peer is not None:
+                self._in_background(visit.peer.close_link, "link-close")
+        self._visits.clear()
+        self._settle()  # closes what was built meanwhile
+        deadline = time.monotonic() + CLOSING_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _in_background(self, act: Callable[[], None], name: str) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=act, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()

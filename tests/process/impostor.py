@@ -1,0 +1,48 @@
+"""A draft in the test's own process that joins as any other and then does as the test says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ssd_runtime.comm.control import ControlPeer
+from ssd_runtime.comm.link import GroupDraftLink, LinkTiming, open_draft_link
+from ssd_runtime.comm.messages import Hello, Refused, Welcome
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION
+from ssd_runtime.config import load_config
+from ssd_runtime.model.tokenizer import Tokenizer
+from tests.process.runs import eventually
+
+WAIT_S = 60.0
+
+
+def hello(config_path: Path, instance: str, digest: str | None = None) -> Hello:
+    """What a draft with this configuration says first."""
+    config = load_config(config_path)
+    vocabulary = Tokenizer.from_model(Path(config.draft.model)).vocabulary().digest()
+    return Hello(PROTOCOL_VERSION, "draft", 1, digest or config.digest(), vocabulary, instance)
+
+
+@contextlib.contextmanager
+def impostor(address: str, config_path: Path) -> Iterator[GroupDraftLink]:
+    """A link to the target as a draft has it."""
+    with contextlib.closing(ControlPeer(address)) as control:
+        welcomes: list[Welcome] = []
+
+        def knock() -> bool:
+            control.send(hello(config_path, "impostor"))
+            answer = control.wait_for(Welcome, Refused, timeout_s=WAIT_S)
+            welcomes.extend([answer] if isinstance(answer, Welcome) else [])
+            return bool(welcomes)
+
+        eventually(knock, WAIT_S, "a place is free")
+        with contextlib.closing(open_draft_link(welcomes[0].link, LinkTiming(build=WAIT_S))) as link:
+            yield link
+
+
+def garbage(link: GroupDraftLink) -> None:
+    """Send words that are no frame."""
+    link._endpoint._sending.post(torch.arange(link._endpoint._encoder.num_words, dtype=torch.int64))

@@ -1,0 +1,307 @@
+"""Drafts that die, stop, lie, dawdle and come back while streams run: every token is right, and the hits return."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zmq
+
+from ssd_runtime.comm.control import ControlPeer
+from ssd_runtime.comm.link import GroupDraftLink
+from ssd_runtime.comm.messages import Refused, Status
+from ssd_runtime.engine.client import Client
+from ssd_runtime.errors import PeerLost
+from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame
+from tests.process.conftest import CONFIG
+from tests.process.impostor import garbage, hello, impostor
+from tests.process.runs import SSD, Run, error_line, eventually
+from tests.process.streams import Answer, Streams, answer
+from tests.tiny_models import write_hf
+
+pytestmark = pytest.mark.process
+
+LENGTH = 150
+WAIT_S = 60.0  # a loaded machine
+
+
+@dataclass
+class Target:
+    """A target in a group of its own, and what it says without a draft."""
+
+    run: Run
+    address: str
+    config: Path
+    plain: Answer
+
+    def status(self) -> Status:
+        with contextlib.closing(Client(self.address, 20.0)) as client:
+            return client.status()
+
+    def until(self, what: str, holds: Callable[[Status], bool]) -> None:
+        eventually(lambda: holds(self.status()), WAIT_S, what)
+
+
+@pytest.fixture(scope="module")
+def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
+    """Start commands that live as long as this file's tests."""
+    runs: list[Run] = []
+
+    def start(*command: str) -> Run:
+        runs.append(Run(tmp_path_factory.mktemp("faults") / "run", command))
+        return runs[-1]
+
+    yield start
+    for one in runs:
+        one.kill()
+
+
+@pytest.fixture(scope="module")
+def target(starting: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """It serves at once, before any draft is there."""
+    models = tmp_path_factory.mktemp("models")
+    write_hf(models / "target", seed=1, num_layers=12)
+    write_hf(models / "draft", seed=1, noise=0.02)
+    config = models / "run.toml"
+    config.write_text(CONFIG.format(directory=models) + "rejoin = 60.0\n")
+    run = starting(*SSD, "up", "--role", "target", "--config", str(config))
+    address = run.until("address: ")
+    with contextlib.closing(Client(address, 20.0)) as client:
+        plain = answer(client, "ar", LENGTH)
+        alone = answer(client, "ssd", LENGTH)
+    assert alone.tokens == plain.tokens
+    assert alone.hit_rate == 0
+    return Target(run, address, config, plain)
+
+
+@pytest.fixture(scope="module")
+def draft(target: Target, starting: Callable[..., Run]) -> Iterator[Callable[[], Run]]:
+    """Start a group of one draft and wait until it is linked; it is ended by whoever starts the next."""
+
+    def start() -> Run:
+        before = target.status().drafts_linked
+        run = starting(*SSD, "up", "--role", "draft", "--target", target.address, "--config", str(target.config))
+        target.until("a draft is linked", lambda status: status.drafts_linked > before or run.ended)
+        assert not run.ended, run.err
+        return run
+
+    return start
+
+
+def assert_all_right(streams: Streams, target: Target) -> None:
+    assert streams.failure is None
+    assert streams.answers
+    assert all(answer.tokens == target.plain.tokens for answer in streams.answers)
+    # A stall of a round that waits for a dead draft would last `timeouts.link` = 10 s or more.
+    assert max(answer.longest_gap for answer in streams.answers) < 5
+
+
+def until_hits_are_back(streams: Streams, before: int) -> None:
+    """`before`: answers there were when the draft had come back."""
+    eventually(
+        lambda: streams.failure is not None or any(a.hit_rate > 0.4 for a in streams.answers[before + 1 :]),
+        WAIT_S,
+        "hits as before",
+    )
+
+
+def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, draft: Callable[[], Run]) -> None:
+    with Streams(target.address, LENGTH) as streams:
+        first = draft()
+        until_hits_are_back(streams, len(streams.answers))
+        rank = first.rank(0)
+
+        lost, linked = target.status().drafts_lost, target.status().drafts_linked
+        rank.suspend()
+        target.until("the stopped draft is lost", lambda status: status.drafts_lost > lost)
+        rank.resume()
+        target.until("it is linked again", lambda status: status.drafts_linked > linked)
+        until_hits_are_back(streams, len(streams.answers))
+
+        rank.kill()
+        target.until("the killed draft is lost", lambda status: status.drafts_lost == lost + 2)
+        assert first.exit_code(WAIT_S) == 1
+        assert "draft rank 0 was killed by signal 9" in error_line(first.err)
+        assert not target.run.ended
+
+        second = draft()
+        until_hits_are_back(streams, len(streams.answers))
+        second.process.terminate()
+        target.until("nobody is left", lambda status: status.draft == "lost")
+    assert second.exit_code(WAIT_S) == 0
+    first.assert_nothing_is_left()
+    second.assert_nothing_is_left()
+    assert_all_right(streams, target)
+
+
+# ---- drafts made of nothing but bad intentions -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined(target: Target) -> Iterator[GroupDraftLink]:
+    """A link to the target as a draft has it."""
+    with impostor(target.address, target.config) as link:
+        target.until("the impostor is linked", lambda status: status.draft == "linked")
+        yield link
+
+
+def frames(link: GroupDraftLink) -> Iterator[OutcomeFrame]:
+    """What the target asks, until it has had enough."""
+    with contextlib.suppress(PeerLost):
+        while True:
+            yield from link.wait_outcomes(0.2)
+
+
+def test_a_draft_that_answers_garbage_is_lost_and_nobody_is_hurt(target: Target) -> None:
+    lost = target.status().drafts_lost
+    with Streams(target.address, LENGTH) as streams, joined(target) as link:
+        garbage(link)
+        target.until("it is lost", lambda status: status.drafts_lost > lost)
+        eventually(lambda: len(streams.answers) > 1 or streams.failure is not None, WAIT_S, "answers")
+    assert_all_right(streams, target)
+
+
+def lies(frame: OutcomeFrame) -> TreeFrame:
+    """A well-formed tree of wrong tokens, of tokens there are none, and of sequences there are none."""
+    branches = []
+    for row in frame.rows:
+        for outcome in (row.outcome, Outcome(0, 5), Outcome(1, 7)):
+            for turn in (row.turn - 1, row.turn, row.turn + 7):
+                branches.append(Branch(row.sequence_id, turn, outcome, (1, 2**30, 3)))
+        branches.append(Branch(row.sequence_id + 1000, row.turn, row.outcome, (1, 2)))
+    return TreeFrame(frame.round, tuple(branches[:4]), 1, 1)
+
+
+def test_a_draft_that_lies_is_not_believed(target: Target) -> None:
+    with Streams(target.address, LENGTH) as streams, joined(target) as link:
+        for told, frame in enumerate(frames(link)):
+            link.push_tree(lies(frame))
+            if streams.failure or (told > 50 and len(streams.answers) > 1):
+                break
+    assert_all_right(streams, target)
+
+
+def test_a_draft_that_says_nothing_is_not_waited_for(target: Target) -> None:
+    """It reads, and its keepalives come: only an answer never does."""
+    with Streams(target.address, LENGTH) as streams, joined(target) as link:
+        for _ in frames(link):
+            if streams.failure or len(streams.answers) > 2:
+                break
+        assert target.status().num_drafts == 1 or target.status().drafts_lost
+    assert_all_right(streams, target)
+    assert max(answer.longest_gap for answer in streams.answers) < 2
+
+
+# ---- the front door --------------------------------------------------------------------------------------------------
+
+
+def test_a_flooded_control_socket_does_not_stop_the_streams(target: Target) -> None:
+    over = threading.Event()
+
+    def flood() -> None:
+        context = zmq.Context()
+        dealer = context.socket(zmq.DEALER)
+        dealer.linger, dealer.sndhwm = 0, 100
+        dealer.connect(target.address)
+        while not over.is_set():
+            with contextlib.suppress(zmq.Again):
+                dealer.send(b"\xc1 nonsense", zmq.NOBLOCK)
+            if dealer.poll(0):
+                dealer.recv()
+        dealer.close()
+        context.term()
+
+    thread = threading.Thread(target=flood, daemon=True)
+    with Streams(target.address, LENGTH) as streams:
+        thread.start()
+        eventually(lambda: len(streams.answers) > 1 or streams.failure is not None, WAIT_S, "answers")
+        over.set()
+    thread.join(10)
+    assert_all_right(streams, target)
+
+
+def test_a_draft_that_does_not_fit_is_refused_and_one_too_many_may_come_later(target: Target) -> None:
+    with joined(target), contextlib.closing(ControlPeer(target.address)) as control:
+        control.send(hello(target.config, "x", "another"))
+        refused = control.wait_for(Refused, timeout_s=WAIT_S)
+        assert isinstance(refused, Refused)
+        assert "configuration another of the draft" in refused.reason
+        assert not refused.again
+        control.send(hello(target.config, "x"))
+        refused = control.wait_for(Refused, timeout_s=WAIT_S)
+        assert refused == Refused("this engine has its draft already", again=True)
+
+
+# ---- the target ------------------------------------------------------------------------------------------------------
+
+
+def test_losing_the_target_fails_its_requests_at_once_and_its_draft_waits_for_another(
+    target: Target, draft: Callable[[], Run], starting: Callable[..., Run]
+) -> None:
+    drafting = draft()
+    port = target.address.rpartition(":")[2]
+    with Streams(target.address, 3000) as streams:
+        eventually(lambda: target.status().num_running > 0, WAIT_S, "a stream runs")
+        killed_at = time.monotonic()
+        target.run.rank(0).kill()
+        eventually(lambda: streams.failure is not None, 10, "the client is told")
+        assert time.monotonic() - killed_at < 10
+    assert "lost" in str(streams.failure)
+    assert target.run.exit_code(WAIT_S) == 1
+    target.run.assert_nothing_is_left()
+
+    again = starting(*SSD, "up", "--role", "target", "--config", str(target.config), "--set", f"serve.port={port}")
+    assert again.until("address: ") == target.address
+    target.until("the draft has found the new target", lambda status: status.draft == "linked" or drafting.ended)
+    assert not drafting.ended, drafting.err
+    with contextlib.closing(Client(target.address, 20.0)) as client:
+        assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
+        client.shutdown()
+    assert again.exit_code(WAIT_S) == 0
+    assert drafting.exit_code(WAIT_S) == 0  # told to leave, not left behind
+    again.assert_nothing_is_left()
+    drafting.assert_nothing_is_left()
+
+
+def test_a_draft_whose_target_never_comes_gives_up(target: Target, starting: Callable[..., Run]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        impatient = ["--set", "timeouts.load=1.0", "--set", "timeouts.handshake=1.0"]
+        waiting = starting(
+            *SSD, "up", "--role", "draft", "--target", address, "--config", str(target.config), *impatient
+        )
+        assert waiting.exit_code(WAIT_S) == 1
+    assert "target rank 0 lost" in error_line(waiting.err)
+    assert "no target within 2 s" in waiting.err
+    waiting.assert_nothing_is_left()
+
+
+def test_role_and_target_go_together(starting: Callable[..., Run]) -> None:
+    for arguments in (["--role", "draft"], ["--role", "target", "--target", "127.0.0.1:1"]):
+        wrong = starting(*SSD, "up", *arguments)
+        assert wrong.exit_code(WAIT_S) == 2
+        assert "--role draft needs --target HOST:PORT" in error_line(wrong.err)
+
+
+def test_in_one_world_a_stopped_draft_is_done_without_until_it_goes_on(
+    starting: Callable[..., Run], target: Target
+) -> None:
+    world = starting(*SSD, "up", "--config", str(target.config))
+    address = world.until("address: ")
+    with contextlib.closing(Client(address, 20.0)) as client:
+        world.rank(1).suspend()
+        assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
+        eventually(lambda: client.status().draft == "lost", WAIT_S, "it is lost")
+        world.rank(1).resume()
+        eventually(lambda: client.status().draft == "linked", WAIT_S, "it is back")
+        assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
+        client.shutdown()
+    assert world.exit_code(WAIT_S) == 0
+    world.assert_nothing_is_left()

@@ -1,0 +1,74 @@
+"""A soak: streams run while drafts are killed, stopped, replaced by liars, and the front door is flooded.
+
+    python -m tests.soak --seconds 600 --faults 50 --seed 1
+
+Two torchrun groups with tiny models. Ends with a table; the exit code is 1 if an answer was wrong or lost, if the
+target stalled longer than --stall-ms beyond a round, or if its memory grew by more than --grow-mib after the first
+quarter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.soak.engine import Engine
+from tests.soak.faults import FAULTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=2)
+    parser.add_argument("--stall-ms", type=float, default=100.0)
+    parser.add_argument("--grow-mib", type=float, default=32.0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    names = list(FAULTS)
+    plan = [names[i % len(names)] for i in range(options.faults)]
+    chance.shuffle(plan)
+    done: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(prefix="ssd-soak-") as directory, Engine(Path(directory)) as engine:
+        engine.begin(options.streams)
+        start = time.monotonic()
+        sizes = [engine.size()]
+        for number, name in enumerate(plan):
+            at = start + (number + chance.random()) * options.seconds / len(plan)
+            engine.run_until(at)
+            FAULTS[name](engine, chance)
+            done[name] = done.get(name, 0) + 1
+            sizes.append(engine.size())
+            print(f"{time.monotonic() - start:6.1f} s  {name:<28} {engine.summary()}", flush=True)
+        engine.run_until(start + options.seconds)
+        engine.recover()
+        sizes.append(engine.size())
+        report = engine.end()
+    first = sizes[len(sizes) // 4]
+    grown = (sizes[-1].resident - first.resident) / 2**20
+    rows = {
+        "faults": ", ".join(f"{count} x {name}" for name, count in sorted(done.items())),
+        "answers": f"{report.answers}, {report.wrong} wrong, {report.failed} lost",
+        "drafts": f"lost {report.lost} times, linked {report.linked} times",
+        "hit rate": f"{report.hits_before:.2f} before the first fault, {report.hits_after:.2f} after the last",
+        "outside verification, ms": f"longest {report.stall_ms:.0f}, p50 {report.usual_ms:.1f}",
+        "verification, ms": f"p50 {report.verify_ms:.1f}",
+        "memory of the target, MiB": f"{first.resident / 2**20:.0f} after a quarter, {grown:+.1f} at the end",
+        "threads": f"{first.threads} after a quarter, {sizes[-1].threads} at the end",
+        "open files": f"{first.files} after a quarter, {sizes[-1].files} at the end",
+    }
+    for name, value in rows.items():
+        print(f"{name:<28} {value}")
+    kept = not report.wrong and not report.failed and report.answers > 0
+    kept = kept and report.stall_ms - report.usual_ms <= options.stall_ms and grown <= options.grow_mib
+    print("KEPT" if kept else "BROKEN: a promise in the table above was not kept")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

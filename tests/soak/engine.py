@@ -1,0 +1,202 @@
+"""The engine under soak: a target group, a draft group, and streams whose every token is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from ssd_runtime.comm.messages import Finished, Generate, RequestStatistics, Status
+from ssd_runtime.engine.client import Client
+from ssd_runtime.errors import SsdError
+from ssd_runtime.speculation.types import SamplingParams
+from tests.process.conftest import CONFIG
+from tests.process.runs import SSD, Run, eventually
+from tests.tiny_models import write_hf
+
+LENGTH = 200
+TEXTS = 4  # different requests, by seed
+WAIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the leader's process holds."""
+
+    resident: int
+    threads: int
+    files: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole run. Milliseconds are of the leader's rounds: what it did besides verifying, and verifying."""
+
+    answers: int
+    wrong: int
+    failed: int
+    lost: int
+    linked: int
+    hits_before: float
+    hits_after: float
+    stall_ms: float
+    usual_ms: float
+    verify_ms: float
+
+
+class Engine:
+    """Both groups.
+
+    Args:
+        directory: for models, configuration and logs.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        write_hf(directory / "target", seed=1, num_layers=12)
+        write_hf(directory / "draft", seed=1, noise=0.02)
+        self.config = directory / "run.toml"
+        self.config.write_text(CONFIG.format(directory=directory) + "rejoin = 600.0\n")
+        self._runs: list[Run] = []
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()  # guards the three below
+        self._measured: list[RequestStatistics] = []
+        self._wrong: list[int] = []
+        self._failed: list[str] = []
+        self._expected: dict[int, tuple[int, ...]] = {}
+
+    def __enter__(self) -> Engine:
+        self.target = self._start("up", "--role", "target")
+        self.address = self.target.until("address: ", WAIT_S)
+        self.draft = self.new_draft()
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self._stop.set()
+        for run in self._runs:
+            run.kill()
+
+    def _start(self, *arguments: str) -> Run:
+        run = Run(self._directory / f"run{len(self._runs)}", (*SSD, *arguments, "--config", str(self.config)))
+        self._runs.append(run)
+        return run
+
+    def new_draft(self) -> Run:
+        """Start a draft group; returns at once."""
+        self.draft = self._start("up", "--role", "draft", "--target", self.address)
+        return self.draft
+
+    def begin(self, streams: int) -> None:
+        """Let the draft join, learn the right answers from plain decoding, start the streams."""
+        self.until_linked()
+        with contextlib.closing(Client(self.address, WAIT_S)) as client:
+            for seed in range(TEXTS):
+                self._expected[seed] = self._answer(client, "ar", seed)[0]
+            self._hits_before = _hit_rate(self._answer(client, "ssd", 0)[1])
+        for number in range(streams):
+            self._threads.append(threading.Thread(target=self._stream, args=(number,), daemon=True))
+            self._threads[-1].start()
+
+    def _stream(self, number: int) -> None:
+        with contextlib.closing(Client(self.address, WAIT_S)) as client:
+            seed = number
+            while not self._stop.is_set():
+                seed = (seed + 1) % TEXTS
+                try:
+                    tokens, measured = self._answer(client, "ssd", seed)
+                except SsdError as error:
+                    with self._lock:
+                        self._failed.append(str(error))
+                    return
+                with self._lock:
+                    self._measured.append(measured)
+                    if tokens != self._expected[seed]:
+                        self._wrong.append(seed)
+
+    def _answer(self, client: Client, mode: str, seed: int) -> tuple[tuple[int, ...], RequestStatistics]:
+        params = SamplingParams(temperature=0.8, seed=seed)
+        name = f"{mode}-{seed}-{time.monotonic_ns()}"
+        request = Generate(name, prompt="the quick brown fox", params=params, max_tokens=LENGTH, ignore_eos=True)
+        request = Generate(**{**request.__dict__, "mode": mode})
+        tokens: list[int] = []
+        for message in client.generate(request):
+            if isinstance(message, Finished):
+                return tuple(tokens), message.statistics
+            tokens += message.token_ids
+        raise AssertionError("a stream without an end")
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        with contextlib.closing(Client(self.address, WAIT_S)) as client:
+            return client.status()
+
+    def until_linked(self) -> None:
+        eventually(lambda: self.status().draft == "linked", WAIT_S, "a draft is linked")
+
+    def run_until(self, at: float) -> None:
+        """Let it run; a process that ended unasked is an error at once."""
+        while (left := at - time.monotonic()) > 0:
+            assert not self.target.ended, self.target.err
+            time.sleep(min(left, 0.2))
+
+    def size(self) -> Size:
+        leader = self.target.rank(0)
+        return Size(leader.memory_info().rss, leader.num_threads(), leader.num_fds())
+
+    def draft_rank(self) -> psutil.Process | None:
+        """The draft's process, if it is up."""
+        with contextlib.suppress(ValueError):
+            return self.draft.rank(0)
+        return None
+
+    def summary(self) -> str:
+        status = self.status()
+        with self._lock:
+            counts = f"{len(self._measured)} answers, {len(self._wrong)} wrong, {len(self._failed)} lost"
+        return f"{counts}; draft {status.draft}, lost {status.drafts_lost}, linked {status.drafts_linked}"
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Wait until a draft is back, starting one if none lives."""
+        if self.draft.ended:
+            self.new_draft()
+        self.until_linked()
+
+    def end(self) -> Report:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "a stream hangs"
+        status = self.status()
+        with contextlib.closing(Client(self.address, WAIT_S)) as client:
+            after = _hit_rate(self._answer(client, "ssd", 0)[1])
+            client.shutdown()
+        rounds = [
+            wait + other
+            for measured in self._measured
+            for wait, other in zip(measured.wait_ms[1:], measured.other_ms, strict=False)
+        ]
+        return Report(
+            answers=len(self._measured),
+            wrong=len(self._wrong),
+            failed=len(self._failed),
+            lost=status.drafts_lost,
+            linked=status.drafts_linked,
+            hits_before=self._hits_before,
+            hits_after=after,
+            stall_ms=max(rounds),
+            usual_ms=statistics.median(rounds),
+            verify_ms=statistics.median(ms for measured in self._measured for ms in measured.verify_ms),
+        )
+
+
+def _hit_rate(measured: RequestStatistics) -> float:
+    return measured.hits / max(1, measured.lookups)
