@@ -37,6 +37,9 @@ class ConfidenceFanOut:
         self._likelihoods = [-abs(math.log(scale / 0.7)) for scale in self.SCALES]  # of what was seen, in logarithms
         self._keep = 0.5 ** (1.0 / 256.0)
         self._scale = 0.7
+        self._known: dict[
+            int, tuple[Ranking, list[float]]
+        ] = {}  # shares at this scale; a ranking is asked in every step
 
     def forks(self, verified: Verified, budget: int) -> list[Fork]:
         outcomes: list[Fork] = []
@@ -61,10 +64,19 @@ class ConfidenceFanOut:
         """The chance that the target chooses the first, second, ... token of a ranking."""
         agree = self._class(ranking).rate
         yield agree
-        others = self._others(ranking, self._scale)
-        total = sum(others)
-        for weight in others:
-            yield (1.0 - agree) * weight / total
+        for share in self._shares(ranking):
+            yield (1.0 - agree) * share
+
+    def _shares(self, ranking: Ranking) -> list[float]:
+        """The chances of the second, third, ... token where it is not the first."""
+        known = self._known.get(id(ranking))
+        if known is None or known[0] is not ranking:
+            if len(self._known) >= 2048:
+                self._known.clear()
+            others = self._others(ranking, self._scale)
+            total = sum(others)
+            known = self._known[id(ranking)] = ranking, [weight / total for weight in others]
+        return known[1]
 
     def _others(self, ranking: Ranking, scale: float) -> list[float]:
         """How the second, third, ... tokens weigh against each other, falling."""
@@ -93,5 +105,7 @@ class ConfidenceFanOut:
             others = self._others(ranking, scale)
             likelihood = self._likelihoods[index] * self._keep + math.log(others[other] / sum(others))
             self._likelihoods[index] = likelihood
-        best = max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)
-        self._scale = self.SCALES[best]
+        best = self.SCALES[max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)]
+        if best != self._scale:
+            self._scale = best
+            self._known.clear()
