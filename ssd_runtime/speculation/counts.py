@@ -70,7 +70,7 @@ class ListedGains:
 
     def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
         listed = self._counts[-1] if k == length else self._counts[k]
-        return [1.0 - rank / listed for rank in range(min(count, listed))]
+        return [-rank / listed for rank in range(min(count, listed))]
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         pass

@@ -21,7 +21,7 @@ class Fork(NamedTuple):
     Attributes:
         position: k, the draft tokens accepted.
         token: t*, the bonus candidate; UNKNOWN keeps the place of one.
-        gain: what it is worth, comparable between the sequences of a policy.
+        gain: what it is worth, comparable between the sequences of a policy. Above 0 it is a chance.
     """
 
     position: int

@@ -23,6 +23,7 @@ from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.types import Branch, Outcome, Proposal
 
 NO_SLOT = -1
+CERTAIN = 0.85  # an outcome of at least this chance is drafted for twice as deep once its branch is complete
 
 
 class Node:
@@ -197,7 +198,10 @@ class TokenTree:
         main = rows[-1] if rows else self._tip(nodes[-1].best_child(), depth) if nodes[-1].ranking else None
         for k, token, gain in forks:
             self._gains[Outcome(k, token)] = gain
-            tip = self._tip(nodes[k].child(token), depth)
+            start = nodes[k].child(token)
+            tip = self._tip(start, depth)
+            if tip is None and gain >= CERTAIN and k == len(self.trunk):
+                tip = self._tip(start, 2 * depth)  # the next round's branch, before its turn
             if tip is not None:
                 rows.append(tip)
         return rows if main is None or main not in rows else [*rows, *self._recycled(main)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.fanout import FanOut, share_budget
+from ssd_runtime.speculation.fanout import FanOut, Fork, Verified, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.sampling import Ranking
 from ssd_runtime.speculation.tree import NO_SLOT, Advance, Node, TokenTree
@@ -140,6 +140,33 @@ def test_a_hit_forwards_only_the_last_token_and_the_new_forks() -> None:
     assert not set(map(id, frontier)) & set(map(id, known))
     assert all(node.parent in known for node in frontier if node is not trunk[-1])  # forks join in the same step
     grown.grow()
+
+
+class Sure:
+    """A fan-out that is certain of the likeliest outcome."""
+
+    def forks(self, verified: Verified, budget: int) -> list[Fork]:
+        last = len(verified.speculation)
+        ranking = verified.rankings[last]
+        return [] if ranking is None else [Fork(last, ranking.tokens[0], 0.9)]
+
+    def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
+        pass
+
+
+def test_a_nearly_certain_outcome_is_drafted_for_beyond_the_next_round() -> None:
+    """Its branch is no longer than others; when it is verified, the branch behind it is there before its first step."""
+    grown = Grown(lookahead=3, fan_out=Sure())
+    grown.grow_fully()
+    for _ in range(2):
+        ((_, tokens),) = grown.branches().items()
+        assert len(tokens) == 3
+        ((_, outcome),) = grown.branches()
+        grown.advance(outcome.num_accepted, outcome.bonus_token)
+        grown.tree.resolve(3)
+        ((_, ahead),) = grown.branches().items()
+        assert len(ahead) == 3 - 1  # the bonus token was one of the three
+        grown.grow_fully()
 
 
 def test_a_miss_drafts_the_wanted_branch_first_and_alone() -> None:
