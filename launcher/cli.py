@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.sampling_options import sampling_options, sampling_params
+from launcher.slurm_cli import slurm
 from ssd_runtime import __version__, logs
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
@@ -325,6 +326,9 @@ def fetch(names: tuple[str, ...], config_path: Path | None, overrides: tuple[str
         with screen.fetching(f"fetch {name}") as progress:
             path = fetch_model(name, progress)
         click.echo(f"{name}: {path}")
+
+
+ssd.add_command(slurm)
 
 
 def _stay(launch: Launch) -> None:

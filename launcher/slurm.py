@@ -1,0 +1,169 @@
+"""Batch scripts for Slurm: one job with everything in it, or two, target and draft, that fail apart.
+
+Writes text; submits nothing. The templates are in launcher/templates.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from launcher.nodes import Nodes
+from launcher.torchrun import num_ranks
+from ssd_runtime.config import Config, ModelConfig
+from ssd_runtime.errors import ConfigError
+
+Form = Literal["two-jobs", "single-job"]
+CORES_BESIDE_A_GPU = 4  # the rank's own thread, those of the link, ZeroMQ's, torchrun's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to write.
+
+    Attributes:
+        config: of the run.
+        config_path: where the ranks read it: a path that all nodes see; None for the defaults.
+        overrides: `section.key=value`.
+        form: two jobs, or one.
+        nodes: of the job with the target.
+        name: of the jobs, and of the files.
+        time: limit of each job, as Slurm writes it.
+        sbatch: further options of every job.
+        python: the interpreter on the nodes.
+        written_by: the command, for whoever finds the file.
+    """
+
+    config: Config
+    config_path: Path | None = None
+    overrides: tuple[str, ...] = ()
+    form: Form = "two-jobs"
+    nodes: int = 1
+    name: str = "ssd"
+    time: str = "24:00:00"
+    sbatch: tuple[str, ...] = ()
+    python: str = field(default_factory=lambda: sys.executable)
+    written_by: str = "ssd slurm render"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of what `render` gives."""
+        if self.form == "single-job":
+            return (f"{self.name}.sbatch",)
+        return (f"{self.name}-target.sbatch", f"{self.name}-draft.sbatch", f"{self.name}-submit.sh")
+
+
+def render(plan: Plan) -> dict[str, str]:
+    """File name -> text. Raises ConfigError for a plan that cannot be."""
+    mode = plan.config.speculation.mode
+    if plan.form == "single-job":
+        return {plan.files[0]: _single(plan)}
+    if mode in ("ar", "sd-colocated"):
+        raise ConfigError(f"speculation.mode = {mode} uses no draft of its own: render it with --single-job")
+    return dict(zip(plan.files, (_target(plan), _draft(plan), _template("submit.sh.j2", _shared(plan))), strict=True))
+
+
+def _single(plan: Plan) -> str:
+    """Target and drafts in one world."""
+    ranks = num_ranks(plan.config)
+    here = Nodes(plan.nodes, 0, "head:1").ranks_here(ranks)
+    models = [plan.config.target] + [plan.config.draft] * (ranks > 1)
+    return _template(
+        "single.sbatch.j2",
+        _shared(plan)
+        | _resources(models, here)
+        | {
+            "purpose": "One job: target and draft live and die together.",
+            "name": plan.name,
+            "nodes": plan.nodes,
+            "requeue": False,
+            "arguments": _front_door(plan.config),
+            "most_failures": 3,
+        },
+    )
+
+
+def _target(plan: Plan) -> str:
+    here = Nodes(plan.nodes, 0, "head:1").ranks_here(_target_ranks(plan.config))
+    return _template(
+        "single.sbatch.j2",
+        _shared(plan)
+        | _resources([plan.config.target], here)
+        | {
+            "purpose": "The target's job. It serves with or without a draft.",
+            "name": f"{plan.name}-target",
+            "nodes": plan.nodes,
+            "requeue": False,
+            "arguments": f"--role target {_front_door(plan.config)}",
+            "most_failures": 3,
+        },
+    )
+
+
+def _draft(plan: Plan) -> str:
+    return _template(
+        "draft.sbatch.j2",
+        _shared(plan)
+        | _resources([plan.config.draft], _draft_ranks(plan.config))
+        | {
+            "purpose": "The draft's job. It may be cancelled, requeued and submitted again while the target serves.",
+            "name": f"{plan.name}-draft",
+            "nodes": 1,
+            "requeue": True,
+            "arguments": '--role draft --target "$target_node:$target_port"',
+            "serve_port": plan.config.serve.port,
+            "most_failures": 10,
+        },
+    )
+
+
+def _target_ranks(config: Config) -> int:
+    return int(getattr(config.target, "tensor_parallel", 1))
+
+
+def _draft_ranks(config: Config) -> int:
+    return num_ranks(config) - _target_ranks(config)
+
+
+def _shared(plan: Plan) -> dict[str, Any]:
+    worker = [] if plan.config_path is None else ["--config", str(plan.config_path)]
+    worker += [part for override in plan.overrides for part in ("--set", override)]
+    return {
+        "written_by": plan.written_by,
+        "name": plan.name,
+        "time": plan.time,
+        "sbatch": plan.sbatch,
+        "python": shlex.quote(plan.python),
+        "worker": shlex.join(worker),
+        "join_timeout": round(plan.config.timeouts.load),
+    }
+
+
+def _resources(models: list[ModelConfig], ranks_per_node: int) -> dict[str, Any]:
+    """What one node of the job needs."""
+    on_gpu = any(model.device == "cuda" for model in models)
+    cores = max(CORES_BESIDE_A_GPU if model.device == "cuda" else model.threads for model in models)
+    return {
+        "ranks_per_node": ranks_per_node,
+        "gpus": ranks_per_node if on_gpu else 0,
+        "cpus": max(2, cores * ranks_per_node),
+    }
+
+
+def _front_door(config: Config) -> str:
+    return f'--set serve.host="$head_address" --set serve.port={config.serve.port or "$port"}'
+
+
+def _template(name: str, values: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("launcher", "templates"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name).render(values)

@@ -1,0 +1,96 @@
+"""`ssd slurm`: batch scripts for a configuration."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from ssd_runtime.config import load_config
+from ssd_runtime.errors import ConfigError
+
+
+@click.group()
+def slurm() -> None:
+    """Run on a cluster that Slurm schedules."""
+
+
+@slurm.command()
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file on storage all nodes see.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key.")
+@click.option(
+    "--two-jobs/--single-job", "two_jobs", default=True, help="Target and draft apart (default), or together."
+)
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the job with the target.")
+@click.option("--name", default="ssd", show_default=True, help="Of the jobs and files.")
+@click.option("--time", default="24:00:00", show_default=True, help="Limit of each job.")
+@click.option(
+    "--sbatch", multiple=True, metavar="OPTION", help="One more option of every job: --sbatch=--partition=gpu"
+)
+@click.option("--python", default=sys.executable, help="Interpreter on the nodes; default: this one.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="Directory; default: here."
+)
+def render(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    two_jobs: bool,
+    nodes: int,
+    name: str,
+    time: str,
+    sbatch: tuple[str, ...],
+    python: str,
+    out: Path,
+) -> None:
+    """Write the batch scripts of a configuration."""
+    from launcher import slurm as scripts
+
+    _check_name(name)
+    config = load_config(config_path, overrides)
+    plan = scripts.Plan(
+        config=config,
+        config_path=None if config_path is None else config_path.resolve(),
+        overrides=overrides,
+        form="two-jobs" if two_jobs else "single-job",
+        nodes=nodes,
+        name=name,
+        time=time,
+        sbatch=sbatch,
+        python=python,
+        written_by=shlex.join(["ssd", "slurm", "render", *_arguments()]),
+    )
+    texts = scripts.render(plan)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            (out / file).write_text(text)
+            (out / file).chmod(0o755)
+            click.echo(f"wrote {out / file}")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error.strerror}") from None
+    submit = f"{out / plan.files[-1]}"
+    click.echo(f"submit: {'bash' if two_jobs else 'sbatch'} {shlex.quote(submit)}")
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(f"--name {name!r}: a job's name has letters, digits, dots, dashes and underscores here")
+
+
+def _arguments() -> list[str]:
+    """This command's own arguments, as they were given."""
+    context = click.get_current_context()
+    given = []
+    for parameter in context.command.params:
+        if context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[str(parameter.name)]
+        if isinstance(value, bool):
+            given.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            for one in value if isinstance(value, tuple) else (value,):
+                given.append(f"{parameter.opts[0]}={one}")
+    return given

@@ -1,0 +1,96 @@
+"""The rendered batch scripts on a real Slurm of two hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.slurm import Form, Plan, render
+from ssd_runtime import topology
+from ssd_runtime.config import load_config
+from tests.cluster import slurm
+from tests.cluster.hosts import Lab
+from tests.cluster.runs import ask, client_on
+from tests.process.runs import PLAIN, ROOT, START_S, TAG, eventually
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def cluster(cable: Lab, tmp_path: Path) -> Iterator[slurm.Slurm]:
+    """Two hosts with a Slurm; jobs inherit what tiny models need."""
+    if reason := slurm.reason_for_none():
+        pytest.skip(reason)
+    tag = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**PLAIN, TAG: tag, "PYTHONPATH": str(ROOT)}.items():
+            environment.setenv(name, value)
+        with slurm.running(cable, tmp_path / "slurm") as running:
+            yield running
+    eventually(lambda: not tagged(tag), 10, "no process of Slurm or its jobs is left")
+
+
+def tagged(tag: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(TAG) == tag and process.pid != os.getpid():
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def write(directory: Path, config: Path, form: Form, nodes: int = 1) -> Path:
+    """The scripts for the tiny pair, in a directory."""
+    cores = topology.allowed_cores()
+    overrides = (f"target.cores=[{cores[0]}]", f"draft.cores=[{cores[-1]}]")
+    plan = Plan(load_config(config, overrides), config, overrides, form, nodes, time="10", python=sys.executable)
+    directory.mkdir()
+    for name, text in render(plan).items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def await_said(log: Path, pattern: str, cluster: slurm.Slurm) -> str:
+    """The first group of `pattern` in a job's log, once it is there."""
+    seen: list[str] = []
+
+    def said() -> bool:
+        text = log.read_text(errors="replace") if log.exists() else ""
+        seen[:] = re.findall(pattern, text)
+        return bool(seen)
+
+    try:
+        eventually(said, START_S, f"{pattern} in {log.name}")
+    except AssertionError as error:
+        text = log.read_text(errors="replace") if log.exists() else "(no log)"
+        raise AssertionError(f"{error}\n{text}\n{cluster.logs()}") from None
+    return seen[0]
+
+
+def test_one_job_over_two_nodes_serves_and_ends_cleanly_at_its_time_limit(
+    cluster: slurm.Slurm, config: Path, tmp_path: Path
+) -> None:
+    jobs = write(tmp_path / "jobs", config, "single-job", nodes=2)
+    job = cluster.run("sbatch", "--parsable", str(jobs / "ssd.sbatch"), cwd=jobs)
+    log = jobs / f"ssd_{job}.out"
+    address = await_said(log, r"address: (tcp://10\.77\.0\.1:\d+)", cluster)
+    with client_on(cluster.lab.hosts[1], address) as client:
+        plain = ask(client, "ar")
+        assert ask(client, "ssd").token_ids == plain.token_ids
+        assert client.status().draft == "linked"
+    assert cluster.job(job)["NodeList"] == "node[1-2]"
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does a minute before the limit
+    cluster.await_state(job, *slurm.ENDED, timeout_s=30)
+    assert cluster.job(job)["JobState"] == "COMPLETED"
+    said = log.read_text()
+    assert "received SIGUSR1; asking the ranks to leave" in said
+    assert "leaving: received SIGTERM" in said

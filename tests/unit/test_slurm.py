@@ -1,0 +1,93 @@
+"""Batch scripts as text: valid bash, what they ask Slurm for, and what they start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.slurm import Plan, render
+from ssd_runtime.config import load_config
+from ssd_runtime.errors import ConfigError
+
+GPUS = ("target.device=cuda", "draft.device=cuda")
+
+
+def plan(*overrides: str, **fields: object) -> Plan:
+    return Plan(load_config(None, overrides), overrides=overrides, **fields)  # type: ignore[arg-type]
+
+
+def options(script: str) -> dict[str, str]:
+    """What the script asks Slurm for."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"form": "single-job"}, {"form": "single-job", "nodes": 2}, {"sbatch": ("--partition=gpu",)}]
+)
+@pytest.mark.parametrize("overrides", [(), GPUS, ("serve.port=8123",), ("target.model=/a path/with 'quotes'",)])
+def test_every_script_is_valid_bash(overrides: tuple[str, ...], fields: dict, tmp_path: Path) -> None:
+    scripts = render(plan(*overrides, **fields))
+    for name, text in scripts.items():
+        assert text.startswith("#!/bin/bash\n")
+        assert text.endswith("\n")
+        (tmp_path / name).write_text(text)
+        checked = subprocess.run(["bash", "-n", str(tmp_path / name)], capture_output=True, text=True, timeout=20)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_the_draft_may_be_requeued_and_the_target_is_not() -> None:
+    target, draft, submit = render(plan()).values()
+    assert ("requeue" in options(target), "requeue" in options(draft)) == (False, True)
+    assert 'sbatch --parsable --dependency="after:$target" --export="ALL,SSD_TARGET_JOB=$target"' in submit
+    for script in (target, draft):
+        assert options(script)["output"] == "%x_%j.out"
+        assert options(script)["signal"] == "B:USR1@60"
+        assert options(script)["ntasks-per-node"] == "1"
+
+
+def test_gpus_and_cores_are_asked_for_by_the_ranks_of_a_node() -> None:
+    target, draft, _ = render(plan(*GPUS)).values()
+    assert (options(target)["gpus-per-node"], options(draft)["gpus-per-node"]) == ("1", "1")
+    together = options(render(plan(*GPUS, form="single-job"))["ssd.sbatch"])
+    assert (together["nodes"], together["gpus-per-node"], together["cpus-per-task"]) == ("1", "2", "8")
+    apart = options(render(plan(*GPUS, form="single-job", nodes=2))["ssd.sbatch"])
+    assert (apart["nodes"], apart["gpus-per-node"], apart["cpus-per-task"]) == ("2", "1", "4")
+    assert "gpus-per-node" not in options(render(plan("target.threads=6"))["ssd-target.sbatch"])
+    assert options(render(plan("target.threads=6"))["ssd-target.sbatch"])["cpus-per-task"] == "6"
+
+
+def test_a_fixed_port_is_what_the_draft_asks_for() -> None:
+    assert "target_port=8123\n" in render(plan("serve.port=8123"))["ssd-draft.sbatch"]
+    assert 'target_port=$(ports_of "$SSD_TARGET_JOB")' in render(plan())["ssd-draft.sbatch"]
+
+
+def test_a_mode_without_a_draft_has_no_two_jobs() -> None:
+    with pytest.raises(ConfigError, match="--single-job"):
+        render(plan("speculation.mode=ar"))
+    assert "--nproc-per-node 1" in render(plan("speculation.mode=ar", form="single-job"))["ssd.sbatch"]
+
+
+def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["slurm", "render", "--single-job", "--set", "speculation.lookahead=3", "--out", str(tmp_path)]
+    assert main([*arguments, "--sbatch=--partition=gpu", "--time", "1:00:00", "--name", "mine"]) == 0
+    assert f"submit: sbatch {tmp_path}/mine.sbatch" in capsys.readouterr().out
+    script = (tmp_path / "mine.sbatch").read_text()
+    assert "# Written by: ssd slurm render --set=speculation.lookahead=3 --single-job --name=mine" in script
+    assert (options(script)["partition"], options(script)["time"]) == ("gpu", "1:00:00")
+    assert f"exec {sys.executable} -m torch.distributed.run" in script
+    assert "-m launcher.worker --set speculation.lookahead=3" in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--name", "a b"], "--name 'a b'"), (["--out", "/dev/null/x"], "cannot write to /dev")]
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["slurm", "render", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ssd: error: ")
+    assert said in line
