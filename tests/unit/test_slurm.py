@@ -91,3 +91,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ssd: error: ")
     assert said in line
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {"two-jobs": {}, "single-node": {"form": "single-job"}, "multi-node": {"form": "single-job", "nodes": 5}}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_are_what_is_rendered(name: str) -> None:
+    """After a change of the templates: python -m tests.unit.test_slurm writes them again."""
+    for path, text in examples(name).items():
+        assert path.read_text() == text, f"{path} is not what is rendered; run python -m tests.unit.test_slurm"
+
+
+def examples(name: str) -> dict[Path, str]:
+    config = load_config(ROOT / "configs" / "h100_llama31_70b_1b.toml")
+    fields: dict = {"config_path": Path("/etc/ssd/h100_llama31_70b_1b.toml"), "python": "/opt/ssd/bin/python"}
+    scripts = render(Plan(config, **fields, **EXAMPLES[name]))
+    return {ROOT / "ops" / "slurm" / name / file: text for file, text in scripts.items()}
+
+
+if __name__ == "__main__":
+    for example in EXAMPLES:
+        for path, text in examples(example).items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
