@@ -124,7 +124,7 @@ def _draft(plan: Plan) -> str:
 
 
 def _target_ranks(config: Config) -> int:
-    return int(getattr(config.target, "tensor_parallel", 1))
+    return config.target.tensor_parallel
 
 
 def _draft_ranks(config: Config) -> int:

@@ -44,6 +44,7 @@ class _Socket:
             (zmq.SNDHWM, QUEUE),
             (zmq.RCVHWM, QUEUE),
             (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
+            (zmq.CONNECT_TIMEOUT, 3 * beat),  # else a lost SYN is sent again after up to a minute
             (zmq.HEARTBEAT_IVL, beat),
             (zmq.HEARTBEAT_TIMEOUT, 3 * beat),
             (zmq.HEARTBEAT_TTL, 3 * beat),

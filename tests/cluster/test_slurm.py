@@ -14,6 +14,7 @@ import pytest
 
 from launcher.slurm import Form, Plan, render
 from ssd_runtime import topology
+from ssd_runtime.comm.messages import Chunk, Finished, Generate
 from ssd_runtime.config import load_config
 from tests.cluster import slurm
 from tests.cluster.hosts import Lab
@@ -21,6 +22,8 @@ from tests.cluster.runs import ask, client_on
 from tests.process.runs import PLAIN, ROOT, START_S, TAG, eventually
 
 pytestmark = pytest.mark.process
+PROMPT = "the quick brown"
+LONG = 400  # tokens: several seconds
 
 
 @pytest.fixture
@@ -94,3 +97,39 @@ def test_one_job_over_two_nodes_serves_and_ends_cleanly_at_its_time_limit(
     said = log.read_text()
     assert "received SIGUSR1; asking the ranks to leave" in said
     assert "leaving: received SIGTERM" in said
+
+
+def test_a_draft_job_that_is_cancelled_is_replaced_while_the_stream_goes_on(
+    cluster: slurm.Slurm, config: Path, tmp_path: Path
+) -> None:
+    jobs = write(tmp_path / "jobs", config, "two-jobs")
+    submit = ("bash", str(jobs / "ssd-submit.sh"))
+    _, target, _, draft = cluster.run(*submit, cwd=jobs).split()
+    address = await_said(jobs / f"ssd-target_{target}.out", r"address: (tcp://10\.77\.0\.\d:\d+)", cluster)
+    with client_on(cluster.lab.hosts[0], address) as client:
+        expected = ask(client, "ar", max_tokens=LONG).token_ids
+        eventually(lambda: client.status().draft == "linked", START_S, "the draft job links")
+        with client_on(cluster.lab.hosts[1], address) as second:
+            got: list[int] = []
+            states: set[str] = set()
+            replacement = ""
+            for message in second.generate(Generate("r", prompt=PROMPT, max_tokens=LONG, ignore_eos=True, mode="ssd")):
+                if isinstance(message, Chunk):
+                    if not got:
+                        cluster.run("scancel", draft)
+                        replacement = cluster.run(*submit, target, cwd=jobs).split()[-1]
+                    got += message.token_ids
+                    states.add(client.status().draft)
+                else:
+                    assert isinstance(message, Finished)
+        assert tuple(got) == expected
+        assert "lost" in states
+        eventually(lambda: client.status().draft == "linked", START_S, "the replacement links")
+        assert cluster.job(draft)["JobState"] == "CANCELLED"
+        assert cluster.job(replacement)["JobState"] == "RUNNING"
+        again = ask(client, "ssd")
+        assert again.finished.statistics.hits > 0
+    cluster.run("scancel", target)
+    cluster.await_state(target, "CANCELLED", timeout_s=30)
+    # The draft sees that its target's job is gone, and does not wait for another.
+    cluster.await_state(replacement, "COMPLETED", timeout_s=60)
