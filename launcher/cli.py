@@ -24,6 +24,7 @@ import click
 
 from launcher.sampling_options import sampling_options, sampling_params
 from launcher.slurm_cli import slurm
+from launcher.study.command import study
 from ssd_runtime import __version__, logs
 from ssd_runtime.config import MODES, Config, Mode, load_config
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
@@ -348,6 +349,9 @@ def _stay(launch: Launch) -> None:
         while ranks.is_running():
             time.sleep(UP_POLL_S)
         ranks.raise_unless_ended_well()
+
+
+ssd.add_command(study)
 
 
 def _session(

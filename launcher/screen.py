@@ -25,7 +25,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def loading() -> Iterator[Callable[[messages.Progress], None]]:
+def loading(ready: str = "engine ready") -> Iterator[Callable[[messages.Progress], None]]:
     """One bar for each rank; without a terminal, a line at the end."""
     begin, out = time.monotonic(), console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
@@ -39,7 +39,14 @@ def loading() -> Iterator[Callable[[messages.Progress], None]]:
             progress.update(tasks[message.rank], description=f"{description:<28}", completed=message.fraction)
 
         yield show
-    out.print(f"engine ready after {time.monotonic() - begin:.1f} s", style="dim")
+    out.print(f"{ready} after {time.monotonic() - begin:.1f} s", style="dim")
+
+
+@contextlib.contextmanager
+def loading_here() -> Iterator[Callable[[messages.Role, float], None]]:
+    """One bar for each role whose model is loaded in this process; the callback takes the role and 0 to 1."""
+    with loading("models loaded") as show:
+        yield lambda role, fraction: show(messages.Progress(role, 0 if role == "target" else 1, "load", fraction))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,234 @@
+"""`ssd study`: reruns the paper's figures with any model pair and writes CSV, PNG and one Markdown page."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ssd_runtime.config import Config, load_config
+from ssd_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.bench import Generates
+    from launcher.prompts import Prompt
+    from launcher.study.figures import Point
+    from launcher.study.recording import Record
+
+FIGURES = ("3", "4", "5", "6")
+
+
+@click.command(name="study")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file; the defaults without it.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to write into.")
+@click.option("--figures", default="3,4,5,6", show_default=True, help="Which of the paper's figures.")
+@click.option("--offline", is_flag=True, help="Only what follows from recorded text: no engine, no speeds.")
+@click.option(
+    "--prompts", multiple=True, type=click.Path(path_type=Path), help="JSON lines; may be given several times."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts of each file.")
+@click.option("--max-tokens", type=click.IntRange(min=8), default=128, show_default=True, help="Of each text.")
+@click.option("--temperatures", default="0,0.7,1", show_default=True)
+@click.option("--batch", "batches", default="1,2,4", show_default=True, help="Requests at once, for Figure 6.")
+@click.option("--recording", type=click.Path(dir_okay=False, path_type=Path), help="Keep, or take, the recorded text.")
+def study(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    figures: str,
+    offline: bool,
+    prompts: tuple[Path, ...],
+    limit: int | None,
+    max_tokens: int,
+    temperatures: str,
+    batches: str,
+    recording: Path | None,
+) -> None:
+    """Rerun the paper's figures 3 to 6 with this pair of models.
+
+    What can be is computed from recorded text, in one pass of both models, and does not depend on how busy the machine
+    is: Figures 3 and 5 and the hit rates of 4. The speeds of 4 and Figure 6 run engines, as ssd bench does.
+    """
+    from launcher import bench, preflight
+    from launcher.prompts import read_prompts
+    from launcher.study import pictures
+
+    config = load_config(config_path, overrides)
+    wanted = _figures(figures, offline)
+    heats = _temperatures(temperatures)
+    sizes = bench.parse_batches(batches)
+    texts = [prompt for path in prompts or (None,) for prompt in read_prompts(path, limit)]
+    if max_tokens < config.speculation.lookahead + 3:
+        least = config.speculation.lookahead + 3
+        raise ConfigError(f"--max-tokens must be at least {least} with speculation.lookahead = {least - 3}")
+    pictures.check_installed()
+    preflight.check_engine(config)
+    _make_directory(out)
+    found: dict[str, list[Point]] = {}
+    if {"3", "4", "5"} & set(wanted):
+        records = _records(config, texts, heats, max_tokens, recording)
+        found |= _from_records(records, config, wanted)
+    if not offline:
+        found |= _live(config, config_path, overrides, texts, heats, max_tokens, sizes, wanted)
+    _write(out, config, found, len(texts), max_tokens)
+    click.echo(f"written: {out / 'README.md'}")
+
+
+def _figures(text: str, offline: bool) -> list[str]:
+    wanted = [value.strip() for value in text.split(",")]
+    for value in wanted:
+        if value not in FIGURES:
+            raise ConfigError(f"--figures: there is no figure {value!r}; known: {', '.join(FIGURES)}")
+    if offline and wanted == ["6"]:
+        raise ConfigError("--figures 6 needs an engine: leave --offline out")
+    return wanted
+
+
+def _temperatures(text: str) -> list[float]:
+    try:
+        found = sorted({float(value) for value in text.split(",")})
+    except ValueError:
+        raise ConfigError(f"--temperatures {text!r}: expected numbers, as in 0,0.7,1") from None
+    if not all(0.0 <= value <= 100.0 for value in found):
+        raise ConfigError(f"--temperatures {text!r}: each must be between 0 and 100")
+    return found
+
+
+def _make_directory(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write into {out}: {error.strerror}") from None
+
+
+def _records(
+    config: Config, prompts: Sequence[Prompt], temperatures: Sequence[float], max_tokens: int, path: Path | None
+) -> list[Record]:
+    """Recorded now, or read from the file that is there."""
+    from launcher import screen
+    from launcher.study import store
+    from launcher.study.figures import CS, rules_for
+    from launcher.study.recording import Limits, Pass, load_pair, write_texts
+    from ssd_runtime.speculation.types import SamplingParams
+
+    speculation = config.speculation
+    about = {
+        "target": f"{config.target.model} {config.target.dtype}",
+        "draft": f"{config.draft.model} {config.draft.dtype}",
+        "prompts": [prompt.id for prompt in prompts],
+        "temperatures": list(temperatures),
+        "max_tokens": max_tokens,
+        "lookahead": speculation.lookahead,
+        "budget": speculation.budget,
+        "saguaro": list(CS),
+    }
+    if path is not None and path.exists():
+        return store.load(path, about)
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"cannot write recording {path}: {path.parent} is not a directory")
+    with screen.loading_here() as progress:
+        pair = load_pair(config, progress)
+    asked = [pair.prompt_tokens(prompt.prompt) for prompt in prompts]
+    limits = Limits(max_tokens, speculation.lookahead, pair.eos_token_ids)
+    both = Pass(
+        pair.target,
+        pair.draft,
+        pair.vocab_size,
+        speculation.lookahead,
+        speculation.budget + 2,
+        rules_for(speculation.lookahead, speculation.budget),
+    )
+    records = []
+    with screen.counting("recording", 2 * len(prompts) * len(temperatures)) as advance:
+        for temperature in temperatures:
+            for text in write_texts(pair.target, asked, SamplingParams(temperature=temperature), limits, advance):
+                records.append(both.record(text))
+                advance(f"T={temperature:g}")
+    if path is not None:
+        store.save(path, about, records)
+    return records
+
+
+def _from_records(records: Sequence[Record], config: Config, wanted: Sequence[str]) -> dict[str, list[Point]]:
+    from launcher.study import figures
+
+    lookahead, budget = config.speculation.lookahead, config.speculation.budget
+    found: dict[str, list[Point]] = {}
+    if "3" in wanted:
+        found["3"] = figures.figure3(records, lookahead)
+    if "4" in wanted:
+        found["4"] = figures.figure4(records, lookahead, budget)
+    if "5" in wanted and any(record.temperature > 0 for record in records):
+        found["5"] = figures.figure5(records, lookahead, budget)
+    return found
+
+
+def _live(
+    config: Config,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    prompts: Sequence[Prompt],
+    temperatures: Sequence[float],
+    max_tokens: int,
+    batches: Sequence[int],
+    wanted: Sequence[str],
+) -> dict[str, list[Point]]:
+    from launcher import screen
+    from launcher.session import started
+    from launcher.study import live
+    from launcher.torchrun import Launch
+
+    @contextlib.contextmanager
+    def engines(extra: tuple[str, ...]) -> Iterator[Generates]:
+        own = (*overrides, *extra)
+        with started(Launch(load_config(config_path, own), config_path, own), screen.loading) as session:
+            yield session.client
+
+    lookahead = config.speculation.lookahead
+    found: dict[str, list[Point]] = {}
+    if "4" in wanted:
+        with screen.counting("figure 4", live.figure4_steps(len(prompts), len(temperatures))) as advance:
+            points = live.figure4_speed(engines, prompts, temperatures, max_tokens, lookahead, advance)
+            found["4 speed"] = list(points)
+    if "6" in wanted:
+        with screen.counting("figure 6", live.figure6_steps(len(prompts), batches)) as advance:
+            found["6"] = list(live.figure6(engines, prompts, batches, max_tokens, lookahead, advance))
+    return found
+
+
+def _write(out: Path, config: Config, found: dict[str, list[Point]], num_prompts: int, max_tokens: int) -> None:
+    from launcher.study import page, pictures
+    from launcher.study.figures import as_rows
+    from ssd_runtime import topology
+
+    names = [f"{Path(model.model).stem} {model.dtype}" for model in (config.target, config.draft)]
+    title = f"ssd study: {names[0]} <- {names[1]}"
+    machine, date = " ".join(topology.describe().splitlines()[0].split()), time.strftime("%Y-%m-%d")
+    files = {figure: f"figure{figure.replace(' ', '-')}" for figure in found}
+    sizes = f"K = {config.speculation.lookahead}, B = {config.speculation.budget}"
+    for figure, points in found.items():
+        with (out / f"{files[figure]}.csv").open("w", newline="") as file:
+            rows = as_rows(points)
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        heading = f"{page.CAPTIONS[figure]}\n{names[0]} <- {names[1]}\n{sizes}; {machine}; {date}"
+        pictures.draw(figure, points, heading, out / f"{files[figure]}.png")
+    facts = {
+        "target, draft": ", ".join(names),
+        "sizes": f"{sizes}, {num_prompts} prompts, up to {max_tokens} tokens each",
+        "machine": machine,
+        "date": date,
+    }
+    command = "ssd " + shlex.join(sys.argv[1:])
+    (out / "README.md").write_text(page.render(page.About(title, facts, command), found, files))

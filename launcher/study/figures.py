@@ -1,0 +1,150 @@
+"""The figures that follow from recorded text, as tables: one row a point. Knows no models and draws nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.study.coupling import Rule
+from launcher.study.recording import Record
+from launcher.study.walk import Expected, Rate, Round, expect, miss_rates, walk
+from ssd_runtime.speculation.counts import uniform_counts
+from ssd_runtime.speculation.policies import FanOutName, fan_out_policy
+
+FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
+POLICIES: tuple[FanOutName, ...] = ("uniform", "geometric", "confidence")
+CS = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.02, 0.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a figure, and one line of its CSV.
+
+    Attributes:
+        series: which curve, in words.
+        x, y: what is drawn; units are the figure's.
+        error: standard error of y, from the spread over texts; None where y was measured once.
+        rounds: how many rounds (or tokens) y rests on; expected ones under coupling "rejection".
+        note: a further number of the same point, named by the figure.
+    """
+
+    figure: str
+    series: str
+    temperature: float
+    x: float
+    y: float | None
+    error: float | None = None
+    rounds: float | None = None
+    note: float | None = None
+
+
+def rules_for(lookahead: int, budget: int) -> list[Rule]:
+    """Every rule that Figures 3 and 5 need: C = 1, and Saguaro's C with F the uniform fan-out at each position."""
+    return [Rule(c, fan_out) for c in CS for fan_out in sorted(set(uniform_counts(budget, lookahead)))]
+
+
+def at(records: Sequence[Record], temperature: float) -> list[Record]:
+    """The records of one temperature."""
+    return [record for record in records if record.temperature == temperature]
+
+
+def temperatures_of(records: Sequence[Record]) -> list[float]:
+    """All temperatures, ascending."""
+    return sorted({record.temperature for record in records})
+
+
+def figure3(records: Sequence[Record], lookahead: int) -> list[Point]:
+    """Miss rate over the fan-out F at every position: after hits ("hit") and after misses ("miss")."""
+    points: list[Point] = []
+    for temperature in temperatures_of(records):
+        some = at(records, temperature)
+        walks = [list(walk(record, lookahead, fan_out_policy("uniform"), 1)) for record in some]
+        for fan_out in FAN_OUTS:
+            rates = dict(zip(("hit", "miss"), miss_rates(walks, fan_out), strict=True))
+            for after, rate in rates.items():
+                points.append(_point("3", f"shared noise, after a {after}", temperature, fan_out, rate))
+            if temperature > 0:
+                expected = _expected(some, 1.0, [fan_out] * (lookahead + 1))
+                after_hit = [(one.rounds_after_hit - one.hits_after_hit, one.rounds_after_hit) for one in expected]
+                after_miss = [(one.rounds_after_miss - one.hits_after_miss, one.rounds_after_miss) for one in expected]
+                points.append(_point("3", "rejection, after a hit", temperature, fan_out, Rate.over(after_hit)))
+                points.append(_point("3", "rejection, after a miss", temperature, fan_out, Rate.over(after_miss)))
+    return points
+
+
+def figure4(records: Sequence[Record], lookahead: int, budget: int) -> list[Point]:
+    """Hit rate of whole outcomes over temperature, for each fan-out policy at the same budget; note: tokens a round."""
+    points = []
+    for temperature in temperatures_of(records):
+        for policy in POLICIES:
+            walks = walks_of(at(records, temperature), lookahead, budget, policy)
+            points.append(_point("4", policy, temperature, temperature, hit_rate(walks), tokens_per_round(walks)))
+    return points
+
+
+def figure5(records: Sequence[Record], lookahead: int, budget: int) -> list[Point]:
+    """Hit rate (y) against acceptance (x): rejection with Saguaro's C (note), and shared noise under each policy."""
+    points = []
+    counts = uniform_counts(budget, lookahead)
+    for temperature in temperatures_of(records):
+        some = at(records, temperature)
+        if not temperature:
+            continue  # both couplings are the same thing there
+        for c in sorted({rule.c for record in some if record.rejection for rule in record.rejection.variants})[::-1]:
+            hits = Rate.over([(one.hits, one.rounds) for one in _expected(some, c, counts)])
+            points.append(_point("5", "rejection, uniform", temperature, _acceptance(some, c, counts), hits, c))
+        agreeing = sum(rank == 0 for record in some for rank in record.ranks)
+        acceptance = agreeing / sum(len(record.ranks) for record in some)
+        for policy in POLICIES:
+            walks = walks_of(some, lookahead, budget, policy)
+            points.append(_point("5", f"shared noise, {policy}", temperature, acceptance, hit_rate(walks)))
+    return points
+
+
+def walks_of(records: Sequence[Record], lookahead: int, budget: int, policy: FanOutName) -> list[list[Round]]:
+    """The rounds of every text under one policy, which learns from text to text."""
+    learning = fan_out_policy(policy, budget=budget)
+    return [list(walk(record, lookahead, learning, budget)) for record in records]
+
+
+def hit_rate(walks: Sequence[Sequence[Round]]) -> Rate:
+    """Of whole outcomes."""
+    return Rate.over([(sum(one.hit for one in rounds), len(rounds)) for rounds in walks])
+
+
+def tokens_per_round(walks: Sequence[Sequence[Round]]) -> float | None:
+    """Accepted tokens and the bonus token."""
+    rounds = [one for some in walks for one in some]
+    return sum(one.num_accepted + 1 for one in rounds) / len(rounds) if rounds else None
+
+
+def as_rows(points: Sequence[Point]) -> list[dict[str, object]]:
+    """For a CSV file."""
+    return [dataclasses.asdict(point) for point in points]
+
+
+def _expected(records: Sequence[Record], c: float, counts: Sequence[int]) -> list[Expected]:
+    expected = []
+    for record in records:
+        assert record.rejection is not None
+        known = record.rejection.variants
+        some = min(rule.fan_out for rule in known)  # with C = 1 every fan-out is the same rule
+        rules = [Rule(c, fan_out if c < 1.0 else some) for fan_out in counts[:-1]]
+        expected.append(expect(record.rejection, [known[rule] for rule in rules], counts))
+    return expected
+
+
+def _acceptance(records: Sequence[Record], c: float, counts: Sequence[int]) -> float:
+    """Mean chance that a draft token is accepted, over all places of the text and positions of a speculation."""
+    total, places = 0.0, 0
+    for record in records:
+        assert record.rejection is not None
+        for fan_out in counts[:-1]:
+            acceptance_R = record.rejection.variants[Rule(c, fan_out)].acceptance_R
+            total, places = total + float(acceptance_R.sum()), places + len(acceptance_R)
+    return total / places
+
+
+def _point(figure: str, series: str, temperature: float, x: float, rate: Rate, note: float | None = None) -> Point:
+    return Point(figure, series, temperature, x, rate.value, rate.error, rate.whole, note)
