@@ -141,7 +141,9 @@ class TargetRank(Rank):
             speculation.budget,
             speculation.sent_probabilities,
         )
-        terms = Terms(config.digest(), tokenizer.vocabulary().digest(), shape, link_timing(config))
+        terms = Terms(
+            config.digest(), tokenizer.vocabulary().digest(), shape, link_timing(config), config.deployment.drafts
+        )
         return Door(
             server,
             host,

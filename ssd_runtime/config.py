@@ -148,9 +148,11 @@ class DeploymentConfig:
     """How targets and drafts come together.
 
     Attributes:
+        drafts: most drafts at a time; each further one is a torchrun of its own (--role draft).
         draft_required: a target in a torchrun of its own serves only once a draft has come; else at once, without.
     """
 
+    drafts: int = 1
     draft_required: bool = False
 
 
@@ -279,6 +281,7 @@ def _validate(config: Config) -> None:
         ("prefill_chunk", 1),
     ):
         at_least("engine", key, least)
+    at_least("deployment", "drafts", 1)
     at_least("speculation", "lookahead", 0)
     at_least("speculation", "budget", 1)
     at_least("speculation", "recycle", 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import Admit, Finish, Message
+from ssd_runtime.comm.messages import Admit, Finish, Message, Share
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
@@ -46,6 +46,8 @@ class SteppedDraft:
         arrived = decode(encode(message))
         if isinstance(arrived, Admit):
             self.drafter.admit(arrived)
+        elif isinstance(arrived, Share):
+            self.drafter.share(arrived.index, arrived.count)
         else:
             assert isinstance(arrived, Finish)
             self.drafter.finish(arrived.sequence_id)
@@ -113,6 +115,7 @@ class InProcess:
     colocated: Drafter
     link: LinkSpeculator
     comings: Comings
+    helpers: list[SteppedDraft] = field(default_factory=list)
     deltas: dict[str, list[Delta]] = field(default_factory=dict)
 
     def run(self, requests: list[Request], text: Callable[[], TextStream] | None = None) -> list[Sequence]:
@@ -147,6 +150,7 @@ def in_process(
     speculation: SpeculationConfig | None = None,
     steps: Callable[[], int] | int = 3,
     planner: Planner | None = None,
+    num_drafts: int = 1,
 ) -> InProcess:
     """Build one. `steps` is how many drafting steps fit into one verification; K and B are fixed without a planner."""
     engine, speculation = engine or EngineConfig(max_model_len=256), speculation or SpeculationConfig()
@@ -159,6 +163,8 @@ def in_process(
     comings.waiting.append(rank)
     drafts = Drafts(comings, deadline=5.0)  # type: ignore[arg-type]
     link = LinkSpeculator(drafts, speculation.backup, target.arch.vocab_size, Pace(), planner)
+    helpers = [SteppedDraft(Drafter(draft, engine, speculation), shape, count) for _ in range(num_drafts - 1)]
+    comings.waiting += helpers
     link.check()
     colocated = Drafter(draft, engine, speculation)
     speculators = {
@@ -174,6 +180,7 @@ def in_process(
         colocated,
         link,
         comings,
+        helpers,
     )
 
 

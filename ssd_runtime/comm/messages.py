@@ -101,6 +101,14 @@ class Finish:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Target -> draft: of `count` drafts you are number `index`; draft for every count-th outcome. Counts, too."""
+
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """I am alive and have nothing to say."""
 
@@ -302,7 +310,7 @@ class WorkerFailed:
 
 
 Message = (
-    Hello | Welcome | Refused | Admit | Finish | Heartbeat | Shutdown
+    Hello | Welcome | Refused | Admit | Finish | Share | Heartbeat | Shutdown
     | Generate | Chunk | Finished | Failed | Cancel | GetStatus | Status
     | Progress | Ready | WorkerFailed
 )  # fmt: skip

@@ -86,6 +86,7 @@ class Drafter:
         self._sequences: dict[int, _Sequence] = {}
         self._round = 0
         self._plan = Plan(speculation.lookahead, speculation.budget)
+        self._share = (0, 1)
         self._last_step: DraftStep | None = None
 
     # -- control -------------------------------------------------------------------------------------------------
@@ -120,9 +121,16 @@ class Drafter:
         if not self._sequences:
             self._scratch.release()
 
+    def share(self, index: int, count: int) -> None:
+        """Draft for every `count`-th outcome, beginning with the `index`-th likeliest: others draft for the rest."""
+        if not 0 <= index < count:
+            raise ProtocolError(f"share {index} of {count} is none")
+        self._share = (index, count)
+
     def reset(self) -> None:
         """Forget every sequence and the plan: another target, or the same one after a pause, tells anew."""
         self._plan = Plan(self._speculation.lookahead, self._speculation.budget)
+        self._share = (0, 1)
         for sequence_id in list(self._sequences):
             self.finish(sequence_id)
 
@@ -221,7 +229,10 @@ class Drafter:
         # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
         # enough left for the chain of every sequence.
         total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))
-        return share_budget([tree.forks(total) for tree in trees], total)
+        # With others at work: what would be drafted for with the budgets of all, of which every count-th is this one's.
+        index, count = self._share
+        shares = share_budget([tree.forks(total * count) for tree in trees], total * count)
+        return [forks[(index + owner) % count :: count] for owner, forks in enumerate(shares)]
 
     def _add_frontier(self, rows: RowBuilder, sequence: _Sequence, frontier: Sequence[Node]) -> None:
         prefix = sequence.tree.root.position
@@ -233,7 +244,8 @@ class Drafter:
     def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[_Sequence, Node]]) -> None:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # No position gets more than the share of a sequence; at one inside the speculation its own token is left out.
-        count = self._speculation.budget + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
+        most = self._speculation.budget * self._share[1]
+        count = most + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
         logits_RV = process_rows(
             logits_RV[:, : self._vocab_size],
             [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],

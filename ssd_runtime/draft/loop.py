@@ -7,7 +7,7 @@ import time
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import DraftLink
-from ssd_runtime.comm.messages import Admit, Finish, Message, Refused, Shutdown
+from ssd_runtime.comm.messages import Admit, Finish, Message, Refused, Share, Shutdown
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame
@@ -98,6 +98,9 @@ class DraftLoop:
             elif isinstance(message, Finish):
                 self._control_seq += 1
                 self._drafter.finish(message.sequence_id)
+            elif isinstance(message, Share):
+                self._control_seq += 1
+                self._drafter.share(message.index, message.count)
             elif isinstance(message, Shutdown):
                 self.stop(message.reason)
             elif isinstance(message, Refused):

@@ -5,12 +5,13 @@ Owns who is there and what each has been told. Knows the protocol of a link; doe
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ssd_runtime.comm.messages import Finish, Message
+from ssd_runtime.comm.messages import Finish, Message, Share
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
@@ -19,6 +20,7 @@ from ssd_runtime.target.patience import Patience
 
 log = logging.getLogger(__name__)
 
+TURN_S = 0.0005  # how long each of several drafts is waited for in turn
 PULSE_S = 0.5  # between two looks at the control connections of the drafts
 
 
@@ -87,6 +89,7 @@ class Drafts:
         self._at_work: list[_AtWork] = []
         self._sequences: dict[int, Sequence] = {}
         self._trees: list[TreeFrame] = []
+        self._shared_by = 1  # drafts that were told their share
         self.num_lost = 0
         self.num_linked = 0
 
@@ -123,6 +126,15 @@ class Drafts:
             log.info("draft rank %d is linked; it takes over %d sequences", draft.rank, len(self._sequences))
             self._with(one, self._take_over)
         self._each(self._listen)
+        if self._shared_by != self.count:
+            self._share_out()
+
+    def _share_out(self) -> None:
+        """Divide the outcomes anew: whoever is left, or has come, drafts for its part of them."""
+        self._shared_by = self.count
+        for index, one in enumerate(list(self._at_work)):
+            share = Share(index, self._shared_by)
+            self._with(one, lambda one, share=share: self._control(one, share))  # type: ignore[misc]
 
     def _take_over(self, one: _AtWork) -> None:
         for sequence in self._sequences.values():
@@ -177,21 +189,25 @@ class Drafts:
 
     def wait(self) -> bool:
         """Wait for something to be said; False if it is of no use to wait any longer: who was asked is late or gone."""
-        for one in self._at_work:
-            if not one.suspect:
+        start = time.monotonic()
+        while awaited := [one for one in self._at_work if not one.suspect]:
+            # Of several the first to speak counts, so none is waited for alone for long.
+            wait = functools.partial(self._wait_for, start=start, slice_s=None if len(awaited) == 1 else TURN_S)
+            for one in awaited:
                 before = len(self._trees)
-                self._with(one, self._wait_for)
-                return len(self._trees) > before
+                self._with(one, wait)
+                if len(self._trees) > before:
+                    return True
         return False
 
-    def _wait_for(self, one: _AtWork) -> None:
-        start = time.monotonic()
-        trees = one.draft.wait_trees(one.patience.bound)
+    def _wait_for(self, one: _AtWork, start: float, slice_s: float | None) -> None:
+        left = start + one.patience.bound - time.monotonic()
+        trees = one.draft.wait_trees(max(0.0, left if slice_s is None else min(left, slice_s)))
         now = time.monotonic()
         if trees:
             one.patience.observe(now - start)
             one.heard()
             self._trees += trees
-        else:
+        elif now - start >= one.patience.bound:
             one.suspect = True
             log.debug("draft rank %d did not answer within %.3f s", one.draft.rank, now - start)
