@@ -39,16 +39,26 @@ def await_key(store: Any, key: str, timeout_s: float) -> str:
     return value.decode()
 
 
-def own_host(config: Config) -> str:
+def own_host(config: Config, *, guests: bool = False) -> str:
     """The address of this node that the other ranks reach: the front door's, or the way to torchrun's store if that
     one is a wildcard.
 
+    Args:
+        guests: drafts of another torchrun may come, from other nodes too.
+
     Raises:
-        ConfigError: there are ranks on other nodes and the front door is for this node only.
+        ConfigError: there are ranks on other nodes and the front door is for this node only; or guests are to be told
+            an address, and it is not known which.
     """
     host = config.serve.host
     if host in WILDCARDS:
-        return way_to_store()
+        here = way_to_store()
+        if guests and is_loopback(here):
+            raise ConfigError(
+                f"serve.host = {host} does not say which address drafts of other nodes reach; "
+                "set serve.host to an address of this node (127.0.0.1 if all are here)"
+            )
+        return here
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and is_loopback(host):
         raise ConfigError(
             f"serve.host = {host} is for this node only, and there are ranks on others; "

@@ -46,7 +46,11 @@ class TargetRank(Rank):
 
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
-        known_as = rendezvous.own_host(config) if has_peers or self._place.drafts_may_come else None
+        known_as = (
+            rendezvous.own_host(config, guests=self._place.group is not None)
+            if has_peers or self._place.drafts_may_come
+            else None
+        )
         with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
             store = rendezvous.store(config) if has_peers else None  # kept: it may be this rank's own to serve
             if store is not None:
@@ -105,7 +109,9 @@ class TargetRank(Rank):
                 speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
             yield speculators, None, None
             return
-        with contextlib.closing(LinkHost(rendezvous.own_host(config), timeout_s=config.timeouts.link)) as host:
+        with contextlib.closing(
+            LinkHost(rendezvous.own_host(config, guests=self._place.group is not None), timeout_s=config.timeouts.link)
+        ) as host:
             door = self._door(server, host, tokenizer)
             try:
                 if self._place.num_drafts or config.deployment.draft_required:

@@ -66,6 +66,8 @@ def test_a_leader_that_ranks_of_other_nodes_cannot_reach_says_so(monkeypatch: py
         rendezvous.own_host(load_config(None))
     assert rendezvous.own_host(load_config(None, ["serve.host=10.9.8.7"])) == "10.9.8.7"
     assert rendezvous.own_host(load_config(None, ["serve.host=0.0.0.0"])) == "127.0.0.1"  # the way to torchrun's store
+    with pytest.raises(ConfigError, match="does not say which address drafts of other nodes reach"):
+        rendezvous.own_host(load_config(None, ["serve.host=0.0.0.0"]), guests=True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert rendezvous.own_host(load_config(None)) == "127.0.0.1"
 
