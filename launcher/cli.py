@@ -440,3 +440,7 @@ def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "cores": {role: list(numbers) for role, numbers in cores.items()},
     }
+
+
+if __name__ == "__main__":
+    main()

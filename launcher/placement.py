@@ -18,7 +18,7 @@ from ssd_runtime.topology import Role, listed
 GIB = 2**30
 # Left free on each GPU: CUDA's context, NCCL's buffers, activations of a prefill chunk, logits. An estimate.
 RESERVE = 3 * GIB
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.625}  # int4: with a scale and a minimum for 32
 JOINTS: dict[Joint, str] = {
     "same": "one GPU",
     "nvlink": "NVLink",
@@ -104,11 +104,11 @@ def weight_bytes(arch: Architecture, dtype: str, share: int = 1) -> int:
     Vectors are not divided, but they do not count for much.
     """
     other = 4 if dtype == "fp32" else 2
-    total = 0
+    total = 0.0
     for name, shape in expected_tensors(arch).items():
         in_layer = name.startswith("layers.") and len(shape) == 2
         total += math.prod(shape) * (WEIGHT_BYTES[dtype] if in_layer else other)
-    return -(-total // share)
+    return math.ceil(total / share)
 
 
 def block_bytes(arch: Architecture, block_size: int, dtype: str, share: int = 1) -> int:

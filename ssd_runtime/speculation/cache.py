@@ -1,7 +1,7 @@
 """The speculation cache: outcome -> branch. Knows no ranks, no I/O.
 
 It lives at the leader, so a lookup is local and a hit costs no round trip. Trees arrive while the target computes;
-a later tree supersedes an earlier one, which for one outcome means a longer branch.
+a later tree supersedes an earlier one, which for one outcome means that its branch goes on.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ class SpeculationCache:
     def _store(self, branch: Branch) -> None:
         if self._turn.get(branch.sequence_id) != branch.turn:
             return
-        known = self._branches[branch.sequence_id]
-        if branch.outcome not in known or len(branch.tokens) >= len(known[branch.outcome].tokens):
-            known[branch.outcome] = branch
+        branches = self._branches[branch.sequence_id]
+        known = branches.get(branch.outcome)
+        # Of two drafts' branches the first stays. The longer one would win by its length, which may depend on its own
+        # tokens; rejection sampling is exact only if what is offered does not (ARCHITECTURE.md).
+        if known is None or _goes_on(known, branch):
+            branches[branch.outcome] = branch
 
     def lookup(self, sequence_id: int, turn: int, outcome: Outcome) -> tuple[int, ...] | None:
         """The branch for `outcome` of verification `turn`, or None: a miss."""
@@ -59,3 +62,8 @@ class SpeculationCache:
 
     def __len__(self) -> int:
         return sum(len(branches) for branches in self._branches.values())
+
+
+def _goes_on(known: Branch, branch: Branch) -> bool:
+    same_tokens = branch.tokens[: len(known.tokens)] == known.tokens
+    return same_tokens and branch.proposals[: len(known.proposals)] == known.proposals

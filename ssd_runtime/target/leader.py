@@ -112,13 +112,13 @@ class Leader:
             while not self._stop:
                 for identity, message in self._server.poll(0.0 if self._engine.has_work else IDLE_POLL_S):
                     self._handle(identity, message)
+                if self._link is not None:  # drafts come and go whatever the running requests ask for
+                    self._link.check()
                 if self._engine.has_work:
                     for progressed in self._engine.step():
                         self._publish(progressed)
-                    continue
-                self._engine.check()
-                if self._link is not None:
-                    self._link.check()
+                else:
+                    self._engine.check()
         except SsdError as error:
             failure = str(error)
             raise

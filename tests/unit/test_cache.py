@@ -30,6 +30,14 @@ def test_a_later_tree_makes_a_branch_longer_and_never_shorter() -> None:
         assert cache.lookup(0, -1, A) == found
 
 
+def test_of_two_drafts_branches_for_one_outcome_the_first_stays_however_long() -> None:
+    cache = SpeculationCache()
+    cache.admit(0)
+    cache.store(tree(Branch(0, -1, A, (1, 2))))
+    cache.store(tree(Branch(0, -1, A, (1, 3, 4))))
+    assert cache.lookup(0, -1, A) == (1, 2)
+
+
 def test_a_later_tree_without_a_branch_does_not_take_it_away() -> None:
     cache = SpeculationCache()
     cache.admit(0)

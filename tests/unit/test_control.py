@@ -81,7 +81,7 @@ def test_polling_with_nothing_there_returns_at_its_deadline(server: ControlServe
     assert peer.poll(0.05) == []
     assert server.poll(0) == []
     assert peer.poll(0) == []
-    assert 0.1 <= time.monotonic() - start < SOON
+    assert 0.09 <= time.monotonic() - start < SOON  # ZeroMQ counts whole milliseconds
 
 
 def test_waiting_for_a_type_keeps_what_came_before_and_after(server: ControlServer, peer: ControlPeer) -> None:
