@@ -43,7 +43,7 @@ def main() -> int:
             engine.run_until(at)
             FAULTS[name](engine, chance)
             done[name] = done.get(name, 0) + 1
-            sizes.append(engine.size())
+            sizes += engine.sizes_while_linked()
             print(f"{time.monotonic() - start:6.1f} s  {name:<28} {engine.summary()}", flush=True)
         engine.run_until(start + options.seconds)
         engine.recover()

@@ -150,6 +150,10 @@ class Engine:
         leader = self.target.rank(0)
         return Size(leader.memory_info().rss, leader.num_threads(), leader.num_fds())
 
+    def sizes_while_linked(self) -> list[Size]:
+        """Its size, if a draft is linked now: a link has threads and open files of its own."""
+        return [self.size()] if self.status().draft == "linked" else []
+
     def draft_rank(self) -> psutil.Process | None:
         """The draft's process, if it is up."""
         with contextlib.suppress(ValueError):
