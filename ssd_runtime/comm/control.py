@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0  # between ZeroMQ's own pings; a peer silent for three of them is lost
 LINGER_MS = 1000  # longest that close() waits for what was sent last
 QUEUE = 10_000  # messages a slow reader may leave unread before it counts as lost
+DRAIN_S = 0.02  # longest that the server reads on while there is something to read
 BATCH = 256  # most messages of one poll, so that a flood does not starve the caller
 
 
@@ -79,6 +80,10 @@ class ControlServer(_Socket):
     def __init__(self, host: str, port: int, *, known_as: str | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
         super().__init__(zmq.ROUTER, heartbeat_s)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # No limit on what waits to be read: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when its
+        # heartbeat meets a peer that left while its queue here was full, as a flood makes it. `poll` drains floods.
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._nonsense = 0
         try:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
@@ -97,7 +102,8 @@ class ControlServer(_Socket):
         if timeout_s > 0 and not self._socket.poll(_milliseconds(timeout_s)):
             return []
         arrived: list[tuple[bytes, Message]] = []
-        for _ in range(BATCH):
+        until = time.monotonic() + DRAIN_S
+        while len(arrived) < BATCH and time.monotonic() < until:
             try:
                 identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -105,7 +111,9 @@ class ControlServer(_Socket):
             try:
                 message = _decode_parts(parts)
             except ProtocolError as error:
-                log.warning("peer %s sent nonsense: %s", identity.hex(), error)
+                self._nonsense += 1
+                if self._nonsense.bit_count() == 1:  # 1, 2, 4, 8...: a flood of it is not to flood the log
+                    log.warning("peer %s sent nonsense (%d so far): %s", identity.hex(), self._nonsense, error)
                 self.send(identity, Refused(str(error)))
                 continue
             if not isinstance(message, Heartbeat):
