@@ -21,7 +21,7 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("the pictures of ssd study need matplotlib: pip install 'ssd-runtime[study]'") from None
+        raise ConfigError("the pictures of ssd study need matplotlib: pip install matplotlib") from None
 
 
 def draw(figure: str, points: Sequence[Point], title: str, path: Path) -> None:
