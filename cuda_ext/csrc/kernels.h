@@ -13,26 +13,26 @@ enum class Dtype : int32_t { kFloat32, kBfloat16 };
 // turn the 4 bytes that meet 4 bytes of an activation row (4 int8, 2 bfloat16 or 1 float32 features). An int8 panel
 // stores weight + 128 and ends in kPanelOutputs float32 scales.
 //
-// A grouped panel (kGrouped4, kGrouped8) is, for every kGroup input features in turn, 32 float16 scales and 32 float16
+// A grouped panel (kGrouped4, kGrouped8) is, for every kFeatureGroup input features in turn, 32 float16 scales and 32 float16
 // minima (weight = scale * code + minimum), then the codes of 8 steps as they meet a row of int8 integers: a byte each,
 // or four bits each, an even step in the low ones and the step after it in the high ones.
 constexpr int64_t kPanelOutputs = 32;
 constexpr int64_t kStepBytes = 4 * kPanelOutputs;
 constexpr int64_t kMaxTileRows = 12;  // 24 accumulators, 2 weights and an activation fit 32 registers
 
-constexpr int64_t kGroup = 32;                   // features that share a scale, in weights and in rows
-constexpr int64_t kGroupWords = kGroup / 4 + 2;  // of a row: its integers, their scale, their scaled sum
+constexpr int64_t kFeatureGroup = 32;                   // features that share a scale, in weights and in rows
+constexpr int64_t kGroupWords = kFeatureGroup / 4 + 2;  // of a row: its integers, their scale, their scaled sum
 
 enum class Weights : int32_t { kInt8, kBfloat16, kFloat32, kGrouped4, kGrouped8 };
 
 inline bool is_grouped(Weights weights) { return weights == Weights::kGrouped4 || weights == Weights::kGrouped8; }
 // Bytes of a group in a panel.
-constexpr int64_t group_bytes(int64_t bits) { return 4 * kPanelOutputs + kPanelOutputs * kGroup * bits / 8; }
+constexpr int64_t group_bytes(int64_t bits) { return 4 * kPanelOutputs + kPanelOutputs * kFeatureGroup * bits / 8; }
 
 inline int64_t features_per_step(Weights weights) {
   return weights == Weights::kInt8 ? 4 : weights == Weights::kBfloat16 ? 2 : 1;
 }
-inline int64_t num_groups(int64_t in_features) { return (in_features + kGroup - 1) / kGroup; }
+inline int64_t num_groups(int64_t in_features) { return (in_features + kFeatureGroup - 1) / kFeatureGroup; }
 // 4-byte words of a row of activations as the kernels read it.
 inline int64_t num_steps(Weights weights, int64_t in_features) {
   if (is_grouped(weights)) return num_groups(in_features) * kGroupWords;

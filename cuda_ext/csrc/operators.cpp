@@ -101,7 +101,7 @@ Tensor pack_linear(const Tensor& weight, const std::optional<Tensor>& scales) {
   return packed;
 }
 
-// codes: uint8, of `bits` bits; scales and minima: float16, one a group of ssd::kGroup features.
+// codes: uint8, of `bits` bits; scales and minima: float16, one a group of ssd::kFeatureGroup features.
 Tensor pack_grouped(const Tensor& codes, const Tensor& scales, const Tensor& minima, int64_t bits) {
   const char* op = "pack_grouped";
   const View c(codes), s(scales), m(minima);
@@ -129,8 +129,8 @@ Tensor pack_grouped(const Tensor& codes, const Tensor& scales, const Tensor& min
     for (int64_t i = 0; i < inputs; ++i) {
       const auto code = static_cast<uint8_t>(c.data[output * c.strides[0] + i]);
       SSD_CHECK(code < 1 << bits, op, ": a code is ", static_cast<int>(code), ", which is more than ", bits, " bits");
-      const int64_t step = i % ssd::kGroup / 4, shift = bits == 4 ? step % 2 * 4 : 0;
-      char* codes = panel + i / ssd::kGroup * group_bytes + 128 + ssd::kStepBytes * (step * bits / 8);
+      const int64_t step = i % ssd::kFeatureGroup / 4, shift = bits == 4 ? step % 2 * 4 : 0;
+      char* codes = panel + i / ssd::kFeatureGroup * group_bytes + 128 + ssd::kStepBytes * (step * bits / 8);
       char* place = codes + 4 * lane + i % 4;
       *place = static_cast<char>(*place | code << shift);
     }
