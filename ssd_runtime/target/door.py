@@ -151,8 +151,8 @@ class Door:
             self._settle()
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"no draft came within {deadline_s:g} s: start one draft rank beside the target (two ranks in "
-                    "all), or choose speculation.mode ar or sd-colocated"
+                    f"no draft came within {deadline_s:g} s: start a draft rank beside the target, or with --role "
+                    "draft where it has a torchrun of its own, or choose speculation.mode ar or sd-colocated"
                 )
             for identity, message in self._server.poll(POLL_S / 10):
                 if not isinstance(message, Hello):
