@@ -87,7 +87,6 @@ class Door:
         reason = check_hello(hello, self._terms.config_digest, self._terms.vocabulary)
         if reason is not None:
             self._server.send(identity, Refused(reason))
-            log.warning("refused a draft (rank %d): %s", hello.rank, reason)
             return reason
         self._make_room(hello.instance)
         if len(self._visits) >= self._terms.seats:

@@ -148,8 +148,8 @@ class Leader:
     def _hello(self, identity: bytes, message: Hello) -> None:
         if self._door is None:
             self._server.send(identity, Refused("this engine was started without drafts"))
-        else:
-            self._door.knock(identity, message)
+        elif reason := self._door.knock(identity, message):
+            log.warning("refused a draft (rank %d): %s", message.rank, reason)
 
     def _generate(self, identity: bytes, message: Generate) -> None:
         if message.request_id in self._clients:
