@@ -58,7 +58,7 @@ def serve(process: InProcess, tokenizer: Tokenizer, *batches: list[Message], gon
     stop = Stop()
     socket = Socket(stop, process)
     socket.arriving, socket.client_is_there = list(batches), not gone
-    Leader(Config(), process.engine, tokenizer, socket, process.link, {}, stop).run()  # type: ignore[arg-type]
+    Leader(Config(), process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
     process.assert_all_blocks_are_back()
     return socket.sent
 
