@@ -53,19 +53,6 @@ class NgramIndex:
 PATIENCE = 1.1
 
 
-def worth_waiting(length: int, acceptance: float, token_seconds: float, round_seconds: float) -> bool:
-    """Whether one more just-in-time draft token pays for one sequence: `waiting_pays` of a batch of one.
-
-    Args:
-        length: draft tokens there already.
-        acceptance: a, the chance that a draft token is accepted.
-        token_seconds: what the next draft token takes.
-        round_seconds: what a round of this length takes: the verification, or the drafting where that is longer.
-    """
-    added = acceptance ** (length + 1)
-    return waiting_pays(added, expected_tokens(length, acceptance), token_seconds, round_seconds)
-
-
 def waiting_pays(added: float, expected: float, token_seconds: float, round_seconds: float) -> bool:
     """Whether one more just-in-time draft token raises the expected tokens per second of this round.
 

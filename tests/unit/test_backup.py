@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.backup import PATIENCE, JustInTime, NgramIndex, ngram_match_oracle, worth_waiting
-from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.backup import PATIENCE, JustInTime, NgramIndex, ngram_match_oracle, waiting_pays
+from ssd_runtime.speculation.pace import Pace, expected_tokens
 from ssd_runtime.speculation.types import Outcome, Source, Speculation
+
+
+def worth_waiting(length: int, acceptance: float, token_seconds: float, round_seconds: float) -> bool:
+    """Of one sequence that has so many tokens already."""
+    added = acceptance ** (length + 1)
+    return waiting_pays(added, expected_tokens(length, acceptance), token_seconds, round_seconds)
 
 
 @given(
