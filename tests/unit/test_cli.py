@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, preflight
+from launcher.commands.bench import overrides_for
 from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, PeerLost, RequestError
@@ -171,7 +172,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     def session(*arguments: object) -> Iterator[Session]:
         yield Session()
 
-    monkeypatch.setattr(cli, "_session", session)
+    monkeypatch.setattr("launcher.commands.engine.open_session", session)
     return played
 
 
@@ -285,8 +286,8 @@ def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
     from launcher.bench import plan_runs
 
     runs = plan_runs(["ar", "sd", "ssd"], ["ssd=3,7"], 4)
-    assert cli._overrides_for(runs, Config()) == ["speculation.lookahead=7"]
-    assert cli._overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]
+    assert overrides_for(runs, Config()) == ["speculation.lookahead=7"]
+    assert overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]
 
 
 def test_help_needs_no_torch() -> None:

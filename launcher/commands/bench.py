@@ -1,0 +1,128 @@
+"""`ssd bench`: modes compared on the same prompts, in as many engines as that takes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.commands import engine
+from launcher.commands.options import check_writable, config_options, connect_option, trace_option
+from launcher.commands.sampling import sampling_options, sampling_params
+from ssd_runtime.config import MODES, Config, load_config
+
+
+@click.command(name="bench")
+@config_options
+@click.option("--modes", default="ar,sd,ssd", show_default=True, help=f"Which of {', '.join(MODES)}.")
+@click.option("--lookahead", "lookaheads", multiple=True, metavar="MODE=K[,K...]", help="Try these K for that mode.")
+@click.option("--prompts", "prompts_path", type=click.Path(path_type=Path), help="JSON lines of id, set and prompt.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many prompts.")
+@click.option("--max-tokens", type=click.IntRange(min=2), default=128, show_default=True)
+@sampling_options
+@click.option(
+    "--batch", "batches", default="1", show_default=True, metavar="N[,N...]", help="So many requests at once."
+)
+@click.option("--numerics", metavar="NAME[,NAME]", help="fast, invariant or both, to see what it costs.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
+@connect_option
+@trace_option
+def bench_command(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    modes: str,
+    lookaheads: tuple[str, ...],
+    prompts_path: Path | None,
+    limit: int | None,
+    max_tokens: int,
+    batches: str,
+    numerics: str | None,
+    repeat: int,
+    out: Path | None,
+    connect: str | None,
+    trace: Path | None,
+    **sampling: Any,
+) -> None:
+    """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
+    from launcher import bench, screen
+    from launcher.prompts import read_prompts
+
+    config = load_config(config_path, overrides)
+    modes_asked = [mode.strip() for mode in modes.split(",")]
+    runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
+    settings = [config.engine.numerics] if numerics is None else bench.parse_numerics(numerics)
+    if connect is not None and numerics is not None:
+        raise click.UsageError("--numerics is the engine's own: give it to ssd up, not together with --connect")
+    prompts = tuple(read_prompts(prompts_path, limit))
+    overrides = (*overrides, *overrides_for(runs, config))
+    config = load_config(config_path, overrides)
+    check_writable(out)
+    params = sampling_params(sampling, max_tokens)
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
+    request = engine.request_for(longest, False, max_tokens, (), None, params)
+    reports = {}
+    for setting in settings:
+        own = overrides if numerics is None else (*overrides, f"engine.numerics={setting}")
+        config = load_config(config_path, own)
+        with engine.open_session(config, config_path, own, connect, trace, request) as session:
+            devices = bench.devices_by_mode(config, session.cores)
+            workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
+            with screen.counting("benchmark", bench.count_steps(runs, workload)) as advance:
+                reports[setting] = bench.measure(session.client, runs, workload, advance)
+            reports[setting]["machine"] = _machine(session.cores)
+    report = bench.join_numerics(reports)
+    if report["first_divergence"] and connect is None:
+        from launcher.scoring import gap_of_divergence
+
+        report["first_divergence"]["logit_gap"] = gap_of_divergence(report["first_divergence"], config, prompts, params)
+    report["workload"] = {
+        "prompts": str(prompts_path or "embedded"),
+        "num_prompts": len(prompts),
+        "max_tokens": max_tokens,
+        "repeat": repeat,
+        "sampling": sampling,
+        "config": config.to_dict(),
+    }
+    if out is not None:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    screen.show_bench(report)
+
+
+def overrides_for(runs: Sequence[Any], config: Config) -> list[str]:
+    """What the engine must be started with so that every run can take place in it."""
+    needed = []
+    deepest = max(run.lookahead for run in runs)
+    if deepest > config.speculation.lookahead:
+        needed.append(f"speculation.lookahead={deepest}")
+    together = max(run.batch for run in runs)
+    if together > config.engine.max_num_seqs:
+        needed.append(f"engine.max_num_seqs={together}")
+    modes = {run.mode for run in runs}
+    widest = next(mode for mode in ("ssd", "sd", "sd-colocated", "ar") if mode in modes)
+    if widest != config.speculation.mode:
+        needed.append(f"speculation.mode={widest}")
+    return needed
+
+
+def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    import torch
+
+    from cuda_ext import ops
+    from ssd_runtime import topology
+
+    return {
+        "host": platform.node(),
+        "hardware": topology.describe().splitlines(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "operators": ops.backend(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "cores": {role: list(numbers) for role, numbers in cores.items()},
+    }

@@ -1,0 +1,84 @@
+"""`ssd generate`: one prompt, answered."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.commands import engine
+from launcher.commands.options import config_options, connect_option, trace_option
+from launcher.commands.sampling import sampling_options, sampling_params
+from ssd_runtime.config import MODES, Mode, load_config
+
+
+@click.command()
+@config_options
+@click.option("--prompt", "-p", required=True, help="What to answer; - reads standard input.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@sampling_options
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--mode", type=click.Choice(MODES), help="Default: speculation.mode.")
+@click.option("--lookahead", type=click.IntRange(min=0), help="Most draft tokens a round; default: the engine's.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--n", type=click.IntRange(1, 128), default=1, show_default=True, help="Answers; i has seed SEED + i.")
+@click.option("--logprobs", type=click.IntRange(0, 20), help="With --json: log-probabilities, so many alternatives.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON at the end, nothing else.")
+@connect_option
+@trace_option
+def generate(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    prompt: str,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    mode: Mode | None,
+    lookahead: int | None,
+    raw: bool,
+    n: int,
+    logprobs: int | None,
+    as_json: bool,
+    connect: str | None,
+    trace: Path | None,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt."""
+    from launcher import answers, bench, preflight
+
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are part of the JSON: give --json too")
+    if mode is not None:
+        overrides = (*overrides, f"speculation.mode={mode}")
+    if lookahead is not None:
+        overrides = (*overrides, f"speculation.lookahead={lookahead}")
+    config = load_config(config_path, overrides)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    request = engine.request_for(prompt, raw, max_tokens, stop, mode, sampling_params(sampling, max_tokens))
+    streams = not as_json and n == 1
+    request = replace(request, lookahead=lookahead, stream=streams, logprobs=logprobs, n=n)
+    preflight.check_not_empty(request)
+    with engine.open_session(config, config_path, overrides, connect, trace, request) as session:
+        try:
+            generation = bench.generate(session.client, request, _stream if streams else _nothing)
+        finally:
+            if streams:
+                click.echo()
+        if as_json:
+            click.echo(json.dumps(answers.as_json(generation)))
+        else:
+            if not streams:
+                click.echo(answers.as_text(generation))
+            click.echo(answers.summary_line(generation, session.cores), err=True)
+
+
+def _stream(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _nothing(text: str) -> None:
+    pass
