@@ -83,33 +83,29 @@ def _compiler() -> str:
 def _devices(config: Config) -> str:
     from ssd_runtime import topology
 
-    count = config.target.tensor_parallel
-    models = [config.target] * count + [config.draft]
+    count, drafts = config.target.tensor_parallel, config.deployment.drafts
+    models = [config.target] * count + [config.draft] * drafts
     devices = [str(topology.device_for(model.device, rank)) for rank, model in enumerate(models)]
     backend = topology.link_backend(config.target.device, config.draft.device)
     target = f"target on {devices[0]}"
     if count > 1:
         ranks = ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices[:count]))
         target = f"target shared by {count} ranks over {topology.group_backend(config.target.device)} ({ranks})"
-    return f"{target}, draft on {devices[count]}, link over {backend}"
+    if drafts == 1:
+        return f"{target}, draft on {devices[count]}, link over {backend}"
+    ranks = ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices[count:], count))
+    return f"{target}, {drafts} drafts ({ranks}), links over {backend}"
 
 
 def _cores(config: Config) -> str:
     from ssd_runtime import topology
+    from ssd_runtime.cores import crowding
 
-    allowed = topology.allowed_cores()
-    count = config.target.tensor_parallel
-    cores = topology.choose_cores(config, allowed, num_targets=count)
-    shared = set(cores.target) & set(cores.draft)
-    if shared:
-        raise ConfigError(f"target and draft share cores {sorted(shared)}: drafting cannot hide behind verification")
-    if count > 1 and 0 < len(cores.target) < count:
-        raise ConfigError(
-            f"{count} target ranks share {len(cores.target)} core(s) {list(cores.target)}: they wait for each other "
-            "twice a layer; lower target.tensor_parallel or name more target.cores"
-        )
-    placed = topology.cores_by_role(config, count + 1)
-    return f"{len(allowed)} usable; " + ", ".join(f"{role} on {list(numbers)}" for role, numbers in placed.items())
+    placed = topology.cores_by_role(config, config.target.tensor_parallel + config.deployment.drafts)
+    if (crowd := crowding(placed)) is not None:
+        raise ConfigError(crowd)
+    usable = len(topology.allowed_cores())
+    return f"{usable} usable; " + ", ".join(f"{role} on {list(numbers)}" for role, numbers in placed.items())
 
 
 def _hardware() -> str:
@@ -154,9 +150,9 @@ def _placement(config: Config) -> Iterator[Finding]:
 
     try:
         target, draft = (_card(model).arch for model in (config.target, config.draft))
+        plan = placement.plan(config, hardware.read(), target, draft, num_ranks(config), topology.allowed_cores())
     except (SsdError, ImportError):
-        return  # the models' own findings say it
-    plan = placement.plan(config, hardware.read(), target, draft, num_ranks(config), topology.allowed_cores())
+        return  # the findings about models and cores say it
     for one in plan.ranks:
         yield Finding(f"{one.role} rank {one.rank}", True, placement.describe(one, config.engine.block_size))
     for role, joint in (("target ranks", plan.target_joint), ("target and draft", plan.link_joint)):

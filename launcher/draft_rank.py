@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 
 from launcher import rendezvous
 from launcher.rank import Rank, link_timing
+from ssd_runtime import logs
 from ssd_runtime.comm.link import open_draft_link
-from ssd_runtime.comm.messages import Hello
+from ssd_runtime.comm.messages import Hello, Joined
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
+from ssd_runtime.cores import crowded, listed
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.membership import Membership, Patience
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.tokenizer import Tokenizer
+
+log = logging.getLogger("ssd.draft")
 
 
 class DraftRank(Rank):
@@ -23,7 +28,7 @@ class DraftRank(Rank):
         first = timeouts.load + timeouts.handshake
         group, number = self._place.group, self._place.rank
         if group is not None and group.target is not None:
-            address, number = group.target, self._place.num_targets + self._place.rank
+            address, number = group.target, 0
         else:
             address = rendezvous.await_key(rendezvous.store(config), rendezvous.CONTROL_KEY, first)
         tokenizer = Tokenizer.from_model(resolve(config.draft.model))
@@ -37,8 +42,19 @@ class DraftRank(Rank):
             Drafter(decoder, config.engine, config.speculation, len(vocabulary.tokens)),
             lambda at: open_draft_link(at, link_timing(config), **self._frames_travel_by()),
             Patience(first, timeouts.rejoin, timeouts.link),
-            lambda: None,
+            self._known_as,
             self._tracer,
         )
         self._on_stop = membership.stop
         membership.run()
+
+    def _known_as(self, number: int) -> None:
+        """A draft of a torchrun of its own goes by the number that the target has given it."""
+        if self._place.group is None:
+            return
+        logs.setup("draft", number)
+        self._tracer.process, self._tracer.sort_index = f"draft rank {number}", number
+        log.info("on cores %s", listed(self._cores) or "that the system chooses")
+        if self._claims.crowded:
+            log.warning("%s", crowded(number, self._cores))
+        self._announcer.say(Joined(number, self._cores, self._claims.crowded))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ssd_runtime.config import Config, ModelConfig
+from ssd_runtime.cores import Role, listed
 from ssd_runtime.hardware import Gpu, Hardware, Joint, near_cores
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.source import expected_tensors
-from ssd_runtime.topology import Role, listed
+from ssd_runtime.topology import cores_of_ranks
 
 GIB = 2**30
 # Left free on each GPU: CUDA's context, NCCL's buffers, activations of a prefill chunk, logits. An estimate.
@@ -78,9 +79,11 @@ def plan(
         allowed: CPU cores of this process.
     """
     ranks = []
-    for rank in range(num_ranks):
+    for rank, cores in cores_of_ranks(config, range(num_ranks), allowed).items():
         role: Role = "target" if rank < config.target.tensor_parallel else "draft"
-        ranks.append(_rank(config, hardware, role, rank, target if role == "target" else draft, allowed))
+        one = _rank(config, hardware, role, rank, target if role == "target" else draft)
+        near = () if one.gpu is None else near_cores(hardware, one.gpu, allowed)
+        ranks.append(replace(one, cores=cores or near))
     targets = [one.gpu for one in ranks if one.role == "target" and one.gpu is not None]
     drafts = [one.gpu for one in ranks if one.role == "draft" and one.gpu is not None]
     between = [hardware.joint(a, b) for i, a in enumerate(targets) for b in targets[:i]]
@@ -117,9 +120,8 @@ def block_bytes(arch: Architecture, block_size: int, dtype: str, share: int = 1)
     return block_size * arch.num_layers * 2 * heads * arch.head_dim * (4 if dtype == "fp32" else 2)
 
 
-def _rank(
-    config: Config, hardware: Hardware, role: Role, rank: int, arch: Architecture, allowed: Sequence[int]
-) -> RankPlan:
+def _rank(config: Config, hardware: Hardware, role: Role, rank: int, arch: Architecture) -> RankPlan:
+    """The plan of one rank, but for its cores."""
     model: ModelConfig = config.target if role == "target" else config.draft
     share = config.target.tensor_parallel if role == "target" else 1
     weights = weight_bytes(arch, model.dtype, share)
@@ -130,12 +132,10 @@ def _rank(
         blocks += -(-rows // config.engine.block_size)
     gpu: int | None = None
     left: int | None = None
-    cores = model.cores
     if model.device == "cuda" and hardware.gpus:
         gpu = min(rank, len(hardware.gpus) - 1)
         left = max(0, (hardware.gpus[gpu].memory_free - RESERVE - weights) // block)
-        cores = cores or near_cores(hardware, gpu, allowed)
-    return RankPlan(role, rank, gpu, weights, blocks, blocks * block, left, cores)
+    return RankPlan(role, rank, gpu, weights, blocks, blocks * block, left, ())
 
 
 def _worst(joints: Sequence[Joint]) -> Joint | None:

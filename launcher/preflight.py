@@ -76,7 +76,7 @@ def check_devices(config: Config) -> None:
     from ssd_runtime import topology
 
     count = num_ranks(config)
-    topology.cores_by_role(config, count)
+    topology.cores_by_role(config, count)  # raises for a named core that is not ours
     for rank in range(count):
         model = config.target if rank < config.target.tensor_parallel else config.draft
         topology.device_for(model.device, rank)

@@ -15,6 +15,7 @@ from ssd_runtime import topology
 from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.config import Config
+from ssd_runtime.cores import Claims
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
@@ -55,17 +56,20 @@ class Rank:
         self._trace = surroundings.trace
         self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=self._trace is not None, sort_index=place.rank)
         self._on_stop: Callable[[str], None] | None = None
+        self._claims = Claims()
+        self._cores: tuple[int, ...] = ()  # it is pinned to
 
     def run(self) -> None:
         """Until told to leave. Raises SsdError for everything that can go wrong."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._signalled)
-        topology.settle(self._place)
+        self._cores = topology.settle(self._place, self._claims)
         try:
             self.serve()
         except Stopped as stopped:
             log.info("leaving: %s", stopped)
         finally:
+            self._claims.release()
             if self._trace is not None:
                 self._tracer.write(part_path(self._trace, self._place.rank))
 

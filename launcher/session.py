@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from launcher.torchrun import Launch, Ranks
 from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
+from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import ConfigError, PeerLost, RequestError, SsdError
 
@@ -76,6 +77,8 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         ranks.start()
         with loading() as on_progress:
             ready = ranks.wait_ready(on_progress)
+        if (crowd := crowding(ready.cores)) is not None:
+            log.warning("%s", crowd)
         client = Client(ready.address, launch.config.timeouts.load)
         try:
             yield Session(client, ready.address, ready.cores, ranks)

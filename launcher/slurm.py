@@ -66,7 +66,8 @@ def render(plan: Plan) -> dict[str, str]:
         return {plan.files[0]: _single(plan)}
     if mode in ("ar", "sd-colocated"):
         raise ConfigError(f"speculation.mode = {mode} uses no draft of its own: render it with --single-job")
-    return dict(zip(plan.files, (_target(plan), _draft(plan), _template("submit.sh.j2", _shared(plan))), strict=True))
+    submit = _template("submit.sh.j2", _shared(plan) | {"drafts": plan.config.deployment.drafts})
+    return dict(zip(plan.files, (_target(plan), _draft(plan), submit), strict=True))
 
 
 def _single(plan: Plan) -> str:
@@ -110,9 +111,9 @@ def _draft(plan: Plan) -> str:
     return _template(
         "draft.sbatch.j2",
         _shared(plan)
-        | _resources([plan.config.draft], _draft_ranks(plan.config))
+        | _resources([plan.config.draft], 1)
         | {
-            "purpose": "The draft's job. It may be cancelled, requeued and submitted again while the target serves.",
+            "purpose": "A draft's job. It may be cancelled, requeued and submitted again while the target serves.",
             "name": f"{plan.name}-draft",
             "nodes": 1,
             "requeue": True,
@@ -125,10 +126,6 @@ def _draft(plan: Plan) -> str:
 
 def _target_ranks(config: Config) -> int:
     return config.target.tensor_parallel
-
-
-def _draft_ranks(config: Config) -> int:
-    return num_ranks(config) - _target_ranks(config)
 
 
 def _shared(plan: Plan) -> dict[str, Any]:

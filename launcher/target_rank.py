@@ -46,11 +46,7 @@ class TargetRank(Rank):
 
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
-        known_as = (
-            rendezvous.own_host(config, guests=self._place.group is not None)
-            if has_peers or self._place.drafts_may_come
-            else None
-        )
+        known_as = self._own_host() if has_peers or self._place.drafts_may_come else None
         with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
             store = rendezvous.store(config) if has_peers else None  # kept: it may be this rank's own to serve
             if store is not None:
@@ -68,7 +64,7 @@ class TargetRank(Rank):
                 engine = Engine(
                     decoder, config.engine, speculation.lookahead, speculators, self._tracer, speculation.coupling
                 )
-                cores = topology.cores_by_role(config, self._place.world_size)
+                cores = topology.cores_by_role(config, self._place.world_size, self._place.here)
                 leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop)
                 self._on_stop = self._set_stop
                 self._announcer.say(Ready(server.address, cores))
@@ -77,6 +73,12 @@ class TargetRank(Rank):
                 log.info("ready at %s", server.address)
                 leader.run()
                 log.info("leaving: %s", self._stop.reason)
+
+    def _own_host(self) -> str:
+        """Where the other ranks reach this one, and drafts of other torchruns, if there is a place for these."""
+        place = self._place
+        guests = place.drafts_may_come and place.num_drafts < self._config.deployment.drafts
+        return rendezvous.own_host(self._config, guests=guests)
 
     @contextlib.contextmanager
     def _model(self, store: Any) -> Iterator[Model]:
@@ -109,13 +111,12 @@ class TargetRank(Rank):
                 speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
             yield speculators, None, None
             return
-        with contextlib.closing(
-            LinkHost(rendezvous.own_host(config, guests=self._place.group is not None), timeout_s=config.timeouts.link)
-        ) as host:
+        with contextlib.closing(LinkHost(self._own_host(), timeout_s=config.timeouts.link)) as host:
             door = self._door(server, host, tokenizer)
             try:
-                if self._place.num_drafts or config.deployment.draft_required:
-                    door.await_first(config.timeouts.load + config.timeouts.handshake, lambda: bool(self._stop))
+                if awaited := self._place.num_drafts or int(config.deployment.draft_required):
+                    patience = config.timeouts.load + config.timeouts.handshake
+                    door.await_first(awaited, patience, lambda: bool(self._stop))
                 speculation, pace = config.speculation, Pace()
                 planner = (
                     AdaptivePlanner(speculation.lookahead, speculation.budget, pace) if speculation.adapt else None
@@ -147,8 +148,15 @@ class TargetRank(Rank):
             speculation.budget,
             speculation.sent_probabilities,
         )
+        first = self._place.num_targets
+        ranks = range(first, first + config.deployment.drafts)
         terms = Terms(
-            config.digest(), tokenizer.vocabulary().digest(), shape, link_timing(config), config.deployment.drafts
+            config.digest(),
+            tokenizer.vocabulary().digest(),
+            shape,
+            link_timing(config),
+            ranks,
+            self._place.num_drafts,
         )
         return Door(
             server,

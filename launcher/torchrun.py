@@ -58,8 +58,9 @@ class Launch:
 
 
 def num_ranks(config: Config) -> int:
-    """The target's ranks, and one for the draft where it has a rank: plain and colocated decoding need none."""
-    return config.target.tensor_parallel + (config.speculation.mode not in ("ar", "sd-colocated"))
+    """The target's ranks, and one for each draft where they have ranks: plain and colocated decoding need none."""
+    drafts = 0 if config.speculation.mode in ("ar", "sd-colocated") else config.deployment.drafts
+    return config.target.tensor_parallel + drafts
 
 
 class Ranks:
@@ -125,6 +126,11 @@ class Ranks:
         raise SsdError(
             f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self.see_log()}"
         )
+
+    def joined(self) -> list[messages.Joined]:
+        """Drafts of this torchrun that a target has taken in since the last call, ranks of a draft's own torchrun."""
+        heard = [] if self._failure is not None else self._heard(0.0)
+        return [message for message in heard if isinstance(message, messages.Joined)]
 
     def raise_if_failed(self) -> None:
         """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
@@ -196,6 +202,7 @@ class Ranks:
             rank, code = int(failed[1]), int(failed[2])
             group, num_targets = self.launch.group, self.launch.config.target.tensor_parallel
             role = group.role if group else "target" if rank < num_targets else "draft"
+            who = "the draft" if group and role == "draft" else f"{role} rank {rank}"
             how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
-            return f": {role} rank {rank} {how}"
+            return f": {who} {how}"
         return ""

@@ -1,7 +1,7 @@
 """The entry point of a rank under torchrun: `python -m torch.distributed.run ... -m launcher.worker --config X`.
 
 Finds the rank's role, runs it, and says what went wrong in one line. Rank 0 leads, the other ranks of a
-tensor-parallel target follow it, and the rank after them drafts.
+tensor-parallel target follow it, and the ranks after them draft.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from launcher.target_rank import TargetRank
 from ssd_runtime import logs, topology
 from ssd_runtime.comm.messages import WorkerFailed
 from ssd_runtime.config import load_config
+from ssd_runtime.cores import crowding
 from ssd_runtime.errors import ConfigError, SsdError
 
 log = logging.getLogger("ssd.worker")
@@ -60,7 +61,7 @@ def run(
     rank = os.environ.get("RANK", "0")
     role: Any = group_role or ("target" if rank == "0" else "draft")
     try:
-        logs.setup(role, int(rank))
+        logs.setup(role, None if group_role == "draft" else int(rank))  # such a draft gets its number from the target
         config = load_config(config_path, overrides)
         if "cuda" in (config.target.device, config.draft.device):
             for setting in nccl.apply():
@@ -70,6 +71,10 @@ def run(
         if place.role != role:
             role = place.role
             logs.setup(role, int(rank))
+        if place.rank == place.here.start and (group is None or role == "target"):  # one for the host
+            crowd = crowding(topology.cores_by_role(config, place.world_size, place.here))
+            if crowd is not None:
+                log.warning("%s", crowd)
         leads = place.rank == 0
         kind = DraftRank if role == "draft" else TargetRank if leads else FollowerRank
         kind(Surroundings(config, place, announcer, trace)).run()

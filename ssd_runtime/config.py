@@ -37,8 +37,8 @@ class ModelConfig:
         dtype: what the linear layers compute in.
         device: kind of device; which one follows from the rank (topology.py).
         threads: compute threads of the rank on a CPU.
-        cores: CPU cores the rank is pinned to; empty means "choose apart from the other rank". Several target ranks of
-            one host share them out.
+        cores: CPU cores the rank is pinned to; empty means "choose apart from the other ranks". Several ranks of one
+            role, host and torchrun share them out.
         tensor_parallel: ranks that share the model, the first of the world; for the target only.
     """
 
@@ -148,7 +148,8 @@ class DeploymentConfig:
     """How targets and drafts come together.
 
     Attributes:
-        drafts: most drafts at a time; each further one is a torchrun of its own (--role draft).
+        drafts: D, most drafts at a time. One torchrun world has a rank for each, after the target's; with --role each
+            is a torchrun of its own.
         draft_required: a target in a torchrun of its own serves only once a draft has come; else at once, without.
     """
 

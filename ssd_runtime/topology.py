@@ -1,25 +1,23 @@
 """Which rank plays which role, on which device and which CPU cores. The one place where device choice lives.
 
-Knows no models and no links; answers questions, and does the pinning it is asked to do.
+Knows no models and no links; answers questions, and moves a process to its place.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import platform
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from ssd_runtime import hardware
-from ssd_runtime.config import Config, Device, ModelConfig
+from ssd_runtime.config import Config, Device
+from ssd_runtime.cores import Claims, Role, allowed_cores, choose_cores, listed, pin, share_out
 from ssd_runtime.errors import ConfigError
 
-Role = Literal["target", "draft"]
 Backend = Literal["gloo", "nccl"]
 
 
@@ -44,17 +42,6 @@ def group_of(role: Role | None, target: str | None) -> Group | None:
 
 
 @dataclass(frozen=True)
-class Cores:
-    """CPU cores of each role; a role that is elsewhere, or on a GPU and not pinned, has none."""
-
-    target: tuple[int, ...] = ()
-    draft: tuple[int, ...] = ()
-
-    def of(self, role: Role) -> tuple[int, ...]:
-        return self.target if role == "target" else self.draft
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where one rank runs.
 
@@ -63,8 +50,10 @@ class Placement:
         link_backend: what carries the frames between the two roles.
         cores: CPU cores to be pinned to; empty means not pinned.
         threads: compute threads.
+        here: the ranks of this host.
         num_targets: ranks that share the target model, the first of the world.
         group: of a torchrun that has one role only.
+        claims: `cores` are those to choose from: as many as there are threads, which no other draft of this host has.
     """
 
     role: Role
@@ -74,8 +63,10 @@ class Placement:
     link_backend: Backend
     cores: tuple[int, ...]
     threads: int
+    here: range
     num_targets: int = 1
     group: Group | None = None
+    claims: bool = False
 
     @property
     def num_drafts(self) -> int:
@@ -98,24 +89,22 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
         ConfigError: ranks that cannot work, no GPU for this rank, cores that are not allowed.
     """
     rank, world_size = _number(environ, "RANK", 0), _number(environ, "WORLD_SIZE", 1)
-    num_targets = config.target.tensor_parallel
-    role = role_of(rank, world_size, num_targets) if group is None else _role_in(group, config, world_size)
-    if group is None and world_size == num_targets and config.speculation.mode in ("sd", "ssd"):
-        raise ConfigError(
-            f"speculation.mode = {config.speculation.mode} needs {num_targets + 1} ranks "
-            f"({_who(num_targets)}), not {world_size}; without a draft only ar and sd-colocated are possible"
-        )
+    num_targets, most_drafts = config.target.tensor_parallel, config.deployment.drafts
+    if group is None:
+        role = role_of(rank, world_size, num_targets, most_drafts)
+        if world_size == num_targets and config.speculation.mode in ("sd", "ssd"):
+            raise ConfigError(
+                f"speculation.mode = {config.speculation.mode} needs {_wanted(num_targets, most_drafts)}, "
+                f"not {world_size}; without a draft only ar and sd-colocated are possible"
+            )
+    else:
+        role = _role_in(group, config, world_size)
     local_rank = _number(environ, "LOCAL_RANK", rank)
     first = rank - local_rank  # of this host: torchrun numbers its ranks in a row
-    ranks_here = _number(environ, "LOCAL_WORLD_SIZE", world_size)
-    targets_here = max(0, min(num_targets - first, ranks_here)) if role == "target" or group is None else 0
-    here = _roles_here(targets_here, ranks_here)
-    if group is not None and group.target is not None and _is_here(group.target):
-        here, targets_here = ("target", "draft"), num_targets  # leave the target its cores
+    here = range(first, first + _number(environ, "LOCAL_WORLD_SIZE", world_size))
     model = config.target if role == "target" else config.draft
-    cores = choose_cores(config, allowed_cores(), here, targets_here).of(role)
-    if role == "target":
-        cores = share_out(cores, local_rank, targets_here)
+    lone = group is not None and role == "draft"
+    cores = _cores_for_lone_draft(config, group) if lone else cores_of_ranks(config, here, allowed_cores())[rank]
     return Placement(
         role=role,
         rank=rank,
@@ -124,9 +113,39 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
         link_backend=link_backend(config.target.device, config.draft.device),
         cores=cores,
         threads=model.threads,
+        here=here,
         num_targets=num_targets,
         group=group,
+        claims=lone and model.device == "cpu" and not model.cores,
     )
+
+
+def cores_of_ranks(config: Config, here: range, allowed: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The cores of each rank of one host, of a world whose first `target.tensor_parallel` ranks are targets.
+
+    Args:
+        here: the ranks of the host.
+        allowed: its cores.
+
+    Raises:
+        ConfigError: a named core is not allowed.
+    """
+    targets = [rank for rank in here if rank < config.target.tensor_parallel]
+    drafts = [rank for rank in here if rank >= config.target.tensor_parallel]
+    cores = choose_cores(config, allowed, len(targets), len(drafts))
+    found = {rank: share_out(cores.target, i, len(targets)) for i, rank in enumerate(targets)}
+    return found | {rank: share_out(cores.draft, i, len(drafts)) for i, rank in enumerate(drafts)}
+
+
+def _cores_for_lone_draft(config: Config, group: Group | None) -> tuple[int, ...]:
+    """Where a draft of a torchrun of its own may go: not to the target's cores, if that one is on this host."""
+    assert group is not None
+    assert group.target is not None
+    targets_here = config.target.tensor_parallel if _is_here(group.target) else 0
+    cores = choose_cores(config, allowed_cores(), targets_here, 1)
+    if config.draft.cores or config.draft.device != "cpu":
+        return cores.draft
+    return tuple(core for core in allowed_cores() if core not in cores.target) or cores.draft
 
 
 def _role_in(group: Group, config: Config, world_size: int) -> Role:
@@ -150,58 +169,66 @@ def _is_here(address: str) -> bool:
     return True
 
 
-def settle(placement: Placement) -> None:
+def settle(placement: Placement, claims: Claims) -> tuple[int, ...]:
     """Move this process to its place: cores, compute threads, current GPU. Call before anything starts threads.
 
     A rank on a GPU whose cores are not named goes to those near its GPU, as far as NVML knows them.
+
+    Args:
+        claims: where a draft keeps its cores from other drafts of this host.
+
+    Returns:
+        The cores it is pinned to; none if it is not.
     """
     cores = placement.cores
+    if placement.claims:
+        cores = claims.take(cores, placement.threads)
+    elif placement.role == "draft":
+        claims.note(cores)
     if not cores and placement.device.type == "cuda":
         cores = hardware.near_cores(hardware.read(), placement.device.index, allowed_cores())
     pin(cores, placement.threads)
     if placement.device.type == "cuda":
         torch.cuda.set_device(placement.device)
+    return cores
 
 
-def cores_by_role(config: Config, world_size: int) -> dict[str, tuple[int, ...]]:
-    """The cores of each role of a world on this host, for people to see; of several target ranks, of each."""
+def cores_by_role(config: Config, world_size: int, here: range | None = None) -> dict[str, tuple[int, ...]]:
+    """The cores of the ranks of one host, for people to see: "target" and "draft", with their ranks if several.
+
+    Args:
+        here: ranks of this host; None means the whole world.
+    """
     num_targets = config.target.tensor_parallel
-    here = _roles_here(num_targets, world_size)
-    cores = choose_cores(config, allowed_cores(), here, num_targets)
-    if num_targets == 1:
-        return {role: cores.of(role) for role in here}
-    named = {f"target {rank}": share_out(cores.target, rank, num_targets) for rank in range(num_targets)}
-    return named | {role: cores.of(role) for role in here if role != "target"}
+    alone = {"target": num_targets == 1, "draft": world_size - num_targets == 1}
+    named = {}
+    for rank, cores in cores_of_ranks(config, here or range(world_size), allowed_cores()).items():
+        role = "target" if rank < num_targets else "draft"
+        named[role if alone[role] else f"{role} {rank}"] = cores
+    return named
 
 
-def _roles_here(num_targets: int, num_ranks: int) -> tuple[Role, ...]:
-    """The roles of the ranks of one host, of which the first `num_targets` are targets."""
-    target: tuple[Role, ...] = ("target",) if num_targets else ()
-    return (*target, "draft") if num_ranks > num_targets else target
-
-
-def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    """The cores of one of `count` ranks that divide `cores`; with fewer cores than ranks, one that others have too."""
-    if len(cores) < count:
-        return tuple(cores[index % len(cores) :][:1]) if cores else ()
-    return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
-
-
-def role_of(rank: int, world_size: int, num_targets: int = 1) -> Role:
-    """The first `num_targets` ranks are targets, the next one the draft, if there is one. Others are a ConfigError."""
-    if world_size not in (num_targets, num_targets + 1):
+def role_of(rank: int, world_size: int, num_targets: int = 1, most_drafts: int = 1) -> Role:
+    """The first `num_targets` ranks are targets, the others drafts; raises ConfigError for too few or too many."""
+    if not num_targets <= world_size <= num_targets + most_drafts:
+        more = world_size - num_targets
+        remedy = f"; for {more} drafts set deployment.drafts = {more}" if more > most_drafts else ""
         raise ConfigError(
-            f"{world_size} ranks cannot be used: start {num_targets + 1} ({_who(num_targets)}) "
-            f"or {num_targets} (target alone, no draft)"
+            f"{world_size} ranks cannot be used: start {_wanted(num_targets, most_drafts)} "
+            f"or {num_targets} (target alone, no draft){remedy}"
         )
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} is not in a world of {world_size}: ranks are 0 to {world_size - 1}")
     return "target" if rank < num_targets else "draft"
 
 
-def _who(num_targets: int) -> str:
+def _wanted(num_targets: int, most_drafts: int) -> str:
+    """How many ranks a world with drafts has, and who they are."""
     targets = "rank 0 target" if num_targets == 1 else f"ranks 0 to {num_targets - 1} target"
-    return f"{targets}, rank {num_targets} draft"
+    if most_drafts == 1:
+        return f"{num_targets + 1} ranks ({targets}, rank {num_targets} draft)"
+    last = num_targets + most_drafts - 1
+    return f"{num_targets + 1} to {last + 1} ranks ({targets}, up to {most_drafts} drafts from rank {num_targets} on)"
 
 
 def device_for(kind: Device, local_rank: int, device_count: int | None = None) -> torch.device:
@@ -243,62 +270,6 @@ def link_device(backend: Backend, device: torch.device) -> torch.device:
     return device if backend == "nccl" else torch.device("cpu")
 
 
-@functools.cache
-def allowed_cores() -> tuple[int, ...]:
-    """The cores this process might run on when first asked, ascending: pinning does not change the answer."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
-
-
-def choose_cores(
-    config: Config, allowed: Sequence[int], here: Sequence[Role] = ("target", "draft"), num_targets: int = 1
-) -> Cores:
-    """Cores of each role on one host: the target's first, the draft's beside them, as many as each has threads.
-
-    Cores that the configuration names are taken as named and the others go around them. With too few cores for both,
-    the roles share the last one. A role on a GPU is not pinned unless its cores are named.
-
-    Args:
-        config: threads, devices and named cores of each role.
-        allowed: cores to choose from.
-        here: roles on this host.
-        num_targets: target ranks on this host, which divide the target's cores (`share_out`).
-
-    Raises:
-        ConfigError: a named core is not allowed here.
-    """
-    models: dict[Role, ModelConfig] = {role: config.target if role == "target" else config.draft for role in here}
-    chosen: dict[Role, tuple[int, ...]] = {}
-    for role, model in models.items():
-        foreign = set(model.cores) - set(allowed)
-        if foreign:
-            raise ConfigError(
-                f"config key '{role}.cores' names {listed(foreign)}, but this process may only use {listed(allowed)}"
-            )
-        if model.cores or model.device != "cpu":
-            chosen[role] = tuple(model.cores)
-    choosing = [role for role in here if role not in chosen]
-    for i, role in enumerate(choosing):
-        taken = {core for cores in chosen.values() for core in cores}
-        free = [core for core in allowed if core not in taken] or list(allowed[-1:])
-        still_to_come = len(choosing) - i - 1  # leave one core to each
-        wanted = models[role].threads * (num_targets if role == "target" else 1)
-        chosen[role] = tuple(free[: max(1, min(wanted, len(free) - still_to_come))])
-    return Cores(chosen.get("target", ()), chosen.get("draft", ()))
-
-
-def pin(cores: Iterable[int], threads: int) -> None:
-    """Keep this process (its main thread and all threads started later) on `cores`, computing with `threads` threads.
-
-    No cores means no pinning. Call before anything starts threads.
-    """
-    wanted = set(cores)
-    if wanted and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, wanted)
-    torch.set_num_threads(min(threads, len(wanted)) if wanted else threads)
-
-
 def describe() -> str:
     """What there is to run on, a few lines for people. Never fails: what cannot be found out is left out."""
     lines = [
@@ -336,14 +307,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def listed(cores: Iterable[int]) -> str:
-    """0,1,2,3,8 as "0-3,8"."""
-    runs: list[list[int]] = []
-    for core in sorted(set(cores)):
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

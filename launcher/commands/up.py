@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from ssd_runtime.config import load_config
 if TYPE_CHECKING:
     from launcher.torchrun import Launch
     from ssd_runtime.topology import Role
+
+log = logging.getLogger(__name__)
 
 UP_POLL_S = 0.5
 
@@ -42,7 +45,8 @@ def up(
     """Keep an engine running for `ssd generate --connect` until Ctrl-C or SIGTERM.
 
     On several nodes, run it on each with the same --nnodes and --rendezvous. To let target and draft fail apart, run
-    it once with --role target and once with --role draft --target HOST:PORT; a draft may come, go and come back.
+    it once with --role target and once, or for several drafts as often as deployment.drafts says, with --role draft
+    --target HOST:PORT; a draft may come, go and come back.
     """
     from launcher.nodes import Nodes
     from launcher.torchrun import Launch
@@ -78,7 +82,8 @@ def _stay(launch: Launch) -> None:
     nodes, group = launch.nodes, launch.group
     check_writable(launch.trace)
     preflight.check_engine(launch.config, nodes, group)
-    from launcher import session
+    from launcher import screen, session
+    from ssd_runtime.cores import crowded
 
     with session.joined(launch) as ranks:
         if group is not None and group.target is not None:
@@ -86,5 +91,9 @@ def _stay(launch: Launch) -> None:
         else:
             click.echo(f"node {nodes.rank} of {nodes.count}: ranks started; node 0 says when the engine is ready")
         while ranks.is_running():
+            for draft in ranks.joined():
+                click.echo(f"linked: {screen.cores_line({f'draft {draft.rank}': draft.cores})}")
+                if draft.crowded:
+                    log.warning("%s", crowded(draft.rank, draft.cores))
             time.sleep(UP_POLL_S)
         ranks.raise_unless_ended_well()

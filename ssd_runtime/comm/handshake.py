@@ -10,8 +10,8 @@ def check_hello(hello: Hello, config_digest: str, vocabulary: VocabularyDigest) 
     """Compare a draft's Hello with what the target has; returns why not, or None if all is well."""
     if hello.version != PROTOCOL_VERSION:
         return f"protocol version {hello.version} of the {hello.role}, the target speaks {PROTOCOL_VERSION}"
-    if hello.role != "draft" or hello.rank < 1:
-        return f"rank {hello.rank} says it is a {hello.role}; only a draft (rank 1 or above) may join"
+    if hello.role != "draft" or hello.rank < 0:
+        return f"rank {hello.rank} says it is a {hello.role}; only a draft (rank 0 or above) may join"
     if hello.config_digest != config_digest:
         return (
             f"configuration {hello.config_digest} of the draft, {config_digest} of the target: "

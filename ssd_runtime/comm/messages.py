@@ -22,6 +22,7 @@ class Hello:
     """Draft -> target, first: who I am and what I would work with.
 
     Attributes:
+        rank: in the leader's torchrun; 0 for a draft of another, which is given a number.
         instance: random name of this process: one that comes back takes its own place, not another's.
     """
 
@@ -53,9 +54,14 @@ class LinkAddress:
 
 @dataclass(frozen=True)
 class Welcome:
-    """Target -> draft: accepted; build this link. Control messages count from zero (control_seq) from here on."""
+    """Target -> draft: accepted; build this link. Control messages count from zero (control_seq) from here on.
+
+    Attributes:
+        rank: the draft's number among all ranks of this engine, by which both sides name it.
+    """
 
     link: LinkAddress
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -300,6 +306,20 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Draft of a torchrun of its own -> launcher: linked, and known to the target by this number.
+
+    Attributes:
+        cores: it is pinned to.
+        crowded: other drafts of its host are on these cores too.
+    """
+
+    rank: int
+    cores: tuple[int, ...]
+    crowded: bool = False
+
+
+@dataclass(frozen=True)
 class WorkerFailed:
     """Worker -> launcher, last: "config" is the user's to mend (exit code 2), "runtime" is not (exit code 1)."""
 
@@ -312,6 +332,6 @@ class WorkerFailed:
 Message = (
     Hello | Welcome | Refused | Admit | Finish | Share | Heartbeat | Shutdown
     | Generate | Chunk | Finished | Failed | Cancel | GetStatus | Status
-    | Progress | Ready | WorkerFailed
+    | Progress | Ready | Joined | WorkerFailed
 )  # fmt: skip
 MESSAGE_TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in typing.get_args(Message)}

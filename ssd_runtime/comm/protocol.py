@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ssd_runtime.errors import SsdError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 CHUNK = 1024  # tokens behind one digest of a vocabulary
 
 # Names that converters give to ids no tokenizer ever produces; at the end of a vocabulary they are padding.

@@ -48,7 +48,7 @@ class Membership:
         drafter: the model and its trees.
         open_link: builds this end of a link; blocks.
         patience: deadlines.
-        on_linked: called when the first link stands.
+        on_linked: called when a link stands, with the number the target knows this draft by.
         tracer: where steps are recorded.
     """
 
@@ -59,7 +59,7 @@ class Membership:
         drafter: Drafter,
         open_link: Callable[[LinkAddress], DraftLink],
         patience: Patience,
-        on_linked: Callable[[], None],
+        on_linked: Callable[[int], None],
         tracer: Tracer,
     ) -> None:
         self._address = address
@@ -113,13 +113,13 @@ class Membership:
     def _draft(self, give_up: float) -> None:
         """Join and draft until the end of the link. Returns when told to leave."""
         with contextlib.closing(ControlPeer(self._address)) as control:
-            address = self._ask(control, give_up)
-            if address is None:
+            welcome = self._ask(control, give_up)
+            if welcome is None:
                 return
-            with contextlib.closing(self._open_link(address)) as link:
+            with contextlib.closing(self._open_link(welcome.link)) as link:
                 self._linked_at = time.monotonic()
-                log.info("linked to the target at %s (epoch %d)", self._address, address.epoch)
-                self._on_linked()
+                self._on_linked(welcome.rank)
+                log.info("linked to the target at %s (epoch %d)", self._address, welcome.link.epoch)
                 self._loop = DraftLoop(self._drafter, control, link, self._tracer, self._patience.control)
                 try:
                     if not self._leaving.is_set():
@@ -127,8 +127,8 @@ class Membership:
                 finally:
                     self._loop = None
 
-    def _ask(self, control: ControlPeer, give_up: float) -> LinkAddress | None:
-        """Where to build the link; None if told to leave."""
+    def _ask(self, control: ControlPeer, give_up: float) -> Welcome | None:
+        """The answer that says where to build the link; None if told to leave."""
         control.send(self._hello)
         while not self._leaving.is_set():
             try:
@@ -140,7 +140,7 @@ class Membership:
                     raise PeerLost("target", 0, -1, f"no target at {self._address} so far") from None
                 raise
             if isinstance(answer, Welcome):
-                return answer.link
+                return answer
             if isinstance(answer, Shutdown):
                 log.info("leaving: %s", answer.reason)
                 return None

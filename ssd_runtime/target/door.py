@@ -36,22 +36,30 @@ class Terms:
         config_digest, vocabulary: the target's.
         shape: of the frames.
         timing: deadlines of the link.
-        seats: most drafts at a time.
+        ranks: numbers of drafts, one for each that may be there at a time.
+        residents: how many of these, the first, belong to drafts of the leader's own torchrun.
     """
 
     config_digest: str
     vocabulary: VocabularyDigest
     shape: FrameShape
     timing: LinkTiming
-    seats: int = 1
+    ranks: range = range(1, 2)
+    residents: int = 0
+
+    def ranks_for(self, hello: Hello) -> range:
+        """The numbers that this draft may have."""
+        first, guests = self.ranks[: self.residents], self.ranks[self.residents :]
+        return range(hello.rank, hello.rank + 1) if hello.rank in first else guests
 
 
 @dataclass
 class _Visit:
-    """One Hello that was welcomed: its link is being built, or was."""
+    """One Hello that was welcomed: its link is being built, or was. `rank` is the draft's number."""
 
     identity: bytes
     hello: Hello
+    rank: int
     peer: DraftPeer | None = None
 
 
@@ -89,13 +97,16 @@ class Door:
             self._server.send(identity, Refused(reason))
             return reason
         self._make_room(hello.instance)
-        if len(self._visits) >= self._terms.seats:
-            seats = "draft" if self._terms.seats == 1 else f"{self._terms.seats} drafts"
-            self._server.send(identity, Refused(f"this engine has its {seats} already", again=True))
+        taken = {visit.rank for visit in self._visits.values()}
+        rank = next((rank for rank in self._terms.ranks_for(hello) if rank not in taken), None)
+        if rank is None:
+            seats = len(self._terms.ranks)
+            drafts = "draft" if seats == 1 else f"{seats} drafts"
+            self._server.send(identity, Refused(f"this engine has its {drafts} already", again=True))
             return None
         address = self._host.next_address(self._terms.shape)
-        if self._server.send(identity, Welcome(address)):
-            visit = self._visits[hello.instance] = _Visit(identity, hello)
+        if self._server.send(identity, Welcome(address, rank)):
+            visit = self._visits[hello.instance] = _Visit(identity, hello, rank)
             self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")
         return None
 
@@ -128,7 +139,7 @@ class Door:
                 if expected:
                     del self._visits[visit.hello.instance]
             elif expected:
-                visit.peer = DraftPeer(self._server, visit.identity, visit.hello.rank, link)
+                visit.peer = DraftPeer(self._server, visit.identity, visit.rank, link)
                 self._ready.append(visit.peer)
             else:  # it knocked again, or left, while this link was being built
                 self._in_background(link.close, "link-close")
@@ -139,18 +150,19 @@ class Door:
         self._visits = {key: visit for key, visit in self._visits.items() if visit.peer is not draft}
         self._in_background(draft.close_link, "link-close")
 
-    def await_first(self, deadline_s: float, stopping: Callable[[], bool]) -> None:
-        """Wait until a link is built, before anyone is served; ends early if `stopping()`.
+    def await_first(self, count: int, deadline_s: float, stopping: Callable[[], bool]) -> None:
+        """Wait until `count` links are built, before anyone is served; ends early if `stopping()`.
 
         Raises:
-            ConfigError: no draft came within `deadline_s`, or it does not fit (the draft is told so, too).
+            ConfigError: fewer drafts came within `deadline_s`, or one does not fit (the draft is told so, too).
         """
         deadline = time.monotonic() + deadline_s
-        while not self._ready and not stopping():
+        while len(self._ready) < count and not stopping():
             self._settle()
             if time.monotonic() > deadline:
+                came = "no draft" if not self._ready else f"only {len(self._ready)} of {count} drafts"
                 raise ConfigError(
-                    f"no draft came within {deadline_s:g} s: start a draft rank beside the target, or with --role "
+                    f"{came} came within {deadline_s:g} s: start a draft rank beside the target, or with --role "
                     "draft where it has a torchrun of its own, or choose speculation.mode ar or sd-colocated"
                 )
             for identity, message in self._server.poll(POLL_S / 10):

@@ -102,7 +102,7 @@ class RemoteProcess:
         self.pid = self._process.pid
 
     def start_opening(self, role: str, address: LinkAddress, timing: LinkTiming) -> None:
-        self._pipe.send(("open", (role, encode(Welcome(address)), timing)))
+        self._pipe.send(("open", (role, encode(Welcome(address, 1)), timing)))
 
     def finish(self) -> Any:
         assert self._pipe.poll(SOON), "the other process does not answer"

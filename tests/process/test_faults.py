@@ -127,7 +127,7 @@ def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, 
         rank.kill()
         target.until("the killed draft is lost", lambda status: status.drafts_lost == lost + 2)
         assert first.exit_code(WAIT_S) == 1
-        assert "draft rank 0 was killed by signal 9" in error_line(first.err)
+        assert "the draft was killed by signal 9" in error_line(first.err)
         assert not target.run.ended
 
         second = draft()

@@ -1,4 +1,4 @@
-"""A target of two ranks and a draft under a real torchrun: the tokens of one rank, and no rank is lost unnoticed."""
+"""A target of two ranks and its drafts under a real torchrun: the tokens of one rank, no rank is lost unnoticed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def tokens_of(address: str, mode: str, temperature: float) -> tuple[int, ...]:
     return tuple(token for chunk in chunks for token in chunk.token_ids)
 
 
-def test_two_ranks_and_a_draft_answer_as_one_rank_does_and_end_cleanly(ssd: Start, models: Path) -> None:
+def test_two_ranks_and_two_drafts_answer_as_one_rank_does_and_end_cleanly(ssd: Start, models: Path) -> None:
     model = ("--set", f"target.model={models}/other")
-    shared, alone = ssd("up", *TWO, *model), ssd("up", *model)
+    shared, alone = ssd("up", *TWO, *model, "--set", "deployment.drafts=2"), ssd("up", *model)
     address, other = shared.until("address: "), alone.until("address: ")
-    assert len(shared.members()) == 5  # ssd, torchrun, two target ranks, the draft
-    assert "target 0 on core" in shared.out
-    assert "target 1 on core" in shared.out
+    assert len(shared.members()) == 6  # ssd, torchrun, two target ranks, two drafts
+    for rank in ("target 0", "target 1", "draft 2", "draft 3"):
+        assert f"{rank} on core" in shared.out
+    with contextlib.closing(Client(address, 30.0)) as client:
+        assert client.status().num_drafts == 2
     for mode in ("ar", "sd", "ssd"):
         for temperature in (0.0, 1.0):
             found = tokens_of(address, mode, temperature)

@@ -51,5 +51,12 @@ def test_a_shared_target_is_described_rank_by_rank(tmp_path: Path, monkeypatch: 
     assert "possible are 1, 2, 4" in refused["target shares"].detail
     assert not refused["target shares"].ok
     assert not refused["target KV cache"].ok
+    several = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "deployment.drafts=2"]))}
+    assert all(one.ok for one in several.values()), several
+    assert several["devices"].detail == "target on cpu, 2 drafts (rank 1 on cpu, rank 2 on cpu), links over gloo"
+    assert several["cores"].detail.endswith("target on [0], draft 1 on [1], draft 2 on [2]")
+    assert several["draft rank 2"].detail.startswith("cpu, cores 2: ")
+    too_many = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "deployment.drafts=3"]))}
+    assert too_many["cores"].detail.startswith("draft 1 and draft 3 share core 1: they draft in turns")
     crowded = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "target.tensor_parallel=4"]))}
-    assert "4 target ranks share 2 core(s)" in crowded["cores"].detail
+    assert "target 0 and target 2 share core 0; target 1 and target 3 share core 1" in crowded["cores"].detail

@@ -67,7 +67,7 @@ def test_a_draft_that_fits_is_welcome_also_after_the_wire() -> None:
     [
         ({"version": PROTOCOL_VERSION + 1}, "protocol version"),
         ({"role": "target"}, "only a draft"),
-        ({"rank": 0}, "only a draft"),
+        ({"rank": -1}, "only a draft"),
         ({"config_digest": "another"}, "another of the draft, digest of the target"),
         ({"vocabulary": VocabularyDigest.of(["x"])}, "target's and draft's vocabularies"),
     ],

@@ -50,6 +50,16 @@ def test_the_draft_may_be_requeued_and_the_target_is_not() -> None:
         assert options(script)["ntasks-per-node"] == "1"
 
 
+def test_each_of_several_drafts_is_a_job_of_its_own() -> None:
+    target, draft, submit = render(plan(*GPUS, "deployment.drafts=3")).values()
+    assert (options(target)["gpus-per-node"], options(draft)["gpus-per-node"]) == ("1", "1")
+    assert "--nproc-per-node 1 " in draft
+    assert "drafts=3\n" in submit
+    together = render(plan(*GPUS, "deployment.drafts=3", form="single-job"))["ssd.sbatch"]
+    assert options(together)["gpus-per-node"] == "4"
+    assert "--nproc-per-node 4 " in together
+
+
 def test_gpus_and_cores_are_asked_for_by_the_ranks_of_a_node() -> None:
     target, draft, _ = render(plan(*GPUS)).values()
     assert (options(target)["gpus-per-node"], options(draft)["gpus-per-node"]) == ("1", "1")

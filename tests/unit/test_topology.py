@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from ssd_runtime import topology
-from ssd_runtime.config import Config, ModelConfig, SpeculationConfig
+from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, SpeculationConfig
+from ssd_runtime.cores import listed
 from ssd_runtime.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -54,40 +52,9 @@ def test_frames_live_on_the_gpu_only_with_nccl() -> None:
     assert topology.link_device("gloo", gpu) == CPU
 
 
-@pytest.mark.parametrize(
-    ("threads", "allowed", "target", "draft"),
-    [
-        ((1, 1), (0, 1), (0,), (1,)),
-        ((1, 1), (3, 5, 7), (3,), (5,)),
-        ((2, 1), (0, 1, 2, 3), (0, 1), (2,)),
-        ((4, 4), (0, 1, 2, 3), (0, 1, 2), (3,)),
-        ((2, 2), (0, 1), (0,), (1,)),
-        ((1, 1), (4,), (4,), (4,)),
-    ],
-)
-def test_target_and_draft_get_cores_of_their_own_where_there_are_enough(
-    threads: tuple[int, int], allowed: tuple[int, ...], target: tuple[int, ...], draft: tuple[int, ...]
-) -> None:
-    asked = config(ModelConfig(threads=threads[0]), ModelConfig(threads=threads[1]))
-    assert topology.choose_cores(asked, allowed) == topology.Cores(target, draft)
-
-
-def test_named_cores_are_taken_and_the_other_role_goes_around_them() -> None:
-    assert topology.choose_cores(config(draft=ModelConfig(cores=(0,))), (0, 1)) == topology.Cores((1,), (0,))
-
-
 def test_cores_outside_the_allowed_ones_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"draft.cores' names 9, but this process may only use 0-1,3"):
-        topology.choose_cores(config(draft=ModelConfig(cores=(9,))), (0, 1, 3))
-
-
-def test_a_role_on_a_gpu_leaves_the_cores_to_the_other() -> None:
-    asked = config(ModelConfig(device="cuda"), ModelConfig(threads=2))
-    assert topology.choose_cores(asked, (0, 1)) == topology.Cores((), (0, 1))
-
-
-def test_a_draft_alone_on_its_host_takes_the_first_cores() -> None:
-    assert topology.choose_cores(config(), (0, 1), here=("draft",)) == topology.Cores((), (0,))
+        topology.cores_of_ranks(config(draft=ModelConfig(cores=(9,))), range(2), (0, 1, 3))
 
 
 def test_a_rank_is_placed_by_torchruns_variables() -> None:
@@ -111,26 +78,11 @@ def test_a_variable_that_is_no_number_is_named() -> None:
         topology.place(config(), {"WORLD_SIZE": "two"})
 
 
-def test_pinning_keeps_a_process_on_its_cores_and_allowed_cores_as_they_were() -> None:
-    core = topology.allowed_cores()[-1]
-    script = (
-        "import os, torch; from ssd_runtime import topology; before = topology.allowed_cores();"
-        f"topology.pin(({core},), 4); unchanged = before == topology.allowed_cores();"
-        "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads(), unchanged)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split("\n")[0] == f"[{core}] 1 True"
-
-
 def test_describe_names_cores_and_torch_and_never_fails() -> None:
     text = topology.describe()
     assert torch.__version__ in text
-    assert topology.listed(topology.allowed_cores()) in text
+    assert listed(topology.allowed_cores()) in text
     assert "gpu" in text
-
-
-def test_cores_are_listed_in_runs() -> None:
-    assert topology.listed((8, 0, 1, 2, 4)) == "0-2,4,8"
 
 
 # ---- a target of several ranks ---------------------------------------------------------------------------------------
@@ -152,7 +104,7 @@ def test_the_first_ranks_share_the_target_and_the_next_one_drafts() -> None:
 
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (0, 5), (4, 4)])
 def test_ranks_that_do_not_make_up_a_shared_target_are_told_what_does(rank: int, world_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"start 4 \(ranks 0 to 2 target, rank 3 draft\) or 3|ranks are 0 to 3"):
+    with pytest.raises(ConfigError, match=r"start 4 ranks \(ranks 0 to 2 target, rank 3 draft\) or 3|ranks are 0 to 3"):
         topology.role_of(rank, world_size, 3)
 
 
@@ -160,26 +112,6 @@ def test_a_shared_target_without_its_draft_can_only_decode_plainly() -> None:
     assert topology.place(shared(2, "ar"), {"RANK": "1", "WORLD_SIZE": "2"}).num_drafts == 0
     with pytest.raises(ConfigError, match=r"needs 3 ranks \(ranks 0 to 1 target, rank 2 draft\), not 2"):
         topology.place(shared(2), {"RANK": "0", "WORLD_SIZE": "2"})
-
-
-@pytest.mark.parametrize(
-    ("cores", "count", "shares"),
-    [
-        ((0, 1), 2, [(0,), (1,)]),
-        ((0, 1, 2, 3, 4), 2, [(0, 1), (2, 3, 4)]),
-        ((3,), 3, [(3,), (3,), (3,)]),
-        ((3, 4), 3, [(3,), (4,), (3,)]),
-        ((), 2, [(), ()]),
-    ],
-)
-def test_target_ranks_of_one_host_share_out_its_cores(cores: tuple, count: int, shares: list) -> None:
-    assert [topology.share_out(cores, index, count) for index in range(count)] == shares
-
-
-def test_each_target_rank_gets_its_threads_and_the_draft_goes_around_them() -> None:
-    asked = shared(2, threads=2)
-    assert topology.choose_cores(asked, range(8), num_targets=2) == topology.Cores((0, 1, 2, 3), (4,))
-    assert topology.choose_cores(asked, range(4), num_targets=2) == topology.Cores((0, 1, 2), (3,))
 
 
 def test_target_ranks_on_two_hosts_number_their_cores_from_the_first_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,3 +133,78 @@ def test_the_cores_of_each_target_rank_are_named_for_people(monkeypatch: pytest.
 def test_the_group_of_a_target_on_gpus_is_nccl() -> None:
     assert topology.group_backend("cuda") == "nccl"
     assert topology.group_backend("cpu") == "gloo"
+
+
+# ---- several drafts --------------------------------------------------------------------------------------------------
+
+
+def with_drafts(drafts: int, targets: int = 1, **draft: object) -> Config:
+    return Config(
+        target=ModelConfig(tensor_parallel=targets),
+        draft=ModelConfig(**draft),  # type: ignore[arg-type]
+        deployment=DeploymentConfig(drafts=drafts),
+    )
+
+
+def test_the_ranks_behind_the_target_draft_up_to_as_many_as_are_configured() -> None:
+    assert [topology.role_of(rank, 4, 2, 2) for rank in range(4)] == ["target", "target", "draft", "draft"]
+    assert topology.role_of(2, 3, 2, 3) == "draft"  # the others may come as torchruns of their own
+    with pytest.raises(ConfigError, match=r"5 ranks .* start 2 to 4 ranks \(rank 0 target, up to 3 drafts from rank 1"):
+        topology.role_of(0, 5, 1, 3)
+    with pytest.raises(ConfigError, match=r"for 2 drafts set deployment.drafts = 2"):
+        topology.role_of(0, 3)
+    with pytest.raises(
+        ConfigError, match=r"needs 2 to 3 ranks \(rank 0 target, up to 2 drafts from rank 1 on\), not 1"
+    ):
+        topology.place(with_drafts(2), {})
+
+
+def test_each_draft_of_a_world_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2, 3))
+    found = [placed(with_drafts(2, 2), rank, 4, rank, 4) for rank in range(4)]
+    assert [(place.role, place.cores) for place in found] == [
+        ("target", (0,)),
+        ("target", (1,)),
+        ("draft", (2,)),
+        ("draft", (3,)),
+    ]
+    assert {place.num_drafts for place in found} == {2}
+    assert not any(place.claims for place in found)
+    assert topology.cores_by_role(with_drafts(3), 4) == {
+        "target": (0,),
+        "draft 1": (1,),
+        "draft 2": (2,),
+        "draft 3": (3,),
+    }
+
+
+def test_named_cores_are_shared_out_among_the_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2, 3))
+    asked = with_drafts(2, cores=(1, 3))
+    assert [placed(asked, rank, 3, rank, 3).cores for rank in range(3)] == [(0,), (1,), (3,)]
+
+
+def test_drafts_on_two_hosts_have_cores_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target and a draft on one host, two drafts on the other."""
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2, 3))
+    asked = with_drafts(3)
+    hosts = [(0, 0, 2), (1, 1, 2), (2, 0, 2), (3, 1, 2)]
+    found = [placed(asked, rank, 4, local, here) for rank, local, here in hosts]
+    assert [place.cores for place in found] == [(0,), (1,), (0,), (1,)]
+    assert topology.cores_by_role(asked, 4, found[0].here) == {"target": (0,), "draft 1": (1,)}
+    assert topology.cores_by_role(asked, 4, found[3].here) == {"draft 2": (0,), "draft 3": (1,)}
+
+
+def test_a_draft_of_a_torchrun_of_its_own_chooses_among_the_cores_the_target_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2, 3))
+    group = topology.Group("draft", "127.0.0.1:7333")
+    beside = topology.place(with_drafts(2), {}, group)
+    assert (beside.claims, beside.cores) == (True, (1, 2, 3))
+    elsewhere = topology.place(with_drafts(2), {}, topology.Group("draft", "192.0.2.1:7333"))
+    assert (elsewhere.claims, elsewhere.cores) == (True, (0, 1, 2, 3))
+    named = topology.place(with_drafts(2, cores=(2,)), {}, group)
+    assert (named.claims, named.cores) == (False, (2,))
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (5,))
+    assert topology.place(with_drafts(2), {}, group).cores == (5,)

@@ -10,14 +10,16 @@ import pytest
 
 from launcher.processes import family, is_alive
 from launcher.torchrun import Launch, Ranks, num_ranks
-from ssd_runtime.comm.messages import Progress
+from ssd_runtime.comm.messages import Joined, Progress
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
+from ssd_runtime.topology import Group
+from tests.process.runs import eventually
 
 PRELUDE = """
 import sys, time, zmq
 from ssd_runtime.comm.codec import encode
-from ssd_runtime.comm.messages import Progress, Ready, WorkerFailed
+from ssd_runtime.comm.messages import Joined, Progress, Ready, WorkerFailed
 socket = zmq.Context().socket(zmq.PUSH)
 socket.connect(sys.argv[1])
 say = lambda message: socket.send(encode(message))
@@ -124,6 +126,22 @@ def test_a_draft_rank_is_started_where_one_is_used(mode: str, count: int) -> Non
     assert num_ranks(load_config(None, [f"speculation.mode={mode}"])) == count
     shared = ["target.tensor_parallel=4", f"speculation.mode={mode}"]
     assert num_ranks(load_config(None, shared)) == count + 3
+    several = ["deployment.drafts=3", f"speculation.mode={mode}"]
+    assert num_ranks(load_config(None, several)) == (4 if count == 2 else 1)
+
+
+@pytest.mark.parametrize(("group", "count"), [(None, 5), (Group("target"), 2), (Group("draft", "h:1"), 1)])
+def test_a_world_has_all_drafts_and_a_torchrun_of_their_own_one(group: Group | None, count: int) -> None:
+    config = load_config(None, ["deployment.drafts=3", "target.tensor_parallel=2"])
+    assert Launch(config, group=group).num_ranks == count
+
+
+def test_drafts_that_a_target_took_in_are_heard_of(play) -> None:
+    ranks = play("say(Progress('draft', 0, 'load', 0.5)); say(Joined(2, (3,), True)); time.sleep(60)")
+    heard: list[Joined] = []
+    eventually(lambda: bool(heard.extend(ranks.joined()) or heard), 20, "it has joined")
+    assert heard == [Joined(2, (3,), True)]
+    assert ranks.joined() == []
 
 
 def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:

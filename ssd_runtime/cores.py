@@ -1,0 +1,191 @@
+"""CPU cores of one host: which a rank of each role runs on, and who has one already. Knows no ranks of a world."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from ssd_runtime.config import Config, ModelConfig
+from ssd_runtime.errors import ConfigError
+
+Role = Literal["target", "draft"]
+MOST_SHARERS = 64  # drafts of torchruns of their own on one core
+
+
+@dataclass(frozen=True)
+class Cores:
+    """CPU cores of each role on one host; a role that is elsewhere, or on a GPU and not pinned, has none."""
+
+    target: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()
+
+    def of(self, role: Role) -> tuple[int, ...]:
+        return self.target if role == "target" else self.draft
+
+
+@functools.cache
+def allowed_cores() -> tuple[int, ...]:
+    """The cores this process might run on when first asked, ascending: pinning does not change the answer."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, num_drafts: int = 1) -> Cores:
+    """Cores of each role on one host: the targets' first, the drafts' beside them, as many as each rank has threads.
+
+    Cores that the configuration names are taken as named and the others go around them. With too few cores for all,
+    threads give way first, so that each rank has a core; then drafts share one, since the ranks of a target wait for
+    each other in every layer; with a single core all share it. A role on a GPU is not pinned unless cores are named.
+
+    Args:
+        config: threads, devices and named cores of each role.
+        allowed: cores to choose from.
+        num_targets: target ranks on this host, which divide the target's cores (`share_out`).
+        num_drafts: drafts on this host, which divide the draft's.
+
+    Raises:
+        ConfigError: a named core is not allowed here.
+    """
+    ranks: dict[Role, int] = {"target": num_targets, "draft": num_drafts}
+    models: dict[Role, ModelConfig] = {"target": config.target, "draft": config.draft}
+    chosen: dict[Role, tuple[int, ...]] = {role: () for role, count in ranks.items() if not count}
+    for role, model in models.items():
+        if role in chosen:
+            continue
+        foreign = set(model.cores) - set(allowed)
+        if foreign:
+            raise ConfigError(
+                f"config key '{role}.cores' names {listed(foreign)}, but this process may only use {listed(allowed)}"
+            )
+        if model.cores or model.device != "cpu":
+            chosen[role] = tuple(model.cores)
+    choosing = [role for role in models if role not in chosen]
+    for i, role in enumerate(choosing):
+        taken = {core for cores in chosen.values() for core in cores}
+        free = [core for core in allowed if core not in taken] or list(allowed[-1:])
+        to_come = sum(ranks[later] for later in choosing[i + 1 :])
+        wanted = min(models[role].threads * ranks[role], len(free) - to_come)
+        least = min(ranks[role], len(free) - (to_come > 0))
+        chosen[role] = tuple(free[: max(1, wanted, least)])
+    return Cores(chosen["target"], chosen["draft"])
+
+
+def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """The cores of one of `count` ranks that divide `cores`; with fewer cores than ranks, one that others have too."""
+    if len(cores) < count:
+        return tuple(cores[index % len(cores) :][:1]) if cores else ()
+    return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
+def crowding(cores: Mapping[str, Iterable[int]]) -> str | None:
+    """What is wrong with where ranks run, in one line with the remedy; None if each has cores of its own.
+
+    Args:
+        cores: rank -> cores, as `topology.cores_by_role` names them; the first word of a rank is its role.
+    """
+    users: dict[int, list[str]] = {}
+    for rank, numbers in cores.items():
+        for core in numbers:
+            users.setdefault(core, []).append(rank)
+    crowds: dict[tuple[str, ...], list[int]] = {}
+    for core, ranks in users.items():
+        if len(ranks) > 1:
+            crowds.setdefault(tuple(ranks), []).append(core)
+    if not crowds:
+        return None
+    who = "; ".join(
+        f"{', '.join(ranks[:-1])} and {ranks[-1]} share core{'s' if len(shared) > 1 else ''} {listed(shared)}"
+        for ranks, shared in crowds.items()
+    )
+    roles = [{rank.split()[0] for rank in ranks} for ranks in crowds]
+    if {"target", "draft"} in roles:
+        why, remedy = "drafting cannot hide behind verification", "allow this process more cores"
+    elif {"target"} in roles:
+        why, remedy = "they wait for each other twice a layer", "lower target.tensor_parallel or name more target.cores"
+    else:
+        why, remedy = "they draft in turns", "lower deployment.drafts or allow this process more cores"
+    return f"{who}: {why}; {remedy}"
+
+
+def crowded(rank: int, cores: Iterable[int]) -> str:
+    """What is wrong with a draft of a torchrun of its own that found all cores claimed, in one line."""
+    return (
+        f"draft {rank} shares core {listed(cores)} with other drafts of this host: they draft in turns; "
+        "allow it more cores or start fewer drafts here"
+    )
+
+
+@dataclass
+class Claims:
+    """Cores that drafts of different torchruns keep apart by, for as long as their processes live.
+
+    A claim is a bound address in Linux's abstract socket namespace: the kernel gives it up with its process, however
+    that ends, so no claim is ever stale, and nobody else is asked. It holds for one network namespace.
+
+    Attributes:
+        crowded: the cores that were taken are others' too.
+    """
+
+    crowded: bool = False
+    _held: list[socket.socket] = field(default_factory=list)
+
+    def take(self, candidates: Sequence[int], count: int) -> tuple[int, ...]:
+        """Up to `count` cores that nobody has claimed; if all are claimed, one of those with the fewest claims."""
+        for sharers in range(MOST_SHARERS):
+            taken: list[int] = []
+            for core in candidates:
+                if len(taken) < count and self._claim(core, sharers):
+                    taken.append(core)
+            if taken:
+                self.crowded = sharers > 0
+                return tuple(taken)
+        return tuple(candidates[:count])
+
+    def note(self, cores: Iterable[int]) -> None:
+        """These are used whoever has claimed them: others are to go elsewhere if they can."""
+        for core in cores:
+            self._claim(core, 0)
+
+    def _claim(self, core: int, sharers: int) -> bool:
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0ssd-draft/core-{core}/{sharers}")
+        except OSError:
+            claim.close()
+            return False
+        self._held.append(claim)
+        return True
+
+    def release(self) -> None:
+        """Before the process ends."""
+        while self._held:
+            self._held.pop().close()
+
+
+def pin(cores: Iterable[int], threads: int) -> None:
+    """Keep this process (its main thread and all threads started later) on `cores`, computing with `threads` threads.
+
+    No cores means no pinning. Call before anything starts threads.
+    """
+    wanted = set(cores)
+    if wanted and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, wanted)
+    torch.set_num_threads(min(threads, len(wanted)) if wanted else threads)
+
+
+def listed(cores: Iterable[int]) -> str:
+    """0,1,2,3,8 as "0-3,8"."""
+    runs: list[list[int]] = []
+    for core in sorted(set(cores)):
+        if runs and core == runs[-1][1] + 1:
+            runs[-1][1] = core
+        else:
+            runs.append([core, core])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
