@@ -31,12 +31,18 @@ class Generates(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the table: a mode at one lookahead, with so many requests at once."""
+    """One row of the table: a mode at one lookahead, with so many requests at once.
+
+    Attributes:
+        drafts, budget: of its engine, and of each draft, where their number is compared (`teams.py`).
+    """
 
     name: str
     mode: Mode
     lookahead: int
     batch: int = 1
+    drafts: int | None = None
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,19 @@ def parse_batches(text: str) -> list[int]:
     return [int(value) for value in text.split(",")]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a run was measured at, on so many cores (or GPUs)."""
+
+    run: Run
+    batches: Sequence[Batch]
+    devices: int
+
+
 def measure(
     client: Generates, runs: Sequence[Run], workload: Workload, advance: Callable[[str], None]
-) -> dict[str, Any]:
-    """Run the workload in every mode and return the report (without "machine").
+) -> list[Measured]:
+    """Run the workload in every mode.
 
     Args:
         client: of one engine; modes and lookaheads are fields of each request.
@@ -135,25 +150,34 @@ def measure(
                     ]
                     results[run.name].append(Batch(repeat, generate_together(client, requests)))
                     advance(run.name)
-    found = {name: [one for batch in batches for one in batch.generations] for name, batches in results.items()}
-    rows = []
-    for run in runs:
-        about = {"name": run.name, "mode": run.mode, "lookahead": run.lookahead, "batch": run.batch}
-        rows.append(about | summarise_batches(results[run.name], workload.devices.get(run.mode, 1)))
-    return {"runs": rank_runs(rows), **compare(found, workload.prompts)}
+    return [Measured(run, results[run.name], workload.devices.get(run.mode, 1)) for run in runs]
+
+
+def report_on(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The report on runs of one workload (without "machine"): a row for each, and whether their tokens are the same."""
+    rows, outputs = [], {}
+    for one in measured:
+        run = one.run
+        about: dict[str, Any] = {"name": run.name, "mode": run.mode, "lookahead": run.lookahead, "batch": run.batch}
+        if run.drafts is not None:
+            about |= {"drafts": run.drafts, "budget": run.budget}
+        rows.append(about | summarise_batches(one.batches, one.devices))
+        outputs[run.name] = [generation for batch in one.batches for generation in batch.generations]
+    return {"runs": rank_runs(rows), **compare(outputs, prompts)}
 
 
 def devices_by_mode(config: Config, cores: Mapping[str, Sequence[int]]) -> dict[Mode, int]:
     """How many cores, or GPUs where a role runs on them, the ranks that a mode uses have."""
 
     def count(role: str, model: ModelConfig) -> int:
-        return max(1, len(cores.get(role, ()))) if model.device == "cpu" else 1
+        ranks = [numbers for name, numbers in cores.items() if name.split()[0] == role]
+        return max(1, len(set().union(*ranks)) if model.device == "cpu" else len(ranks))
 
     target, draft = count("target", config.target), count("draft", config.draft)
     return {"ar": target, "sd-colocated": target, "sd": target + draft, "ssd": target + draft}
 
 
-def join_numerics(reports: Mapping[Numerics, dict[str, Any]]) -> dict[str, Any]:
+def join_numerics(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Reports of the same runs in engines that round in different ways, as one report; of one alone, that one."""
     if len(reports) == 1:
         return next(iter(reports.values()))

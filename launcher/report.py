@@ -96,15 +96,15 @@ def _speed(batches: Sequence[Batch]) -> float | None:
 
 
 def rank_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `best`, among those of their mode and batch, and `speedup`, over AR in their batch."""
-    best: dict[tuple[str, int], dict[str, Any]] = {}
+    """The rows with `best`, among those of their mode, drafts and batch, and `speedup`, over AR in their batch."""
+    best: dict[tuple[str, int | None, int], dict[str, Any]] = {}
     for row in rows:
-        key = (row["mode"], row["batch"])
+        key = (row["mode"], row.get("drafts"), row["batch"])
         if key not in best or (row["tokens_per_second"] or 0.0) > (best[key]["tokens_per_second"] or 0.0):
             best[key] = row
     for row in rows:
-        plain = best.get(("ar", row["batch"]), {}).get("tokens_per_second")
-        row["best"] = row is best[row["mode"], row["batch"]]
+        plain = best.get(("ar", None, row["batch"]), {}).get("tokens_per_second")
+        row["best"] = row is best[row["mode"], row.get("drafts"), row["batch"]]
         row["speedup"] = row["tokens_per_second"] / plain if plain and row["tokens_per_second"] else None
     return rows
 

@@ -77,7 +77,13 @@ def show_bench(report: dict[str, Any]) -> None:
     out.print(bench_verdict(report), markup=False)
     if "invariant_over_fast" in report:
         out.print(cost_lines(report["invariant_over_fast"]), markup=False)
-    out.print(cores_line(report["machine"]["cores"]), markup=False)
+    if "teams" not in report:
+        out.print(cores_line(report["machine"]["cores"]), markup=False)
+        return
+    for line in (*hit_rate_lines(report), budgets_line(report)):
+        out.print(line, markup=False)
+    for team in report["teams"]:
+        out.print(f"d{team['drafts']}: {cores_line(team['cores'])}", markup=False)
 
 
 def bench_table(report: dict[str, Any]) -> Table:
@@ -85,6 +91,8 @@ def bench_table(report: dict[str, Any]) -> Table:
     several = any("@" in row["name"] for row in report["runs"])
     table = Table(caption="* the best lookahead of its mode" if several else None)
     table.add_column("mode")
+    if "teams" in report:
+        table.add_column("drafts x budget", justify="right")
     heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
     for name in ("batch", *heads) if _batched(report) else heads:
         table.add_column(name, justify="right")
@@ -92,6 +100,7 @@ def bench_table(report: dict[str, Any]) -> Table:
         marked = row["best"] and "@" in row["name"]
         table.add_row(
             row["mode"] + (" invariant" if row.get("numerics") == "invariant" else "") + (" *" if marked else ""),
+            *([team_text(row) if "drafts" in row else "-"] if "teams" in report else []),
             *([str(row["batch"])] if _batched(report) else []),
             str(row["lookahead"] or "-"),
             number(row["tokens_per_second"], 1),
@@ -153,6 +162,31 @@ def cost_lines(costs: Mapping[str, float | None]) -> str:
     """What invariant numerics cost, run by run."""
     each = ", ".join(f"{name} {number(cost, 2)}" for name, cost in costs.items())
     return f"invariant numerics, tokens/s of fast: {each}"
+
+
+def team_text(team: Mapping[str, Any]) -> str:
+    """The drafts of an engine, the budget of each and of all, as "2 x 8 = 16"."""
+    return f"{team['drafts']} x {team['budget']} = {team['drafts'] * team['budget']}"
+
+
+def budgets_line(report: Mapping[str, Any]) -> str:
+    """Which budgets were compared."""
+    how = "divided among the drafts" if report["budget_divided"] else "the same for each draft"
+    planned = report["workload"]["config"]["speculation"]["adapt"]
+    most = "; these are the most, speculation.adapt plans each round" if planned else ""
+    return f"budgets {how}: {', '.join(map(team_text, report['teams']))}{most}"
+
+
+def hit_rate_lines(report: Mapping[str, Any]) -> list[str]:
+    """The hit rate over the number of drafts, a line for each lookahead and batch of mode ssd."""
+    series: dict[str, list[str]] = {}
+    for row in report["runs"]:
+        if row["mode"] == "ssd" and "drafts" in row:
+            name = row["name"].replace(f" d{row['drafts']}", "")
+            plural = "s" if row["drafts"] > 1 else ""
+            rate = "-" if row["hit_rate"] is None else f"{100 * row['hit_rate']:.1f}%"
+            series.setdefault(name, []).append(f"{rate} with {row['drafts']} draft{plural}")
+    return [f"hit rate of {name}: {', '.join(rates)}" for name, rates in series.items()]
 
 
 def cores_line(cores: Mapping[str, Iterable[int]]) -> str:

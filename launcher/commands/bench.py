@@ -6,8 +6,9 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,10 @@ from launcher.commands import engine
 from launcher.commands.options import check_writable, config_options, connect_option, trace_option
 from launcher.commands.sampling import sampling_options, sampling_params
 from ssd_runtime.config import MODES, Config, load_config
+
+if TYPE_CHECKING:
+    from launcher.bench import Run
+    from launcher.teams import Team
 
 
 @click.command(name="bench")
@@ -29,6 +34,16 @@ from ssd_runtime.config import MODES, Config, load_config
     "--batch", "batches", default="1", show_default=True, metavar="N[,N...]", help="So many requests at once."
 )
 @click.option("--numerics", metavar="NAME[,NAME]", help="fast, invariant or both, to see what it costs.")
+@click.option(
+    "--drafts",
+    metavar="N[,N...]",
+    help="So many drafts, an engine each. Every draft has the whole speculation.budget, as on a device of its own.",
+)
+@click.option(
+    "--divide-budget",
+    is_flag=True,
+    help="With --drafts: N drafts have speculation.budget / N each, rounded down, at least 1.",
+)
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
 @connect_option
@@ -43,6 +58,8 @@ def bench_command(
     max_tokens: int,
     batches: str,
     numerics: str | None,
+    drafts: str | None,
+    divide_budget: bool,
     repeat: int,
     out: Path | None,
     connect: str | None,
@@ -50,15 +67,14 @@ def bench_command(
     **sampling: Any,
 ) -> None:
     """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
-    from launcher import bench, screen
+    from launcher import bench, preflight, screen, teams
     from launcher.prompts import read_prompts
 
     config = load_config(config_path, overrides)
     modes_asked = [mode.strip() for mode in modes.split(",")]
     runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
-    settings = [config.engine.numerics] if numerics is None else bench.parse_numerics(numerics)
-    if connect is not None and numerics is not None:
-        raise click.UsageError("--numerics is the engine's own: give it to ssd up, not together with --connect")
+    _check_options(connect, numerics, drafts, divide_budget)
+    compared = [] if drafts is None else teams.teams_of(drafts, config.speculation.budget, divide=divide_budget)
     prompts = tuple(read_prompts(prompts_path, limit))
     overrides = (*overrides, *overrides_for(runs, config))
     config = load_config(config_path, overrides)
@@ -66,17 +82,27 @@ def bench_command(
     params = sampling_params(sampling, max_tokens)
     longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
     request = engine.request_for(longest, False, max_tokens, (), None, params)
-    reports = {}
-    for setting in settings:
-        own = overrides if numerics is None else (*overrides, f"engine.numerics={setting}")
-        config = load_config(config_path, own)
-        with engine.open_session(config, config_path, own, connect, trace, request) as session:
+    engines = _engines(overrides, runs, numerics, compared)
+    if connect is None:
+        for one in engines:  # all before the first, which takes minutes
+            preflight.check_devices(load_config(config_path, one.overrides))
+    measured: dict[str, list[bench.Measured]] = {}
+    machines: dict[str, dict[str, Any]] = {}
+    for one in engines:
+        config = load_config(config_path, one.overrides)
+        with engine.open_session(config, config_path, one.overrides, connect, trace, request) as session:
             devices = bench.devices_by_mode(config, session.cores)
             workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
-            with screen.counting("benchmark", bench.count_steps(runs, workload)) as advance:
-                reports[setting] = bench.measure(session.client, runs, workload, advance)
-            reports[setting]["machine"] = _machine(session.cores)
-    report = bench.join_numerics(reports)
+            with screen.counting(f"benchmark {one.name}".strip(), bench.count_steps(one.runs, workload)) as advance:
+                measured[one.name] = bench.measure(session.client, one.runs, workload, advance)
+            machines[one.name] = _machine(session.cores)
+    if compared:
+        config = load_config(config_path, overrides)  # the rows say in what the engines differ
+        report = teams.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
+    else:
+        report = bench.join_numerics(
+            {name: bench.report_on(measured[name], prompts) | {"machine": machines[name]} for name in measured}
+        )
     if report["first_divergence"] and connect is None:
         from launcher.scoring import gap_of_divergence
 
@@ -92,6 +118,40 @@ def bench_command(
     if out is not None:
         out.write_text(json.dumps(report, indent=1) + "\n")
     screen.show_bench(report)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """One engine of a benchmark; its name tells it from the others, if there are any."""
+
+    name: str
+    overrides: tuple[str, ...]
+    runs: list[Run]
+
+
+def _engines(
+    overrides: tuple[str, ...], runs: list[Run], numerics: str | None, compared: Sequence[Team]
+) -> list[_Engine]:
+    """The engines to start one after the other."""
+    from launcher import bench, teams
+
+    if compared:
+        pairs = zip(compared, teams.runs_by_team(compared, runs), strict=True)
+        return [_Engine(team.name, (*overrides, *team.overrides), own) for team, own in pairs]
+    if numerics is None:
+        return [_Engine("", overrides, runs)]
+    return [_Engine(one, (*overrides, f"engine.numerics={one}"), runs) for one in bench.parse_numerics(numerics)]
+
+
+def _check_options(connect: str | None, numerics: str | None, drafts: str | None, divide_budget: bool) -> None:
+    """Raise UsageError for options that do not go together."""
+    for option, given in (("--numerics", numerics), ("--drafts", drafts)):
+        if connect is not None and given is not None:
+            raise click.UsageError(f"{option} is the engine's own: give it to ssd up, not together with --connect")
+    if drafts is not None and numerics is not None:
+        raise click.UsageError("--drafts and --numerics start engines of their own: compare one of them at a time")
+    if drafts is None and divide_budget:
+        raise click.UsageError("--divide-budget says how the drafts of --drafts share: give that too")
 
 
 def overrides_for(runs: Sequence[Any], config: Config) -> list[str]:

@@ -42,7 +42,7 @@ def figure4_speed(
         with engines((f"speculation.fan_out={policy}", "speculation.mode=ssd")) as client:
             for temperature in temperatures:
                 workload = bench.Workload(tuple(prompts), SamplingParams(temperature=temperature), max_tokens)
-                for row in bench.measure(client, runs, workload, advance)["runs"]:
+                for row in _rows(client, runs, workload, advance):
                     name = f"ssd, {policy}" if row["mode"] == "ssd" else row["mode"]
                     yield _point("4 speed", name, temperature, temperature, row, row["tokens_per_second"])
 
@@ -72,9 +72,18 @@ def figure6(
         overrides = (f"speculation.backup={backup}", "speculation.mode=ssd", f"engine.max_num_seqs={max(batches)}")
         with engines(overrides) as client:
             workload = bench.Workload(tuple(prompts), SamplingParams(), max_tokens, ignore_eos=True)
-            for row in bench.measure(client, runs, workload, advance)["runs"]:
+            for row in _rows(client, runs, workload, advance):
                 name = f"ssd, backup {backup}" if row["mode"] == "ssd" else row["mode"]
                 yield _point("6", name, 0.0, row["batch"], row, row["tokens_per_second_per_sequence"])
+
+
+def _rows(
+    client: bench.Generates, runs: Sequence[bench.Run], workload: bench.Workload, advance: Advance
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = bench.report_on(bench.measure(client, runs, workload, advance), workload.prompts)[
+        "runs"
+    ]
+    return rows
 
 
 def _point(

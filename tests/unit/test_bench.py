@@ -13,6 +13,7 @@ from launcher.bench import (
     parse_batches,
     parse_numerics,
     plan_runs,
+    report_on,
 )
 from launcher.divergence import divergence
 from launcher.prompts import Prompt
@@ -68,7 +69,8 @@ def statistics(mode: str, tokens: int) -> RequestStatistics:
 
 
 def measured(client: Player, runs: list[Run], repeat: int = 1) -> dict:
-    return measure(client, runs, Workload(PROMPTS, SamplingParams(seed=7), 13, repeat), lambda name: None)
+    workload = Workload(PROMPTS, SamplingParams(seed=7), 13, repeat)
+    return report_on(measure(client, runs, workload, lambda name: None), PROMPTS)
 
 
 def test_prefill_and_first_token_are_kept_out_of_the_speed() -> None:
@@ -144,7 +146,7 @@ def test_requests_at_once_are_several_runs_with_the_speed_of_the_whole() -> None
     assert [(run.name, run.batch) for run in runs] == [("ar", 1), ("ssd", 1), ("ar x2", 2), ("ssd x2", 2)]
     workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ar": 1, "ssd": 2})
     steps: list[str] = []
-    report = measure(client, runs, workload, steps.append)
+    report = report_on(measure(client, runs, workload, steps.append), PROMPTS)
     assert len(steps) == count_steps(runs, workload)
     alone, _, together, ssd = report["runs"]
     assert (alone["tokens"], together["tokens"], report["compared_outputs"]) == (26, 26, 6)

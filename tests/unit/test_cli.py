@@ -66,6 +66,11 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["bench", "--lookahead", "ssd=x"], "expected MODE=K"),
         (["bench", "--prompts", "/nope.jsonl"], "cannot read prompts /nope.jsonl"),
         (["bench", "--json", "/nope/out.json"], "cannot write /nope/out.json"),
+        (["bench", "--drafts", "1,0"], "--drafts '1,0': expected numbers of drafts above 0"),
+        (["bench", "--drafts", "2", "--modes", "ar"], "have sd or ssd among --modes"),
+        (["bench", "--drafts", "2", "--numerics", "fast"], "compare one of them at a time"),
+        (["bench", "--drafts", "2", "--connect", "tcp://127.0.0.1:9"], "--drafts is the engine's own"),
+        (["bench", "--divide-budget"], "--divide-budget says how the drafts of --drafts share"),
         (["fetch", "nope"], "no embedded model 'nope'"),
         (["nope"], "No such command"),
     ],
@@ -260,6 +265,22 @@ def test_bench_writes_the_report_and_prints_the_table(
     assert "tokens/s" in printed
     assert "identical in all runs" in printed
     assert "target on core 0, draft on core 1" in printed
+
+
+def test_bench_compares_numbers_of_drafts_on_one_page(
+    engine: Engine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "--modes", "ar,ssd", "--limit", "1", "--drafts", "1,2", "--divide-budget", "--json", str(out)]
+    assert cli.main(arguments) == 0
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["runs"]] == ["ar", "ssd d1", "ssd d2"]
+    assert [(team["drafts"], team["budget"]) for team in report["teams"]] == [(1, 8), (2, 4)]
+    assert (report["budget_divided"], report["identical_tokens"], report["compared_outputs"]) == (True, True, 2)
+    printed = capsys.readouterr().out
+    assert "hit rate of ssd: 100.0% with 1 draft, 100.0% with 2 drafts" in printed
+    assert "budgets divided among the drafts: 1 x 8 = 8, 2 x 4 = 8" in printed
+    assert "d2: target on core 0" in printed
 
 
 @pytest.mark.parametrize(
