@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.bench import Generates
     from launcher.prompts import Prompt
     from launcher.study.figures import Point
+    from launcher.study.folder import Folder, Run
     from launcher.study.recording import Record
 
 FIGURES = ("3", "4", "5", "6")
@@ -31,6 +31,7 @@ FIGURES = ("3", "4", "5", "6")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to write into.")
 @click.option("--figures", default="3,4,5,6", show_default=True, help="Which of the paper's figures.")
 @click.option("--offline", is_flag=True, help="Only what follows from recorded text: no engine, no speeds.")
+@click.option("--live", is_flag=True, help="Only what needs an engine: the speeds of 4, and 6.")
 @click.option(
     "--prompts", multiple=True, type=click.Path(path_type=Path), help="JSON lines; may be given several times."
 )
@@ -38,6 +39,13 @@ FIGURES = ("3", "4", "5", "6")
 @click.option("--max-tokens", type=click.IntRange(min=8), default=128, show_default=True, help="Of each text.")
 @click.option("--temperatures", default="0,0.7,1", show_default=True)
 @click.option("--batch", "batches", default="1,2,4", show_default=True, help="Requests at once, for Figure 6.")
+@click.option("--redraw", is_flag=True, help="Measure nothing: pictures and page again, from the numbers in --out.")
+@click.option(
+    "--merge",
+    multiple=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Measure nothing: take from this directory the figures that --out lacks; may be given several times.",
+)
 @click.option("--recording", type=click.Path(dir_okay=False, path_type=Path), help="Keep, or take, the recorded text.")
 def study(
     config_path: Path | None,
@@ -45,24 +53,34 @@ def study(
     out: Path,
     figures: str,
     offline: bool,
+    live: bool,
     prompts: tuple[Path, ...],
     limit: int | None,
     max_tokens: int,
     temperatures: str,
     batches: str,
+    redraw: bool,
+    merge: tuple[Path, ...],
     recording: Path | None,
 ) -> None:
     """Rerun the paper's figures 3 to 6 with this pair of models.
 
     What can be is computed from recorded text, in one pass of both models, and does not depend on how busy the machine
     is: Figures 3 and 5 and the hit rates of 4. The speeds of 4 and Figure 6 run engines, as ssd bench does.
+
+    A directory is one study, which grows run by run: figures of the same pair, K and B join those that are there. Write
+    remarks into REMARKS.md beside them; the page has them too.
     """
     from launcher import bench, preflight
     from launcher.prompts import read_prompts
     from launcher.study import pictures
 
+    if redraw or merge:
+        pictures.check_installed()
+        click.echo(f"written: {_redraw(out, merge)}")
+        return
     config = load_config(config_path, overrides)
-    wanted = _figures(figures, offline)
+    wanted = _figures(figures, offline, live)
     heats = _temperatures(temperatures)
     sizes = bench.parse_batches(batches)
     texts = [prompt for path in prompts or (None,) for prompt in read_prompts(path, limit)]
@@ -72,23 +90,28 @@ def study(
     pictures.check_installed()
     preflight.check_engine(config)
     _make_directory(out)
-    found: dict[str, list[Point]] = {}
-    if {"3", "4", "5"} & set(wanted):
+    grown = _standing(out, config)
+    run = _run(len(texts), max_tokens)
+    if not live and {"3", "4", "5"} & set(wanted):
         records = _records(config, texts, heats, max_tokens, recording)
-        found |= _from_records(records, config, wanted)
+        grown = _grow(grown, run, _from_records(records, config, wanted))
     if not offline:
-        found |= _live(config, config_path, overrides, texts, heats, max_tokens, sizes, wanted)
-    _write(out, config, found, len(texts), max_tokens)
+        for found in _live(config, config_path, overrides, texts, heats, max_tokens, sizes, wanted):
+            grown = _grow(grown, run, found)
     click.echo(f"written: {out / 'README.md'}")
 
 
-def _figures(text: str, offline: bool) -> list[str]:
+def _figures(text: str, offline: bool, live: bool) -> list[str]:
     wanted = [value.strip() for value in text.split(",")]
     for value in wanted:
         if value not in FIGURES:
             raise ConfigError(f"--figures: there is no figure {value!r}; known: {', '.join(FIGURES)}")
     if offline and wanted == ["6"]:
         raise ConfigError("--figures 6 needs an engine: leave --offline out")
+    if offline and live:
+        raise ConfigError("--offline and --live leave nothing to do: give one of them")
+    if live and not {"4", "6"} & set(wanted):
+        raise ConfigError(f"--figures {text} needs no engine: leave --live out")
     return wanted
 
 
@@ -182,7 +205,7 @@ def _live(
     max_tokens: int,
     batches: Sequence[int],
     wanted: Sequence[str],
-) -> dict[str, list[Point]]:
+) -> Iterator[dict[str, list[Point]]]:
     from launcher import screen
     from launcher.session import started
     from launcher.study import live
@@ -195,40 +218,74 @@ def _live(
             yield session.client
 
     lookahead = config.speculation.lookahead
-    found: dict[str, list[Point]] = {}
     if "4" in wanted:
         with screen.counting("figure 4", live.figure4_steps(len(prompts), len(temperatures))) as advance:
             points = live.figure4_speed(engines, prompts, temperatures, max_tokens, lookahead, advance)
-            found["4 speed"] = list(points)
+        yield {"4 speed": points}
     if "6" in wanted:
         with screen.counting("figure 6", live.figure6_steps(len(prompts), batches)) as advance:
-            found["6"] = list(live.figure6(engines, prompts, batches, max_tokens, lookahead, advance))
-    return found
+            points = live.figure6(engines, prompts, batches, max_tokens, lookahead, advance)
+        yield {"6": points}
 
 
-def _write(out: Path, config: Config, found: dict[str, list[Point]], num_prompts: int, max_tokens: int) -> None:
-    from launcher.study import page, pictures
-    from launcher.study.figures import as_rows
+def _standing(out: Path, config: Config) -> Folder:
+    """What stands in the directory, if it is of the same pair and sizes."""
+    from launcher.study import folder
+
+    target, draft = (f"{Path(model.model).stem} {model.dtype}" for model in (config.target, config.draft))
+    subject = folder.Subject(target, draft, config.speculation.lookahead, config.speculation.budget)
+    return (folder.load(out) or folder.start(out, subject)).grown(subject, {})
+
+
+def _run(num_prompts: int, max_tokens: int) -> Run:
+    from launcher.study.folder import Run
     from ssd_runtime import topology
 
-    names = [f"{Path(model.model).stem} {model.dtype}" for model in (config.target, config.draft)]
-    title = f"ssd study: {names[0]} <- {names[1]}"
-    machine, date = " ".join(topology.describe().splitlines()[0].split()), time.strftime("%Y-%m-%d")
-    files = {figure: f"figure{figure.replace(' ', '-')}" for figure in found}
-    sizes = f"K = {config.speculation.lookahead}, B = {config.speculation.budget}"
-    for figure, points in found.items():
-        with (out / f"{files[figure]}.csv").open("w", newline="") as file:
-            rows = as_rows(points)
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        heading = f"{page.CAPTIONS[figure]}\n{names[0]} <- {names[1]}\n{sizes}; {machine}; {date}"
-        pictures.draw(figure, points, heading, out / f"{files[figure]}.png")
-    facts = {
-        "target, draft": ", ".join(names),
-        "sizes": f"{sizes}, {num_prompts} prompts, up to {max_tokens} tokens each",
-        "machine": machine,
-        "date": date,
-    }
-    command = "ssd " + shlex.join(sys.argv[1:])
-    (out / "README.md").write_text(page.render(page.About(title, facts, command), found, files))
+    machine = " ".join(topology.describe().splitlines()[0].split())
+    return Run("ssd " + shlex.join(sys.argv[1:]), machine, time.strftime("%Y-%m-%d"), num_prompts, max_tokens)
+
+
+def _grow(study: Folder, run: Run, found: Mapping[str, Sequence[Point]]) -> Folder:
+    """Write what was found now: a later figure that fails costs no earlier one."""
+    from launcher.study.folder import Figure
+
+    study = study.grown(study.subject, {name: Figure(run, tuple(points)) for name, points in found.items()})
+    study.save(list(found))
+    _draw(study, list(found))
+    return study
+
+
+def _redraw(out: Path, others: Sequence[Path]) -> Path:
+    """Pictures and page from the numbers that are there, and from those of other directories; returns the page."""
+    from launcher.study import folder
+
+    study = folder.load(out)
+    taken: list[str] = []
+    for path in others:
+        other = folder.load(path)
+        if other is None:
+            raise ConfigError(f"there is no figure in {path} to take")
+        study = study or folder.start(out, other.subject)
+        lacking = {name: figure for name, figure in other.figures.items() if name not in study.figures}
+        for name in other.figures.keys() - lacking.keys():
+            click.echo(f"{folder.stem(name)} of {path} left out: {out} has one", err=True)
+        study = study.grown(other.subject, lacking)
+        taken += lacking
+    if study is None:
+        raise ConfigError(f"there is no figure in {out} to draw again")
+    _make_directory(out)
+    study.save(taken)
+    _draw(study, list(study.figures))
+    return out / folder.PAGE
+
+
+def _draw(study: Folder, names: Sequence[str]) -> None:
+    """The pictures of these figures, and the page of all."""
+    from launcher.study import folder, page, pictures
+
+    subject = study.subject
+    for name in names:
+        run, points = study.figures[name].run, study.figures[name].points
+        about = f"{subject.target} <- {subject.draft}\n{subject.sizes}; {run.machine}; {run.date}"
+        pictures.draw(name, points, f"{page.CAPTIONS[name]}\n{about}", study.path / f"{folder.stem(name)}.png")
+    (study.path / folder.PAGE).write_text(page.render(study))

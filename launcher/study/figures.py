@@ -24,9 +24,10 @@ class Point:
     Attributes:
         series: which curve, in words.
         x, y: what is drawn; units are the figure's.
-        error: standard error of y, from the spread over texts; None where y was measured once.
+        error: standard error of y, from the spread over texts (of speeds: over engines); None if measured once.
         rounds: how many rounds (or tokens) y rests on; expected ones under coupling "rejection".
         note: a further number of the same point, named by the figure.
+        over_sd: of a speed: over that of mode sd in the same engine; None where sd was not measured there.
     """
 
     figure: str
@@ -37,6 +38,7 @@ class Point:
     error: float | None = None
     rounds: float | None = None
     note: float | None = None
+    over_sd: float | None = None
 
 
 def rules_for(lookahead: int, budget: int) -> list[Rule]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from launcher.study.figures import POLICIES, Point
+from launcher.study.folder import Folder, Run, stem
 
 CAPTIONS = {
     "3": "Miss rate over the fan-out F (the paper's Figure 3), from recorded text",
@@ -16,40 +16,54 @@ CAPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class About:
-    """What a page says first."""
+INTRODUCTION = """\
+Figures from recorded text do not depend on how busy the machine was: the target wrote the text by plain
+decoding, and both models were run over it once. A hit is then an outcome that was prepared for, as if the
+draft had always had the time. Errors are standard errors over texts. Grey: the paper's numbers, read off its
+plots (a draft of 1B for a target of 70B)."""
+UNITS = {
+    "4 speed": "tokens/s of one request at a time, prefill excluded.",
+    "6": """\
+tokens/s of one sequence: the tokens after the first of each request, over the sum of the requests' times from first
+token to last. Requests at once arrive together and their prompts are computed one after the other, so the prefills of
+those that come later fall into the time of those that came first.""",
+}
+ANCHORED = """\
+In brackets: over mode sd in the same engine, where it ran in turns with SSD. Each SSD has an engine of its own, started
+one after the other, so what the machine did meanwhile is in the speeds and not in these ratios. ar ran in the first
+engine; sd is the mean over all engines and its standard error."""
+ADRIFT = """\
+Each SSD has an engine of its own, started one after the other; ar and sd ran in the first of them. What the machine did
+meanwhile is part of the differences."""
 
-    title: str
-    facts: Mapping[str, str]
-    command: str
 
-
-def render(about: About, figures: Mapping[str, Sequence[Point]], files: Mapping[str, str]) -> str:
-    """The page.
-
-    Args:
-        figures: points by figure.
-        files: stem of the CSV and PNG file of each figure.
-    """
-    lines = [f"# {about.title}", ""]
-    lines += [f"- {name}: {value}" for name, value in about.facts.items()]
-    lines += ["", f"    {about.command}", ""]
-    lines += [
-        "Figures from recorded text do not depend on how busy the machine was: the target wrote the text by plain",
-        "decoding, and both models were run over it once. A hit is then an outcome that was prepared for, as if the",
-        "draft had always had the time. Errors are standard errors over texts. Grey: the paper's numbers, read off its",
-        "plots (a draft of 1B for a target of 70B).",
-        "",
-    ]
-    for figure, points in figures.items():
-        lines += [f"## {CAPTIONS[figure]}", "", f"![]({files[figure]}.png)", "", f"Numbers: {files[figure]}.csv", ""]
-        lines += [*_table(figure, points), ""]
-        if figure == "4":
+def render(folder: Folder) -> str:
+    """The page of a study."""
+    subject = folder.subject
+    lines = [f"# ssd study: {subject.target} <- {subject.draft}", ""]
+    lines += [f"- target: {subject.target}", f"- draft: {subject.draft}", f"- sizes: {subject.sizes}", ""]
+    lines += [folder.remarks, ""] if folder.remarks else []
+    lines += [INTRODUCTION, ""]
+    said: Run | None = None
+    for name, figure in folder.figures.items():
+        run, points = figure.run, figure.points
+        lines += [f"## {CAPTIONS[name]}", "", f"![]({stem(name)}.png)", ""]
+        lines += [f"{_measured(run) if run != said else 'Measured as above'}; numbers: {stem(name)}.csv", ""]
+        lines += [f"    {run.command}", ""] if run != said else []
+        said = run
+        if name in UNITS:
+            anchored = any(point.over_sd is not None for point in points)
+            lines += [UNITS[name], ANCHORED if anchored else ADRIFT, ""]
+        lines += [*_table(name, points), ""]
+        if name == "4":
             lines += [*order_of_policies(points), ""]
-        if figure == "5":
+        if name == "5":
             lines += [*dominance(points), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _measured(run: Run) -> str:
+    return f"{run.date}, {run.machine}; {run.num_prompts} prompts, up to {run.max_tokens} tokens each"
 
 
 def _table(figure: str, points: Sequence[Point]) -> list[str]:
@@ -108,7 +122,14 @@ def dominance(points: Sequence[Point]) -> list[str]:
 
 
 def _cell(figure: str, point: Point) -> str:
-    return _rate(point) if figure in ("3", "4") else _number(point.y, ".1f")
+    return _rate(point) if figure in ("3", "4") else _speed(point)
+
+
+def _speed(point: Point) -> str:
+    if point.y is None:
+        return "-"
+    error = f" ± {point.error:.1f}" if point.error is not None else ""
+    return f"{point.y:.1f}{error}" + (f" ({point.over_sd:.2f})" if point.over_sd is not None else "")
 
 
 def _rate(point: Point) -> str:

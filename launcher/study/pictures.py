@@ -125,7 +125,7 @@ def _figure4_speed(picture: Any, points: Sequence[Point]) -> None:
         _grey(axes, curve, "paper's SSD over SD, times our SD", "--")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("temperature")
-    axes.set_ylabel("tokens/s, prefill excluded")
+    axes.set_ylabel("tokens/s of one request alone, prefill excluded")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -181,6 +181,8 @@ def _figure6(picture: Any, points: Sequence[Point]) -> None:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("requests at once")
-    axes.set_ylabel("tokens/s of one sequence, prefill excluded")
+    axes.set_ylabel(
+        "tokens/s of one sequence, first token to last;\nprefills of the others of its batch fall into that time"
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
 
 from launcher.cli import main
 from launcher.prompts import Prompt
-from launcher.study import live, page
+from launcher.study import folder, live, page
 from launcher.study.coupling import Rejection, Rule, Variant, reject, variant_oracle
-from launcher.study.figures import Point
+from launcher.study.figures import POLICIES, Point
 from launcher.study.recording import Limits, Pass, Record, Text, write_texts
 from launcher.study.walk import Rate, expect, miss_rates, walk
+from ssd_runtime.comm.messages import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation import backup
@@ -144,13 +148,121 @@ def test_live_figures_measure_every_policy_and_backup_as_often_as_they_say() -> 
     assert len(steps) == live.figure4_steps(3, 2)
     names = ["ar", "sd", "ssd, uniform", "ssd, geometric", "ssd, confidence"]
     assert list(dict.fromkeys(point.series for point in speeds)) == names
-    ssd = [point.y for point in speeds if point.series.startswith("ssd")]
-    assert ssd == [pytest.approx(400.0)] * 6
+    ssd = [(point.y, point.over_sd) for point in speeds if point.series.startswith("ssd")]
+    assert ssd == [(pytest.approx(400.0), pytest.approx(4.0))] * 6
     steps.clear()
     batches = list(live.figure6(engines, prompts, [1, 2], 13, 4, steps.append))
     assert len(steps) == live.figure6_steps(3, [1, 2])
     assert len(batches) == 2 * (2 + len(live.backups()))
     assert {overrides[0] for overrides in asked[3:]} == {f"speculation.backup={name}" for name in live.backups()}
+
+
+class Drifting(Player):
+    """Every engine is slower than the one before."""
+
+    engines = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Drifting.engines += 1
+        self._factor = Drifting.engines
+
+    def generate_together(self, requests: list[Generate]) -> Iterator[Chunk | Finished]:
+        for event in super().generate_together(requests):
+            if isinstance(event, Finished):
+                seconds = event.statistics.decode_seconds * self._factor
+                event = replace(event, statistics=replace(event.statistics, decode_seconds=seconds))
+            yield event
+
+
+def test_what_the_machine_does_between_two_engines_is_not_in_the_ratio_to_sd() -> None:
+    prompts = [Prompt("a", "s", "a")]
+    points = live.figure4_speed(lambda extra: nullcontext(Drifting()), prompts, [0.0], 13, 4, lambda done: None)
+    found = {point.series: point for point in points}
+    ssd = [found[f"ssd, {policy}"] for policy in POLICIES]
+    assert [point.y for point in ssd] == [pytest.approx(400 / factor) for factor in (1, 2, 3)]
+    assert [point.over_sd for point in ssd] == [pytest.approx(4.0)] * 3
+    speeds = [100.0, 50.0, 100 / 3]
+    assert found["sd"].y == pytest.approx(mean(speeds))
+    assert found["sd"].error == pytest.approx(stdev(speeds) / 3**0.5)
+
+
+OLD_PAGE = """# ssd study: big bf16 <- small int8
+
+- target, draft: big bf16, small int8
+- sizes: K = 6, B = 24, 36 prompts, up to 128 tokens each
+- machine: cpu X, cores 0-1
+- date: 2026-01-02
+
+    ssd study --config x.toml --out here
+"""
+OLD_COLUMNS = "figure,series,temperature,x,y,error,rounds,note"
+
+
+def old_study(path: Path, page: str = OLD_PAGE, **figures: str) -> Path:
+    """A directory as it was written before studies could grow."""
+    path.mkdir()
+    (path / "README.md").write_text(page)
+    for stem, row in figures.items():
+        (path / f"{stem.replace('_', '-')}.csv").write_text(f"{OLD_COLUMNS}\n{row}\n")
+    return path
+
+
+def test_a_study_takes_in_figures_measured_elsewhere_and_keeps_remarks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = old_study(tmp_path / "here", figure4="4,uniform,0.0,0.0,0.75,0.1,7,2.5")
+    (here / "REMARKS.md").write_text("## What it says\n\nMuch.\n")
+    page = OLD_PAGE.replace("2026-01-02", "2026-03-04").replace("36 prompts", "8 prompts")
+    live = {"figure6": "6,sd,0.0,2,10.5,,7,", "figure4": "4,uniform,0.0,0.0,0.5,0.1,7,2.5"}
+    there = old_study(tmp_path / "there", page, **live)
+    command = ["study", "--out", str(here), "--merge", str(there)]
+    assert main(command) == 0, capsys.readouterr().err
+    text = (here / "README.md").read_text()
+    assert "## What it says\n\nMuch.\n" in text
+    assert "2026-01-02, cpu X, cores 0-1; 36 prompts, up to 128 tokens each; numbers: figure4.csv" in text
+    assert "2026-03-04, cpu X, cores 0-1; 8 prompts, up to 128 tokens each; numbers: figure6.csv" in text
+    assert text.count("    ssd study --config x.toml --out here\n") == 2
+    assert "| uniform | 0.750 ± 0.100 |" in text  # what was here stays
+    assert "| sd | 10.5 |" in text
+    assert "ar and sd ran in the first of them" in text
+    assert all((here / f"figure{figure}.png").read_bytes().startswith(b"\x89PNG") for figure in (4, 6))
+    # From now on study.json says what the page said; drawn again, all is the same.
+    assert main(["study", "--out", str(here), "--redraw"]) == 0
+    assert (here / "README.md").read_text() == text
+    assert (here / "figure4.csv").read_text().startswith(OLD_COLUMNS + "\n")
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        (OLD_PAGE.replace("K = 6", "K = 5"), "holds a study with lookahead = 6, not 5"),
+        (OLD_PAGE.replace("small int8", "small int4"), "holds a study with draft = small int8, not small int4"),
+        ("# Something else", "does not begin as the page of a study does"),
+    ],
+)
+def test_a_study_of_something_else_is_not_taken_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], page: str, message: str
+) -> None:
+    here = old_study(tmp_path / "here", figure4="4,uniform,0.0,0.0,0.75,0.1,7,2.5")
+    there = old_study(tmp_path / "there", page, figure6="6,sd,0.0,2,10.5,,7,")
+    assert main(["study", "--out", str(here), "--merge", str(there)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (here / "figure6.csv").exists()
+
+
+def test_points_are_read_as_they_were_written(tmp_path: Path) -> None:
+    points = (Point("6", "ssd, backup none", 0.0, 2, 0.1 + 0.2, None, 7, 0.5, 1 / 3), Point("6", "ar", 0.0, 4.0, None))
+    run = folder.Run("ssd study", "cpu", "2026-01-02", 3, 8)
+    study = folder.start(tmp_path, folder.Subject("a", "b", 3, 6))
+    study = study.grown(study.subject, {"6": folder.Figure(run, points)})
+    study.save(["6"])
+    assert folder.load(tmp_path) == study
+    (tmp_path / "figure3.csv").write_text(OLD_COLUMNS + "\n")
+    with pytest.raises(ConfigError, match=r"nothing says how .*figure3\.csv was measured"):
+        folder.load(tmp_path)
 
 
 def test_the_page_says_where_the_order_of_policies_and_the_dominance_do_not_hold() -> None:
@@ -186,19 +298,27 @@ def test_the_command_writes_numbers_pictures_and_a_page(
     assert main([*command, str(tmp_path / "first")]) == 0, capsys.readouterr().err
     written = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     numbers, pictures = ([f"figure{figure}.{ending}" for figure in (3, 4, 5)] for ending in ("csv", "png"))
-    assert set(written) == {"README.md", *numbers, *pictures}
+    assert set(written) == {"README.md", "study.json", *numbers, *pictures}
     assert all(written[name].startswith(b"\x89PNG") for name in pictures)
     with (tmp_path / "first" / "figure4.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["series"], row["temperature"]) for row in rows} >= {("confidence", "0.0"), ("uniform", "1.0")}
     assert all(0.0 <= float(row["y"]) <= 1.0 for row in rows)
     text = written["README.md"].decode()
-    assert "K = 3, B = 6, 2 prompts" in text
+    assert "K = 3, B = 6" in text
+    assert text.count("2 prompts, up to 24 tokens each") == 1
+    assert text.count("Measured as above") == 2
     assert all(name in text for name in (*numbers, *pictures))
     # Again from the recording: the same numbers.
     assert main([*command, str(tmp_path / "second")]) == 0
     for name in numbers:
         assert (tmp_path / "second" / name).read_bytes() == written[name]
+    # Another run into the same directory adds to what is there, if it is of the same pair and sizes.
+    assert main([*command, str(tmp_path / "first"), "--figures", "3"]) == 0
+    assert (tmp_path / "first" / "figure4.csv").read_bytes() == written["figure4.csv"]
+    assert all(name in (tmp_path / "first" / "README.md").read_text() for name in numbers)
+    assert main([*command, str(tmp_path / "first"), "--set", "speculation.budget=7"]) == 2
+    assert "holds a study with budget = 6, not 7; give --out another directory" in capsys.readouterr().err
     # A recording of something else is refused.
     assert main([*command, str(tmp_path / "third"), "--temperatures", "0.5"]) == 2
     assert "was made with temperatures = [0.0, 1.0], not [0.5]" in capsys.readouterr().err
@@ -209,6 +329,10 @@ def test_the_command_writes_numbers_pictures_and_a_page(
     [
         (["--figures", "3,7"], "there is no figure '7'"),
         (["--figures", "6", "--offline"], "needs an engine"),
+        (["--figures", "3,5", "--live"], "needs no engine"),
+        (["--live", "--offline"], "leave nothing to do"),
+        (["--redraw"], "no figure in"),
+        (["--merge", "/nowhere"], "no figure in /nowhere to take"),
         (["--temperatures", "warm"], "expected numbers"),
         (["--temperatures", "-1"], "between 0 and 100"),
         (["--max-tokens", "8", "--set", "speculation.lookahead=6"], "at least 9"),
