@@ -18,6 +18,7 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
+from ssd_runtime.kv.sharing import Prompt, take_over
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.fanout import Fork, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
@@ -49,6 +50,7 @@ class _Sequence:
         self.tokens = [*request.prompt_tokens, *request.output_tokens]
         self.num_admitted = len(self.tokens)
         self.table = table
+        self.prompt = Prompt(request.prompt_tokens, table)
         self.tree = tree
 
     @property
@@ -199,6 +201,8 @@ class Drafter:
         nodes: list[tuple[_Sequence, Node]] = []
         room = self._engine.prefill_chunk
         for sequence, forks in zip(self._sequences.values(), self._forks(), strict=True):
+            if not take_over(sequence.prompt, (one.prompt for one in self._sequences.values())):
+                continue  # its prompt is being computed for another
             frontier = sequence.tree.frontier(forks, self._plan.lookahead)
             catch_up = min(sequence.missing, room)
             if not frontier and not sequence.behind:

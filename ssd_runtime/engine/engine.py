@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ssd_runtime.config import Coupling, EngineConfig, Mode
-from ssd_runtime.engine.numerics import FreshTokens, Rounding, spare_slots
+from ssd_runtime.engine.numerics import FreshTokens, Rounding, share_unit, spare_slots
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
@@ -87,7 +87,15 @@ class Engine:
         params, prompt, end_tokens = request.params, request.prompt_tokens, request.eos_token_ids
         processors = processors_of(params, prompt, self._decoder.arch.vocab_size, end_tokens)
         longest = self._config.max_model_len
-        sequence = Sequence(self._next_id, request, table, text or NoText(), longest, processors)
+        sequence = Sequence(
+            self._next_id,
+            request,
+            table,
+            text or NoText(),
+            longest,
+            processors,
+            share_unit(self._decoder, self._config),
+        )
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence
@@ -164,6 +172,7 @@ class Engine:
         if sequence is None:
             return []
         start_ns = time.monotonic_ns()
+        self.scheduler.share_prompt(sequence)
         start = sequence.table.length
         end = min(start + self._config.prefill_chunk, sequence.num_prompt)
         sequence.table.reserve(end)

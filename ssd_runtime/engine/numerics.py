@@ -9,18 +9,20 @@ place may decide how it is summed. Hence windows: the positions of a text are cu
 over one window of one sequence, with every row in its place (position modulo WINDOW) and the attention as wide as the
 window reaches. Rows of the window that are not asked for are padding. So a position is always computed in the same
 place of a forward of the same shape, in every mode, at every speculation length and in every batch. Prompts are
-computed in chunks from their beginning, one sequence a forward, which is the same everywhere already.
+computed in chunks from their beginning, one sequence a forward, which is the same everywhere already, also for a
+sequence that begins with chunks of another (`share_unit`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ssd_runtime.config import Numerics
+from ssd_runtime.config import EngineConfig, Numerics
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.batch import ForwardBatch, Model
@@ -95,6 +97,15 @@ class Rounding:
 def needs_windows(decoder: Model, numerics: Numerics) -> bool:
     """Whether forwards have to be cut into windows: only where they were asked to be invariant and are not anyway."""
     return numerics == "invariant" and not decoder.row_invariant
+
+
+def share_unit(decoder: Model, config: EngineConfig) -> int:
+    """In multiples of how many rows a sequence may begin with what another has computed of the same prompt.
+
+    The rest of the prompt must come out with the same bits. Where rounding depends on the shape of a forward, it does
+    if the rest begins where a chunk of the whole prompt would have begun.
+    """
+    return config.block_size if decoder.row_invariant else math.lcm(config.block_size, config.prefill_chunk)
 
 
 def spare_slots(decoder: Model, numerics: Numerics) -> int:

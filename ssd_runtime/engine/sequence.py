@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from ssd_runtime.comm.messages import RequestStatistics
 from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.speculation.backup import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.processors import LogitsProcessors
@@ -184,6 +185,7 @@ class Sequence:
         turn: verifications so far; -1 until the prefill has chosen the first token.
         outcome: of the last verification (of the prefill: no draft token, the first token).
         processors: what the sampling parameters ask for beyond sampling; None if nothing.
+        prompt: what of its rows other sequences may hold too, in multiples of `share_unit`.
     """
 
     def __init__(
@@ -194,10 +196,12 @@ class Sequence:
         text: TextStream,
         max_length: int,
         processors: LogitsProcessors | None = None,
+        share_unit: int | None = None,
     ) -> None:
         self.sequence_id = sequence_id
         self.request = request
         self.table = table
+        self.prompt = Prompt(request.prompt_tokens, table, share_unit)
         self.processors = processors
         self.tokens = list(request.prompt_tokens)
         self.max_tokens = min(request.max_tokens, max_length - len(request.prompt_tokens))

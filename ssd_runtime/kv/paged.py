@@ -24,13 +24,14 @@ class BlockTable:
         device: where `slots` lives.
 
     Attributes:
+        block_size: as given.
         slots: int64 [max_length]; entry p is the slot of position p, valid for p < `capacity`.
         length: rows that hold a token of the sequence.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int, max_length: int, device: torch.device) -> None:
         self._allocator = allocator
-        self._block_size = block_size
+        self.block_size = block_size
         self._blocks: list[int] = []
         padded = -(-max_length // block_size) * block_size
         self.slots = torch.zeros(padded, dtype=torch.int64, device=device)
@@ -38,7 +39,7 @@ class BlockTable:
 
     @property
     def capacity(self) -> int:
-        return len(self._blocks) * self._block_size
+        return len(self._blocks) * self.block_size
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -48,20 +49,31 @@ class BlockTable:
         """Make room for rows up to `length`, without changing `length`."""
         while self.capacity < length:
             block = self._allocator.allocate()
-            start = block * self._block_size
-            self.slots[self.capacity : self.capacity + self._block_size] = torch.arange(
-                start, start + self._block_size, device=self.slots.device
+            start = block * self.block_size
+            self.slots[self.capacity : self.capacity + self.block_size] = torch.arange(
+                start, start + self.block_size, device=self.slots.device
             )
             self._blocks.append(block)
 
+    def take_over(self, other: BlockTable, length: int) -> None:
+        """Begin with the first `length` rows of another table, whole blocks, held by both: neither may write there."""
+        assert not self._blocks, "rows are taken over by an empty table"
+        assert length % self.block_size == 0, "only whole blocks are shared"
+        assert length <= other.length, "only rows that are there are shared"
+        self._blocks = other._blocks[: length // self.block_size]
+        for block in self._blocks:
+            self._allocator.retain(block)
+        self.slots[:length] = other.slots[:length]
+        self.length = length
+
     def slot(self, position: int) -> int:
         """The slot of a position inside the capacity, computed on the host."""
-        return self._blocks[position // self._block_size] * self._block_size + position % self._block_size
+        return self._blocks[position // self.block_size] * self.block_size + position % self.block_size
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` rows and give back every whole block behind them."""
         self.length = length
-        needed = -(-length // self._block_size)
+        needed = -(-length // self.block_size)
         while len(self._blocks) > needed:
             self._allocator.release(self._blocks.pop())
 

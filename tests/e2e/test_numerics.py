@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cuda_ext import ops, reference
 from ssd_runtime.config import Dtype, EngineConfig, Numerics, SpeculationConfig
+from ssd_runtime.engine import engine
 from ssd_runtime.engine.numerics import WINDOW, needs_windows, spare_slots
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.decoder import Decoder
@@ -72,10 +74,12 @@ def requests(modes: tuple[str, ...]) -> list[Request]:
     ]
 
 
-def outputs(models: tuple[Decoder, Decoder], numerics: Numerics, asked: list[Request]) -> list[tuple[int, ...]]:
+def outputs(
+    models: tuple[Decoder, Decoder], numerics: Numerics, asked: list[Request], chunk: int = 11
+) -> list[tuple[int, ...]]:
     """What requests get that are served together."""
-    engine = EngineConfig(max_model_len=104, block_size=8, prefill_chunk=11, numerics=numerics)
-    process = in_process(*models, engine, SpeculationConfig(lookahead=5, budget=6), random_steps(len(asked)))
+    sizes = EngineConfig(max_model_len=104, block_size=8, prefill_chunk=chunk, numerics=numerics)
+    process = in_process(*models, sizes, SpeculationConfig(lookahead=5, budget=6), random_steps(len(asked)))
     sequences = process.run(asked)
     process.assert_all_blocks_are_back()
     return [tuple(sequence.tokens[sequence.num_prompt :]) for sequence in sequences]
@@ -128,3 +132,26 @@ def test_rounding_by_shape_shows_without_it_and_not_with_it(
     expected = alone(models, "invariant")
     for modes in (("ssd",), ("ar", *MODES)):
         assert outputs(models, "invariant", requests(modes)) == expected, modes
+
+
+def of_one_prompt(mode: str) -> list[Request]:
+    """Three outputs of a request whose prompt is two chunks of 16 and a rest."""
+    first = request(tuple(31 * i % VOCAB for i in range(41)), mode, lookahead=4, max_tokens=30, request_id="r")
+    return [replace(first, params=SamplingParams(temperature=0.7, seed=i), index=i) for i in range(3)]
+
+
+def test_outputs_that_share_their_prompt_are_rounded_as_each_alone(operators: str) -> None:
+    models = close_calls("bf16")
+    expected = [outputs(models, "invariant", [one], 16)[0] for one in of_one_prompt("ar")]
+    assert outputs(models, "invariant", of_one_prompt("ssd"), 16) == expected
+
+
+def test_where_rounding_goes_by_shape_only_whole_chunks_of_a_prompt_are_shared(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = close_calls("bf16")
+    monkeypatch.setattr(reference, "linear_bf16", nudged(reference.linear_bf16, width=False))
+    expected = [outputs(models, "invariant", [one], 16)[0] for one in of_one_prompt("ar")]
+    assert outputs(models, "invariant", of_one_prompt("ssd"), 16) == expected
+    monkeypatch.setattr(engine, "share_unit", lambda decoder, config: config.block_size)
+    assert outputs(models, "invariant", of_one_prompt("ssd"), 16) != expected

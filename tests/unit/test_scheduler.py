@@ -28,7 +28,8 @@ class Pool:
         self._next = 0
 
     def sequence(self, prompt: int, max_tokens: int) -> Sequence:
-        request = Request(str(self._next), (1,) * prompt, SamplingParams(), "ar", 0, max_tokens)
+        strangers = (self._next, *(1,) * (prompt - 1))  # no two share a prompt; test_sharing.py has those that do
+        request = Request(str(self._next), strangers, SamplingParams(), "ar", 0, max_tokens)
         table = BlockTable(self.allocator, self.config.block_size, self.config.max_model_len, torch.device("cpu"))
         self._next += 1
         return Sequence(self._next - 1, request, table, NoText(), self.config.max_model_len)
