@@ -60,19 +60,28 @@ class _AtWork:
 
     Attributes:
         asked: since when an answer is due; None while none is.
-        suspect: it did not answer in time; it is not waited for until it says something.
+        silent_since: when it last said something since the last question was put, or that was put.
+        suspect: it did not answer in time, or has sequences to catch up with; it is not waited for until it says
+            something.
     """
 
-    def __init__(self, draft: DraftRank) -> None:
+    def __init__(self, draft: DraftRank, suspect: bool) -> None:
         self.draft = draft
         self.patience = Patience()
         self.asked: float | None = None
-        self.suspect = False
-        self.pulse_at = time.monotonic() + PULSE_S
+        self.silent_since = time.monotonic()
+        self.suspect = suspect
+        self.pulse_at = self.silent_since + PULSE_S
+
+    def ask(self) -> None:
+        """It is asked for a branch."""
+        self.silent_since = time.monotonic()
+        self.asked = self.silent_since if self.asked is None else self.asked
+        self.patience.ask()
 
     def heard(self) -> None:
         """It said something."""
-        self.asked, self.suspect = None, False
+        self.asked, self.suspect, self.silent_since = None, False, time.monotonic()
 
 
 class Drafts:
@@ -121,7 +130,8 @@ class Drafts:
         """Between two rounds: let in who has come, notice who is gone, hear what was said."""
         for draft in self._entrance.arrived():
             self.num_linked += 1
-            one = _AtWork(draft)
+            # What it is told of running sequences has to be computed first, in forwards that are its process's first.
+            one = _AtWork(draft, suspect=bool(self._sequences))
             self._at_work.append(one)
             log.info("draft rank %d is linked; it takes over %d sequences", draft.rank, len(self._sequences))
             self._with(one, self._take_over)
@@ -145,7 +155,7 @@ class Drafts:
         trees = one.draft.poll_trees()
         if trees:
             if one.suspect and one.asked is not None:  # late: it was given up too early
-                one.patience.observe(now - one.asked)
+                one.patience.observe_late(now - one.asked)
             one.heard()
             self._trees += trees
         elif one.asked is not None and now - one.asked > self._deadline:
@@ -182,17 +192,19 @@ class Drafts:
 
         def send(one: _AtWork) -> None:
             one.draft.send_outcomes(OutcomeFrame(round, one.draft.control_seq, told, plan))
-            if asks and one.asked is None:
-                one.asked = time.monotonic()
+            if asks:
+                one.ask()
 
         self._each(send)
 
     def wait(self) -> bool:
-        """Wait for something to be said; False if it is of no use to wait any longer: who was asked is late or gone."""
-        start = time.monotonic()
+        """Wait for something to be said; False if it is of no use to wait any longer: who was asked is late or gone.
+
+        The silence of each counts from the question (`tell`) or its own last word, whoever else spoke meanwhile.
+        """
         while awaited := [one for one in self._at_work if not one.suspect]:
             # Of several the first to speak counts, so none is waited for alone for long.
-            wait = functools.partial(self._wait_for, start=start, slice_s=None if len(awaited) == 1 else TURN_S)
+            wait = functools.partial(self._wait_for, slice_s=None if len(awaited) == 1 else TURN_S)
             for one in awaited:
                 before = len(self._trees)
                 self._with(one, wait)
@@ -200,14 +212,14 @@ class Drafts:
                     return True
         return False
 
-    def _wait_for(self, one: _AtWork, start: float, slice_s: float | None) -> None:
-        left = start + one.patience.bound - time.monotonic()
+    def _wait_for(self, one: _AtWork, slice_s: float | None) -> None:
+        left = one.silent_since + one.patience.bound - time.monotonic()
         trees = one.draft.wait_trees(max(0.0, left if slice_s is None else min(left, slice_s)))
-        now = time.monotonic()
+        silence = time.monotonic() - one.silent_since
         if trees:
-            one.patience.observe(now - start)
+            one.patience.observe(silence)
             one.heard()
             self._trees += trees
-        elif now - start >= one.patience.bound:
+        elif silence >= one.patience.bound:
             one.suspect = True
-            log.debug("draft rank %d did not answer within %.3f s", one.draft.rank, now - start)
+            log.debug("draft rank %d did not answer within %.3f s", one.draft.rank, silence)

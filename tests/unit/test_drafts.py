@@ -1,0 +1,197 @@
+"""How long the target waits for its drafts: once a question, whoever dies, and however often another speaks."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import pytest
+
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.engine.sequence import NoText, Request, Sequence
+from ssd_runtime.kv.blocks import BlockAllocator
+from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
+from ssd_runtime.target import drafts as module
+from ssd_runtime.target.drafts import Drafts
+from ssd_runtime.target.patience import FIRST_S, SLACK_S, Patience
+
+SIGN = TreeFrame(1, (), 0, 0)
+MISSED = OutcomeRow(0, 0, Outcome(0, 1), Source.PENDING, 0, ())
+
+
+class Clock:
+    """`time.monotonic`, moved by whoever waits."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Played:
+    """A draft that says something at set times; after the last of them it is dead, and nobody knows."""
+
+    def __init__(self, clock: Clock, rank: int = 1) -> None:
+        self.rank, self.control_seq = rank, 0
+        self._clock = clock
+        self.signs: deque[float] = deque()  # when it speaks
+
+    def speaks(self, *after_s: float) -> Played:
+        self.signs.extend(self._clock.now + seconds for seconds in after_s)
+        return self
+
+    def send_control(self, message: Message) -> None:
+        self.control_seq += 1
+
+    def send_outcomes(self, frame: OutcomeFrame) -> None:
+        pass
+
+    def poll_trees(self) -> list[TreeFrame]:
+        heard = []
+        while self.signs and self.signs[0] <= self._clock.now:
+            self.signs.popleft()
+            heard.append(SIGN)
+        return heard
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        until = self._clock.now + timeout_s
+        self._clock.now = max(self._clock.now, min(until, self.signs[0] if self.signs else math.inf))
+        return self.poll_trees()
+
+    def check_pulse(self) -> None:
+        pass
+
+
+class Door:
+    """An `Entrance`."""
+
+    def __init__(self) -> None:
+        self.coming: list[Played] = []
+
+    def arrived(self) -> list[Played]:
+        arrived, self.coming = self.coming, []
+        return arrived
+
+    def let_go(self, draft: Played) -> None:
+        raise AssertionError("nobody is lost here")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    played = Clock()
+    monkeypatch.setattr(module, "time", played)
+    return played
+
+
+@pytest.fixture
+def door() -> Door:
+    return Door()
+
+
+@pytest.fixture
+def drafts(door: Door, clock: Clock) -> Drafts:
+    return Drafts(door, deadline=10.0)  # type: ignore[arg-type]
+
+
+def ask(drafts: Drafts) -> None:
+    drafts.tell(1, [MISSED], None)
+
+
+def wait_to_the_end(drafts: Drafts, clock: Clock) -> tuple[int, float]:
+    """Signs heard and seconds spent until waiting is of no use any more."""
+    start = clock.now
+    while drafts.wait():
+        pass
+    return len(drafts.take_trees()), clock.now - start
+
+
+def sequence() -> Sequence:
+    table = BlockTable(BlockAllocator(4), 4, 16, "cpu")  # type: ignore[arg-type]
+    return Sequence(0, Request("r", (1, 2), SamplingParams(), "ssd", 3, 8), table, NoText(), 16)
+
+
+def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
+    drafts: Drafts, door: Door, clock: Clock
+) -> None:
+    door.coming = [Played(clock)]
+    drafts.check()
+    ask(drafts)
+    heard, spent = wait_to_the_end(drafts, clock)
+    assert heard == 0
+    assert spent == pytest.approx(FIRST_S + SLACK_S)
+    ask(drafts)
+    assert wait_to_the_end(drafts, clock) == (0, 0.0)
+
+
+def test_several_drafts_that_die_together_are_not_waited_for_one_after_the_other(
+    drafts: Drafts, door: Door, clock: Clock
+) -> None:
+    door.coming = [Played(clock, rank) for rank in (1, 2, 3)]
+    drafts.check()
+    ask(drafts)
+    assert wait_to_the_end(drafts, clock)[1] <= FIRST_S + SLACK_S + 3 * module.TURN_S
+
+
+def test_a_draft_that_falters_on_every_sign_has_one_slack_for_all_of_them(
+    drafts: Drafts, door: Door, clock: Clock
+) -> None:
+    draft = Played(clock)
+    door.coming = [draft]
+    drafts.check()
+    for _ in range(200):  # what is usual becomes a millisecond
+        ask(drafts)
+        draft.speaks(0.001)
+        assert drafts.wait()
+    drafts.take_trees()
+    ask(drafts)
+    draft.speaks(*(0.05 * n for n in range(1, 20)))  # each within a slack of its own
+    heard, spent = wait_to_the_end(drafts, clock)
+    assert heard < 3  # the first has used up most of the slack
+    assert spent < 0.1
+
+
+def test_a_dead_draft_is_not_waited_for_anew_whenever_another_speaks(drafts: Drafts, door: Door, clock: Clock) -> None:
+    talks, dead = Played(clock, 1), Played(clock, 2)
+    door.coming = [talks, dead]
+    drafts.check()
+    ask(drafts)
+    talks.speaks(*(0.02 * n for n in range(1, 5)))
+    heard, spent = wait_to_the_end(drafts, clock)
+    assert heard == 4
+    # What the talking one has still to be waited for after its last word; the dead one was given up before.
+    assert spent <= 0.08 + FIRST_S + SLACK_S + 0.01
+
+
+def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
+    drafts: Drafts, door: Door, clock: Clock
+) -> None:
+    drafts.check()
+    drafts.admit(sequence())
+    draft = Played(clock)
+    door.coming = [draft]
+    drafts.check()
+    ask(drafts)
+    assert wait_to_the_end(drafts, clock) == (0, 0.0)
+    draft.speaks(0.0)
+    drafts.check()
+    draft.speaks(0.01)
+    assert drafts.wait()
+
+
+def test_one_long_pause_does_not_change_what_is_usual_and_a_slow_draft_does() -> None:
+    patience = Patience()
+    before = patience.bound
+    patience.observe_late(5.0)
+    assert patience.bound == before
+    patience.observe(0.001)
+    patience.observe_late(5.0)
+    assert patience.bound <= before
+    asked = 0
+    while patience.bound < 0.3:  # a draft whose steps take 300 ms
+        patience.observe_late(0.3)
+        asked += 1
+    assert asked < 8
+    patience.observe_late(50.0)
+    assert patience.bound < 1.0
