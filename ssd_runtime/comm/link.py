@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
@@ -249,9 +250,9 @@ class _Endpoint(Generic[Sent, Got]):
         self._sender.join(self._timing.close)
         if self._sender.is_alive():
             self._sending.cancel()
-            self._sender.join()
+            self._sender.join(self._timing.silence)  # no wait of a thread is longer, if cancelling should not end it
         self._receiving.cancel()
-        self._receiver.join()
+        self._receiver.join(self._timing.silence)
         self._in_flight.clear()
         self._sending.close()
         self._receiving.close()
@@ -340,6 +341,7 @@ def _meet(
 ) -> tuple[Pipe, Pipe]:
     """The pipes of both directions, outcomes first; both sides must call this for the same address."""
     build = timedelta(seconds=timing.build)
+    give_up = time.monotonic() + timing.build  # the store and both directions have it together
     peer = 1 - rank
     role = ("target", "draft")[peer]
     try:
@@ -351,7 +353,8 @@ def _meet(
             if backend == "nccl":
                 assert device is not None, "NCCL needs a device"
                 return NcclPipe(nccl_group(prefix, rank, device, build), peer, device)
-            return GlooPipe(gloo_group(prefix, rank, local_host, build), peer)
+            left = timedelta(seconds=max(0.1, give_up - time.monotonic()))
+            return GlooPipe(gloo_group(prefix, rank, local_host, left), peer)
 
         return pipe("outcomes"), pipe("trees")
     except (RuntimeError, OSError) as error:
