@@ -6,7 +6,7 @@ import logging
 import secrets
 
 from launcher import rendezvous
-from launcher.rank import Rank, link_timing
+from launcher.rank import Rank, forget_loading, link_timing
 from ssd_runtime import logs
 from ssd_runtime.comm.link import open_draft_link
 from ssd_runtime.comm.messages import Hello, Joined
@@ -46,6 +46,7 @@ class DraftRank(Rank):
             self._tracer,
         )
         self._on_stop = membership.stop
+        forget_loading()
         membership.run()
 
     def _known_as(self, number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from launcher import rendezvous
-from launcher.rank import Rank
+from launcher.rank import Rank, forget_loading
 from launcher.target_group import joined
 from ssd_runtime.target.replay import Follower
 
@@ -20,6 +20,7 @@ class FollowerRank(Rank):
         with joined(config, self._place, rendezvous.store(config)) as group:
             part = self._load("target", config.target.model, config.target.dtype, group.tensors)
             group.all_loaded()
+            forget_loading()
             self._on_stop = self._wait_for_leader
             Follower(part, group.frames, config.engine.block_size).run()
         log.info("leaving: told to")

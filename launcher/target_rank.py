@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from launcher import rendezvous
-from launcher.rank import Rank, Surroundings, link_timing
+from launcher.rank import Rank, Surroundings, forget_loading, link_timing
 from launcher.target_group import joined
 from ssd_runtime import topology
 from ssd_runtime.comm.control import ControlServer
@@ -67,6 +67,7 @@ class TargetRank(Rank):
                 cores = topology.cores_by_role(config, self._place.world_size, self._place.here)
                 leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop)
                 self._on_stop = self._set_stop
+                forget_loading()
                 self._announcer.say(Ready(server.address, cores))
                 if self._announcer.address is None:  # started by hand: nobody else says it
                     click.echo(f"address: {server.address}")
