@@ -22,7 +22,7 @@ from launcher.commands.slurm import slurm
 from launcher.commands.up import up
 from launcher.study.command import study
 from ssd_runtime import __version__, logs
-from ssd_runtime.errors import ConfigError, RequestError, SsdError
+from ssd_runtime.errors import SsdError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), 2)
     except SsdError as error:
         log.debug("traceback", exc_info=True)
-        return _fail(str(error), 2 if isinstance(error, ConfigError | RequestError) else 1)
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: keep the flush at exit quiet
         return 1

@@ -159,10 +159,17 @@ class DeploymentConfig:
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The front door. Port 0 takes a free one."""
+    """The front door.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        max_queued_requests: while so many wait beyond those there is a place for, further ones are refused at once.
+            Each output of a request with several counts.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
+    max_queued_requests: int = 1024
 
 
 @dataclass(frozen=True)
@@ -283,6 +290,7 @@ def _validate(config: Config) -> None:
     ):
         at_least("engine", key, least)
     at_least("deployment", "drafts", 1)
+    at_least("serve", "max_queued_requests", 1)
     at_least("speculation", "lookahead", 0)
     at_least("speculation", "budget", 1)
     at_least("speculation", "recycle", 0)

@@ -1,20 +1,33 @@
 """What can go wrong, as types. Knows nothing of who raises or who prints.
 
-The command line prints the message of every `SsdError` as one line: exit code 2 for what the user can mend
-(`ConfigError`, `RequestError`), exit code 1 for what broke while running.
+The command line prints the message of every `SsdError` as one line and leaves with its exit code: 2 for what the user
+can mend (`ConfigError`, `RequestError`), 75 (EX_TEMPFAIL of sysexits.h) for what may be tried again later
+(`Overloaded`), 1 for what broke while running.
 """
 
 
 class SsdError(Exception):
     """Base of every error this project raises on purpose. The message says who, what and what to do."""
 
+    exit_code = 1
+
 
 class ConfigError(SsdError):
     """A configuration, file or set of ranks that cannot work. The message names the remedy."""
 
+    exit_code = 2
+
 
 class RequestError(SsdError):
     """A request that cannot be served as asked (empty prompt, too long, unknown parameter)."""
+
+    exit_code = 2
+
+
+class Overloaded(SsdError):
+    """A request refused because too many wait already; the same one may be served later (what HTTP calls 503)."""
+
+    exit_code = 75
 
 
 class PeerLost(SsdError):

@@ -9,6 +9,7 @@ from typing import Literal
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.config import Mode
 from ssd_runtime.speculation.types import Outcome, SamplingParams, TokenLogprob
+from ssd_runtime.stalls import Stall
 
 Role = Literal["target", "draft"]
 DraftState = Literal["none", "linked", "lost", "relinking"]
@@ -241,10 +242,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """Leader -> client: "request" is the client's to mend, "engine" is ours."""
+    """Leader -> client: "request" is the client's to mend, "engine" is ours, "busy" may be tried again later."""
 
     request_id: str
-    kind: Literal["request", "engine"]
+    kind: Literal["request", "engine", "busy"]
     reason: str
 
 
@@ -269,6 +270,7 @@ class Status:
         cores: role -> CPU cores it is pinned to.
         num_drafts: linked now.
         drafts_lost, drafts_linked: how often, since the start.
+        stalls: the longest gaps between two verifications since the start, the longest first.
     """
 
     state: Literal["loading", "ready", "stopping"]
@@ -282,6 +284,7 @@ class Status:
     num_drafts: int = 0
     drafts_lost: int = 0
     drafts_linked: int = 0
+    stalls: tuple[Stall, ...] = ()
 
 
 # ---- workers -> launcher ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ssd_runtime.errors import SsdError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 CHUNK = 1024  # tokens behind one digest of a vocabulary
 
 # Names that converters give to ids no tokenizer ever produces; at the end of a vocabulary they are padding.

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Refused, Shutdown, Status
-from ssd_runtime.errors import PeerLost, RequestError, SsdError
+from ssd_runtime.errors import Overloaded, PeerLost, RequestError, SsdError
+
+FAILURES: dict[str, type[SsdError]] = {"request": RequestError, "engine": SsdError, "busy": Overloaded}
 
 
 class Client:
@@ -30,6 +32,7 @@ class Client:
 
         Raises:
             RequestError: the engine refuses the request; the message says what to change.
+            Overloaded: too many requests wait already; try again later.
             SsdError: the engine failed it.
             PeerLost: the engine is gone, or silent for `timeout_s`.
         """
@@ -47,7 +50,7 @@ class Client:
             for message in self._messages():
                 if isinstance(message, Failed) and message.request_id in running:
                     running.discard(message.request_id)
-                    raise (RequestError if message.kind == "request" else SsdError)(message.reason)
+                    raise FAILURES[message.kind](message.reason)
                 if isinstance(message, Refused):
                     raise SsdError(f"the engine refused the request: {message.reason}")
                 if isinstance(message, Chunk | Finished) and message.request_id in running:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,7 @@ from ssd_runtime.speculation.processors import check_processors, process_rows, p
 from ssd_runtime.speculation.sampling import check_sampling
 from ssd_runtime.speculation.types import Outcome, Speculation
 from ssd_runtime.speculation.verify import Claim, verify_claims
+from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
 
 
@@ -48,6 +49,9 @@ class Engine:
         speculators: how each mode speculates; a request in another mode is refused.
         tracer: where rounds are recorded.
         coupling: how speculations are verified; the speculators' drafts must be of the same mind.
+
+    Attributes:
+        watch: where the time between verifications went.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Engine:
         self._kv = decoder.new_kv(num_slots + spare_slots(decoder, config.numerics))
         self._rounding = Rounding(decoder, config.numerics, spare_slot=num_slots)
         self.scheduler = Scheduler(config)
+        self.watch = StallWatch()
         self._next_id = 0
         self._round = 0
         self._last_verify: dict[int, tuple[int, float]] = {}  # sequence -> start of its last verification, its seconds
@@ -132,15 +137,14 @@ class Engine:
                 f"not {request.lookahead}"
             )
 
-    def cancel(self, request_id: str) -> Sequence | None:
-        """Stop one sequence of a request; returns it, None when there is none (left)."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
-            if sequence.request.request_id == request_id:
-                running = sequence in self.scheduler.running
-                sequence.finish_reason = "abort"
-                self._end(sequence, running)
-                return sequence
-        return None
+    def cancel(self, request_ids: Set[str]) -> list[Sequence]:
+        """Stop all sequences of these requests; returns them."""
+        waiting = [sequence for sequence in self.scheduler.waiting if sequence.request.request_id in request_ids]
+        running = [sequence for sequence in self.scheduler.running if sequence.request.request_id in request_ids]
+        for sequence in (*waiting, *running):
+            sequence.finish_reason = "abort"
+            self._end(sequence, running=sequence in running)
+        return waiting + running
 
     @property
     def has_work(self) -> bool:
@@ -156,7 +160,9 @@ class Engine:
         """Admit, prefill a chunk, verify one speculation of every running sequence."""
         for sequence in self.scheduler.admit():
             self._speculators[sequence.request.mode].admit(sequence)
+        self.watch.lap("admit")
         progressed = self._prefill_chunk()
+        self.watch.lap("prefill")
         batch = self.scheduler.next_batch()
         for mode, speculator in self._speculators.items():
             members = [sequence for sequence in batch if sequence.request.mode == mode and not sequence.finish_reason]
@@ -194,10 +200,14 @@ class Engine:
         self._round += 1
         propose_ns = time.monotonic_ns()
         proposals = speculator.propose(batch, self._round)
+        self.watch.lap("propose", proposals.wait_seconds)
+        held_up = any(sequence.sequence_id in self._last_verify for sequence in batch)
+        self.watch.end(self._round, held_up=held_up)
         start_ns = time.monotonic_ns()
         self._measure_last_round(batch, proposals, start_ns)
         logits_RV = self._forward(batch, proposals.speculations)
         forward_ns = time.monotonic_ns()
+        self.watch.begin()
         outcomes = self._outcomes(batch, proposals.speculations, logits_RV)
         raise_faults(self._kv)
         progressed = []
@@ -212,6 +222,7 @@ class Engine:
             self._last_verify[sequence.sequence_id] = (start_ns, (forward_ns - start_ns) / 1e6)
         speculator.observe(proposals.speculations, outcomes, (forward_ns - start_ns) / 1e9)
         self._trace_round(proposals, outcomes, propose_ns, start_ns, forward_ns)
+        self.watch.lap("commit")
         return progressed
 
     def _forward(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> Tensor:

@@ -38,6 +38,11 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
+    @property
+    def num_queued(self) -> int:
+        """How many wait beyond those that there is a place for."""
+        return max(0, len(self.waiting) + len(self.running) - self._config.max_num_seqs)
+
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to the running ones while there is room; returns those that moved."""
         admitted = []

@@ -52,6 +52,7 @@ class Tokenizer:
         eos_token_ids: every id that ends an answer, sorted.
         bos_token_id: the id texts begin with, None if the model has none.
         vocab_size: ids the tokenizer knows; the model's table may be larger.
+        longest_token: no token stands for more characters of a text.
     """
 
     def __init__(self, path: str, parts: _Parts) -> None:
@@ -66,6 +67,7 @@ class Tokenizer:
         self._tokens = [""] * self.vocab_size
         for token, token_id in vocabulary.items():
             self._tokens[token_id] = token
+        self.longest_token = max(map(len, self._tokens), default=1)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._kind = _decoder_kind(self._tokenizer, path)

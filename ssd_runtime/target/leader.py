@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+import time
+from collections import deque
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.messages import (
@@ -23,17 +26,19 @@ from ssd_runtime.comm.messages import (
 )
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
-from ssd_runtime.engine.sequence import Request, Sequence, add_up
+from ssd_runtime.engine.sequence import Sequence, add_up
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
-from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
+from ssd_runtime.speculation.types import TokenLogprob
 from ssd_runtime.target.door import Door
 from ssd_runtime.target.link_speculator import LinkSpeculator
+from ssd_runtime.target.requests import RequestReader
 
 log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.2
-MOST_OUTPUTS = 128
+MAIL_S = 0.01  # longest that messages are handled for between two rounds, so that a flood holds up nobody
+PULSE_S = 0.5  # between two looks at the connections of the clients
 
 
 @dataclass
@@ -103,39 +108,56 @@ class Leader:
         self._door = door
         self._cores = cores
         self._stop = stop
+        self._reader = RequestReader(config, tokenizer)
         self._clients: dict[str, _Client] = {}
+        self._mail: deque[tuple[bytes, Message]] = deque()  # arrived and not handled yet
+        self._pulse_at = time.monotonic() + PULSE_S
 
     def run(self) -> None:
         """Until `stop` is set or a client asks for shutdown. Requests that still run are told."""
         failure = "the engine failed; see its log"
         try:
             while not self._stop:
-                for identity, message in self._server.poll(0.0 if self._engine.has_work else IDLE_POLL_S):
-                    self._handle(identity, message)
+                self._read_mail()
+                self._cancel_the_gone()
+                self._engine.watch.lap("messages")
                 if self._link is not None:  # drafts come and go whatever the running requests ask for
                     self._link.check()
+                self._engine.watch.lap("drafts")
                 if self._engine.has_work:
                     for progressed in self._engine.step():
                         self._publish(progressed)
+                    self._engine.watch.lap("publish")
                 else:
                     self._engine.check()
+                    self._engine.watch.begin()
         except SsdError as error:
             failure = str(error)
             raise
         finally:
-            reason = self._stop.reason or failure
-            for request_id, client in self._clients.items():
-                self._server.send(
-                    client.identity, Failed(request_id, "engine", f"the request was not finished: {reason}")
-                )
+            reason = f"the request was not finished: {self._stop.reason or failure}"
+            unfinished = [(client.identity, request_id) for request_id, client in self._clients.items()]
+            unfinished += [(who, message.request_id) for who, message in self._mail if isinstance(message, Generate)]
+            for identity, request_id in unfinished:
+                self._server.send(identity, Failed(request_id, "engine", reason))
 
     # -- messages ------------------------------------------------------------------------------------------------
+
+    def _read_mail(self) -> None:
+        """Handle what has arrived; while requests run no longer than `MAIL_S`, the rest after the next round."""
+        if not self._mail:
+            self._mail.extend(self._server.poll(0.0 if self._engine.has_work else IDLE_POLL_S))
+        until = time.monotonic() + MAIL_S
+        while self._mail and not self._stop:
+            self._handle(*self._mail.popleft())
+            if self._engine.has_work and time.monotonic() > until:
+                break
 
     def _handle(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Generate):
             self._generate(identity, message)
         elif isinstance(message, Cancel):
-            self._cancel(message.request_id)
+            self._cancel({message.request_id})
         elif isinstance(message, GetStatus):
             self._server.send(identity, self._status())
         elif isinstance(message, Shutdown):
@@ -155,8 +177,18 @@ class Leader:
         if message.request_id in self._clients:
             self._server.send(identity, Failed(message.request_id, "request", "this request id is in use"))
             return
+        queued, limit = self._engine.scheduler.num_queued, self._config.serve.max_queued_requests
+        if queued >= limit:  # before any work is done for it
+            reason = (
+                f"{queued} requests are waiting and serve.max_queued_requests is {limit}: "
+                "try again later, or raise the limit"
+            )
+            self._server.send(identity, Failed(message.request_id, "busy", reason))
+            return
+        if not self._server.alive(identity):  # it left behind what was not read yet
+            return
         try:
-            requests = self._requests(message)
+            requests = self._reader.read(message)
             # What is refused is refused of the first: they differ in nothing that can be wrong.
             sequences = [self._engine.add(request, Detokenizer(self._tokenizer)) for request in requests]
         except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
@@ -164,41 +196,26 @@ class Leader:
         else:
             self._clients[message.request_id] = _Client(identity, message.stream, list(map(_Output, sequences)))
 
-    def _requests(self, message: Generate) -> list[Request]:
-        """One for each output; they have seeds of their own, so that output i can be had alone too."""
-        if not 1 <= message.n <= MOST_OUTPUTS:
-            raise RequestError(f"n must be between 1 and {MOST_OUTPUTS}, not {message.n}")
-        speculation = self._config.speculation
-        first = Request(
-            request_id=message.request_id,
-            prompt_tokens=tuple(self._prompt_tokens(message)),
-            params=message.params,
-            mode=message.mode or speculation.mode,
-            lookahead=speculation.lookahead if message.lookahead is None else message.lookahead,
-            max_tokens=message.max_tokens,
-            stop=message.stop,
-            eos_token_ids=() if message.ignore_eos else self._tokenizer.eos_token_ids,
-            logprobs=message.logprobs,
-        )
-        return [replace(first, params=_with_seed_of(first.params, index), index=index) for index in range(message.n)]
+    def _cancel(self, request_ids: Set[str]) -> None:
+        self._engine.cancel(request_ids)
+        for request_id in request_ids:
+            if (client := self._clients.pop(request_id, None)) is not None:
+                self._finish(client)
 
-    def _prompt_tokens(self, message: Generate) -> list[int]:
-        given = [value for value in (message.prompt, message.messages, message.token_ids) if value is not None]
-        if len(given) != 1:
-            raise RequestError("give exactly one of prompt, messages and token_ids")
-        if message.token_ids is not None:
-            return list(message.token_ids)
-        if message.prompt is not None:
-            return self._tokenizer.encode(message.prompt) if message.prompt else []
-        chat = self._tokenizer.chat([{"role": m.role, "content": m.content} for m in message.messages or ()])
-        return self._tokenizer.encode(chat, add_special=False)
-
-    def _cancel(self, request_id: str) -> None:
-        client = self._clients.pop(request_id, None)
-        while self._engine.cancel(request_id) is not None:
-            pass
-        if client is not None:
-            self._finish(client)
+    def _cancel_the_gone(self) -> None:
+        """Now and then look whether clients are still there: those who wait are sent nothing that would show it."""
+        now = time.monotonic()
+        if now < self._pulse_at:
+            return
+        self._pulse_at = now + PULSE_S
+        identities = {client.identity for client in self._clients.values()}
+        gone = {identity for identity in identities if not self._server.alive(identity)}
+        if gone:
+            left = {request_id for request_id, client in self._clients.items() if client.identity in gone}
+            log.info("clients of %d requests are gone; cancelling them", len(left))
+            self._engine.cancel(left)
+            for request_id in left:
+                del self._clients[request_id]
 
     def _status(self) -> Status:
         drafts = None if self._link is None else self._link.drafts
@@ -214,6 +231,7 @@ class Leader:
             num_drafts=drafts.count if drafts else 0,
             drafts_lost=drafts.num_lost if drafts else 0,
             drafts_linked=drafts.num_linked if drafts else 0,
+            stalls=self._engine.watch.longest,
         )
 
     def _draft_state(self) -> DraftState:
@@ -241,7 +259,7 @@ class Leader:
             self._finish(client)
         elif client.stream and not self._send_chunk(client, output):
             log.info("the client of request %s is gone; cancelling it", request_id)
-            self._cancel(request_id)
+            self._cancel({request_id})
 
     def _send_chunk(self, client: _Client, output: _Output) -> bool:
         request = output.sequence.request
@@ -261,8 +279,3 @@ class Leader:
         statistics = add_up([sequence.statistics() for sequence in sequences])
         request_id = sequences[0].request.request_id
         self._server.send(client.identity, Finished(request_id, reasons, usage, statistics))
-
-
-def _with_seed_of(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of one output: seed + index modulo 2^64."""
-    return replace(params, seed=(params.seed + index) % (1 << 64)) if index else params

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ssd_runtime.comm.messages import Finished, Generate
@@ -24,9 +25,9 @@ class Answer:
     longest_gap: float
 
 
-def answer(client: Client, mode: Mode, max_tokens: int) -> Answer:
-    """One stream. Every call asks for the same text."""
-    request = Generate(
+def asked(mode: Mode, max_tokens: int) -> Generate:
+    """Always for the same text."""
+    return Generate(
         f"{mode}-{time.monotonic_ns()}",
         prompt="the quick brown fox",
         max_tokens=max_tokens,
@@ -34,9 +35,15 @@ def answer(client: Client, mode: Mode, max_tokens: int) -> Answer:
         mode=mode,
         params=SamplingParams(temperature=0.8, seed=3),
     )
+
+
+def answer(client: Client, mode: Mode, max_tokens: int, on_first: Callable[[], None] = lambda: None) -> Answer:
+    """One stream; calls `on_first` when it has begun."""
     tokens: list[int] = []
     gap, last = 0.0, None
-    for message in client.generate(request):
+    for message in client.generate(asked(mode, max_tokens)):
+        if last is None:
+            on_first()
         now = time.monotonic()
         gap, last = max(gap, now - (last or now)), now
         if isinstance(message, Finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -15,19 +16,20 @@ import zmq
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import GroupDraftLink
-from ssd_runtime.comm.messages import Refused, Status
+from ssd_runtime.comm.messages import Failed, Generate, Refused, Status
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import PeerLost
+from ssd_runtime.errors import Overloaded, PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame
 from tests.process.conftest import CONFIG
 from tests.process.impostor import garbage, hello, impostor
 from tests.process.runs import SSD, Run, error_line, eventually
-from tests.process.streams import Answer, Streams, answer
+from tests.process.streams import Answer, Streams, answer, asked
 from tests.tiny_models import write_hf
 
 pytestmark = pytest.mark.process
 
 LENGTH = 150
+QUEUED = 8  # requests that may wait
 WAIT_S = 60.0  # a loaded machine
 
 
@@ -69,7 +71,7 @@ def target(starting: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
     write_hf(models / "target", seed=1, num_layers=12)
     write_hf(models / "draft", seed=1, noise=0.02)
     config = models / "run.toml"
-    config.write_text(CONFIG.format(directory=models) + "rejoin = 60.0\n")
+    config.write_text(CONFIG.format(directory=models) + f"rejoin = 60.0\n[serve]\nmax_queued_requests = {QUEUED}\n")
     run = starting(*SSD, "up", "--role", "target", "--config", str(config))
     address = run.until("address: ")
     with contextlib.closing(Client(address, 20.0)) as client:
@@ -224,6 +226,37 @@ def test_a_flooded_control_socket_does_not_stop_the_streams(target: Target) -> N
         over.set()
     thread.join(10)
     assert_all_right(streams, target)
+
+
+def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target: Target) -> None:
+    refused: list[Failed] = []
+    over = threading.Event()
+
+    def flood() -> None:
+        with contextlib.closing(ControlPeer(target.address)) as control:
+            for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count()):
+                control.send(Generate(f"flood-{number}", prompt="x", max_tokens=3000, ignore_eos=True))
+                refused.extend(message for message in control.poll(0.0) if isinstance(message, Failed))
+
+    thread = threading.Thread(target=flood, daemon=True)
+    with contextlib.closing(Client(target.address, WAIT_S)) as client:
+
+        def is_refused() -> bool:
+            try:
+                next(client.generate(asked("ar", 5)))
+            except Overloaded as error:
+                return f"serve.max_queued_requests is {QUEUED}: try again later" in str(error)
+            return False
+
+        try:
+            assert answer(client, "ssd", LENGTH, on_first=thread.start).tokens == target.plain.tokens
+            eventually(is_refused, WAIT_S, "one more is refused, too")
+        finally:
+            over.set()
+            thread.join(10)
+        assert {message.kind for message in refused} == {"busy"}
+        target.until("who is gone is not served", lambda status: status.num_running == status.num_waiting == 0)
+        assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_one_too_many_may_come_later(target: Target) -> None:

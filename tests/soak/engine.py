@@ -13,8 +13,9 @@ import psutil
 
 from ssd_runtime.comm.messages import Finished, Generate, RequestStatistics, Status
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import SsdError
+from ssd_runtime.errors import Overloaded, SsdError
 from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.stalls import Stall
 from tests.process.conftest import CONFIG
 from tests.process.runs import SSD, Run, eventually
 from tests.tiny_models import write_hf
@@ -22,6 +23,7 @@ from tests.tiny_models import write_hf
 LENGTH = 200
 TEXTS = 4  # different requests, by seed
 WAIT_S = 120.0
+QUEUED = 32  # requests that may wait: a flood of them is to meet the limit
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,22 @@ class Size:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole run. Milliseconds are of the leader's rounds: what it did besides verifying, and verifying."""
+    """The whole run. Milliseconds are of the leader's rounds: what it did besides verifying, and verifying.
+
+    Attributes:
+        busy: requests that were refused because too many waited, and put again.
+        stalls: the longest gaps between two verifications, the longest first.
+    """
 
     answers: int
     wrong: int
     failed: int
+    busy: int
     lost: int
     linked: int
     hits_before: float
     hits_after: float
-    stall_ms: float
+    stalls: tuple[Stall, ...]
     usual_ms: float
     verify_ms: float
 
@@ -61,14 +69,17 @@ class Engine:
         write_hf(directory / "target", seed=1, num_layers=12)
         write_hf(directory / "draft", seed=1, noise=0.02)
         self.config = directory / "run.toml"
-        self.config.write_text(CONFIG.format(directory=directory) + "rejoin = 600.0\n")
+        self.config.write_text(
+            CONFIG.format(directory=directory) + f"rejoin = 600.0\n[serve]\nmax_queued_requests = {QUEUED}\n"
+        )
         self._runs: list[Run] = []
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
         self._measured: list[RequestStatistics] = []
         self._wrong: list[int] = []
         self._failed: list[str] = []
+        self._busy = 0
         self._expected: dict[int, tuple[int, ...]] = {}
 
     def __enter__(self) -> Engine:
@@ -110,6 +121,11 @@ class Engine:
                 seed = (seed + 1) % TEXTS
                 try:
                     tokens, measured = self._answer(client, "ssd", seed)
+                except Overloaded:
+                    with self._lock:
+                        self._busy += 1
+                    self._stop.wait(0.05)
+                    continue
                 except SsdError as error:
                     with self._lock:
                         self._failed.append(str(error))
@@ -192,11 +208,12 @@ class Engine:
             answers=len(self._measured),
             wrong=len(self._wrong),
             failed=len(self._failed),
+            busy=self._busy,
             lost=status.drafts_lost,
             linked=status.drafts_linked,
             hits_before=self._hits_before,
             hits_after=after,
-            stall_ms=max(rounds),
+            stalls=status.stalls,
             usual_ms=statistics.median(rounds),
             verify_ms=statistics.median(ms for measured in self._measured for ms in measured.verify_ms),
         )

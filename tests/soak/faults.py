@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Callable
 
 import zmq
 
+from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages import Generate
 from ssd_runtime.engine.client import Client
 from tests.process.impostor import garbage, impostor
@@ -65,6 +67,20 @@ def flood_the_front_door(engine: Engine, chance: random.Random) -> None:
     context.term()
 
 
+def flood_with_requests(engine: Engine, chance: random.Random) -> None:
+    """A second of requests, as fast as it goes: most are refused, and their sender leaves before the rest are done."""
+    until = time.monotonic() + 1.0
+    with contextlib.closing(ControlPeer(engine.address)) as control:
+        for number in itertools.count():
+            if time.monotonic() > until:
+                return
+            name = f"flood-{time.monotonic_ns()}-{number}"
+            control.send(
+                Generate(name, prompt="lazy dog", max_tokens=100, ignore_eos=True, stream=chance.random() < 0.5)
+            )
+            control.poll(0.0)
+
+
 def leave_in_mid_stream(engine: Engine, chance: random.Random) -> None:
     """A client that asks for much and goes after the first words."""
     with contextlib.closing(Client(engine.address, 60.0)) as client:
@@ -78,5 +94,6 @@ FAULTS: dict[str, Callable[[Engine, random.Random], None]] = {
     "stop the draft": stop_the_draft,
     "let a liar in": let_a_liar_in,
     "flood the front door": flood_the_front_door,
+    "flood with requests": flood_with_requests,
     "leave in mid-stream": leave_in_mid_stream,
 }

@@ -13,7 +13,7 @@ from launcher import cli, preflight
 from launcher.commands.bench import overrides_for
 from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
-from ssd_runtime.errors import ConfigError, PeerLost, RequestError
+from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 
 
@@ -287,6 +287,7 @@ def test_bench_compares_numbers_of_drafts_on_one_page(
     ("error", "code", "message"),
     [
         (RequestError("no such thing"), 2, "no such thing"),
+        (Overloaded("9 requests are waiting"), 75, "9 requests are waiting"),
         (PeerLost("target", 0, 7, "silent for 5 s"), 1, "target rank 0 lost in round 7: silent for 5 s"),
         (KeyError("odd"), 1, "unexpected KeyError"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.messages import Cancel, Heartbeat, Message, Refused, Shutdown, Welcome
 from ssd_runtime.errors import ConfigError, PeerLost
@@ -148,6 +149,19 @@ def test_something_that_does_not_speak_zeromq_disturbs_nobody(server: ControlSer
     with socket.create_connection((host, int(port))) as stranger:
         stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
         meet(server, peer)
+
+
+def test_a_message_beyond_the_limit_ends_its_senders_connection_and_no_others(
+    server: ControlServer, peer: ControlPeer
+) -> None:
+    with ControlPeer(server.address) as sender:
+        meet(server, sender)
+        sender._socket.send(bytes(MAX_MESSAGE_BYTES + 1))
+        deadline = time.monotonic() + SOON
+        while sender.alive():
+            assert time.monotonic() < deadline
+            assert server.poll(0.01) == []
+    meet(server, peer)
 
 
 def test_heartbeats_are_not_shown_to_the_caller(server: ControlServer, peer: ControlPeer) -> None:

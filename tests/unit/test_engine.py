@@ -73,8 +73,7 @@ def test_a_request_cancelled_at_any_time_frees_everything_on_both_sides(mode: st
     process.engine.add(asked)
     for _ in range(rounds):
         process.engine.step()
-    cancelled = process.engine.cancel("gone")
-    assert cancelled is not None
+    (cancelled,) = process.engine.cancel({"gone"})
     assert cancelled.finish_reason == "abort"
     assert not process.engine.has_work
     process.assert_all_blocks_are_back()
@@ -89,8 +88,8 @@ def test_cancelling_one_of_several_leaves_the_others_their_tokens() -> None:
     waits = [process.engine.add(request((i, i), max_tokens=4, request_id=f"{i}")) for i in range(3)]
     for _ in range(3):
         process.engine.step()
-    assert process.engine.cancel("goes") is not None
-    assert process.engine.cancel("2") is not None  # it was still waiting
+    cancelled = process.engine.cancel({"goes", "2"})  # running; still waiting
+    assert {sequence.request.request_id for sequence in cancelled} == {"goes", "2"}
     while process.engine.has_work:
         process.engine.step()
     assert output(stays) == output(alone)
@@ -101,8 +100,7 @@ def test_cancelling_one_of_several_leaves_the_others_their_tokens() -> None:
 def test_cancelling_what_is_not_there_is_nothing() -> None:
     process = engine()
     process.run([request(PROMPT, request_id="over", max_tokens=3)])
-    assert process.engine.cancel("over") is None
-    assert process.engine.cancel("never") is None
+    assert process.engine.cancel({"over", "never"}) == []
 
 
 def test_a_long_prompt_does_not_keep_others_from_decoding() -> None:

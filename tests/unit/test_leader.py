@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ssd_runtime.comm.messages import Cancel, Chunk, Failed, Finished, Generate, Message
-from ssd_runtime.config import Config, EngineConfig
+from ssd_runtime.comm.messages import Cancel, ChatMessage, Chunk, Failed, Finished, Generate, Message
+from ssd_runtime.config import Config, EngineConfig, ServeConfig
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
@@ -25,6 +25,7 @@ class Socket:
         self.arriving: list[list[Message]] = []
         self.sent: list[Message] = []
         self.client_is_there = True
+        self.client_was_there = True
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
         if self.arriving:
@@ -37,6 +38,11 @@ class Socket:
         assert identity == b"client"
         self.sent.append(message)
         return self.client_is_there
+
+    def alive(self, identity: bytes) -> bool:
+        """One that leaves is there when it is looked for first."""
+        was, self.client_was_there = self.client_was_there, self.client_is_there
+        return was
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +60,17 @@ def process(models: tuple[Decoder, Decoder]) -> InProcess:
     return in_process(*models, EngineConfig(max_model_len=64, max_num_seqs=2))
 
 
-def serve(process: InProcess, tokenizer: Tokenizer, *batches: list[Message], gone: bool = False) -> list[Any]:
+def serve(
+    process: InProcess,
+    tokenizer: Tokenizer,
+    *batches: list[Message],
+    gone: bool = False,
+    config: Config = Config(),  # noqa: B008 (frozen)
+) -> list[Any]:
     stop = Stop()
     socket = Socket(stop, process)
     socket.arriving, socket.client_is_there = list(batches), not gone
-    Leader(Config(), process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
+    Leader(config, process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
     process.assert_all_blocks_are_back()
     return socket.sent
 
@@ -130,3 +142,73 @@ def test_a_request_is_refused_whole(
     assert isinstance(failed, Failed)
     assert failed.kind == "request"
     assert reason in failed.reason
+
+
+def test_more_than_may_wait_are_refused_at_once_and_no_other_is_touched(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", 60.0)  # all of them before the first round
+    limit = Config(serve=ServeConfig(max_queued_requests=3))
+    flood: list[Message] = [replace(ASKED, request_id=str(i)) for i in range(9)]  # two run, three wait
+    sent = serve(process, tokenizer, flood, config=limit)
+    refused = [message for message in sent if isinstance(message, Failed)]
+    assert [message.request_id for message in refused] == ["5", "6", "7", "8"]
+    assert {(message.kind, message.reason) for message in refused} == {
+        ("busy", "3 requests are waiting and serve.max_queued_requests is 3: try again later, or raise the limit")
+    }
+    (plain,) = {tokens_of(serve(process, tokenizer, [ASKED]))}
+    for served in "01234":
+        assert tokens_of([m for m in sent if isinstance(m, Chunk) and m.request_id == served]) == plain
+    assert sum(isinstance(message, Finished) for message in sent) == 5
+
+
+def test_a_request_of_many_outputs_is_taken_whole_or_not_at_all(process: InProcess, tokenizer: Tokenizer) -> None:
+    limit = Config(serve=ServeConfig(max_queued_requests=1))
+    *_, finished = serve(process, tokenizer, [replace(ASKED, n=7), replace(ASKED, request_id="late")], config=limit)
+    assert finished.finish_reasons == ("length",) * 7
+
+
+def test_requests_that_wait_for_nobody_are_dropped(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not stream is sent nothing by which it would be noticed that it is gone."""
+    monkeypatch.setattr("ssd_runtime.target.leader.PULSE_S", 0.0)
+    sent = serve(process, tokenizer, [replace(ASKED, stream=False, n=4, max_tokens=50)], gone=True)
+    assert sent == []
+    assert not process.engine.has_work
+
+
+def test_messages_are_handled_for_a_moment_between_two_rounds(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many have come: here time is up after each, so a round follows each."""
+    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", -1.0)
+    turns: list[str] = []
+    step = process.engine.step
+    monkeypatch.setattr(process.engine, "step", lambda: turns.append("round") or step())
+    add = process.engine.add
+    monkeypatch.setattr(process.engine, "add", lambda *given: turns.append("request") or add(*given))
+    serve(process, tokenizer, [replace(ASKED, request_id=str(i), max_tokens=2) for i in range(4)])
+    assert turns[:8] == ["request", "round"] * 4
+
+
+@pytest.mark.parametrize("text", ["prompt", "messages"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "encode", lambda *given, **named: pytest.fail("tokenized"))
+    length = 64 * tokenizer.longest_token + 1
+    given = {"prompt": "x" * length} if text == "prompt" else {"messages": (ChatMessage("user", "x" * length),)}
+    config = Config(engine=EngineConfig(max_model_len=64))
+    (failed,) = serve(process, tokenizer, [replace(ASKED, **({"prompt": None} | given))], config=config)
+    assert failed.kind == "request"
+    assert f"the prompt has {length} characters, more than engine.max_model_len = 64 tokens can hold" in failed.reason
+
+
+def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokenizer: Tokenizer) -> None:
+    stop = Stop()
+    socket = Socket(stop, process)
+    socket.arriving, socket.client_is_there, socket.client_was_there = [[ASKED]], False, False
+    Leader(Config(), process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
+    assert socket.sent == []
+    assert process.engine.scheduler.num_queued == 0
