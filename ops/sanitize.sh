@@ -19,8 +19,9 @@ from torch.utils import cpp_extension
 print(*(f"-isystem{path}" for path in cpp_extension.include_paths()), sep="\n")
 print(*(f"-L{path}" for path in cpp_extension.library_paths()), sep="\n")')
 
+rm -rf "$out/cuda_ext"
 mkdir -p "$out/cuda_ext"
-cp cuda_ext/*.py "$out/cuda_ext/"
+cp -r cuda_ext/*.py cuda_ext/reference "$out/cuda_ext/"
 for source in cuda_ext/csrc/*.cpp; do
   object=$out/$(basename "$source" .cpp).o
   if [ ! "$object" -nt "$source" ] || [ -n "$(find cuda_ext/csrc ops/sanitize.sh -newer "$object" \( -name '*.h' -o -name '*.inc' -o -name '*.sh' \))" ]; then

@@ -1,6 +1,6 @@
 // Numbers the kernels of CPU and GPU must agree on to the bit: bfloat16, shared noise, the order of floats.
 //
-// The vectorised twin of noise_bits is in kernels.inc; the oracle of both is ssd_runtime/speculation/noise.py.
+// The vectorised twin of noise_bits is in sampling.inc; the oracle of both is ssd_runtime/speculation/noise.py.
 #pragma once
 
 #include <cmath>
