@@ -79,7 +79,8 @@ def match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B:
 def lookup_branches(
     keys_TC: Tensor, tokens_TK: Tensor, lengths_T: Tensor, outcomes_BC: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The speculation cache as a table: the branch of each outcome, the longest of several, of equals the last.
+    """The speculation cache as a table: the branch of each outcome, the longest of several, of equals the last. That is
+    what the cache keeps of one draft, whose branches for an outcome continue each other.
 
     Args:
         keys_TC: int64, for example (sequence, turn, num_accepted, bonus_token); first column -1: the row is empty.
