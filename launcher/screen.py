@@ -80,10 +80,8 @@ def show_bench(report: dict[str, Any]) -> None:
     if "teams" not in report:
         out.print(cores_line(report["machine"]["cores"]), markup=False)
         return
-    for line in (*hit_rate_lines(report), budgets_line(report)):
-        out.print(line, markup=False)
-    for team in report["teams"]:
-        out.print(f"d{team['drafts']}: {cores_line(team['cores'])}", markup=False)
+    for line in (*hit_rate_lines(report), *team_lines(report)):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 def bench_table(report: dict[str, Any]) -> Table:
@@ -99,7 +97,9 @@ def bench_table(report: dict[str, Any]) -> Table:
     for row in report["runs"]:
         marked = row["best"] and "@" in row["name"]
         table.add_row(
-            row["mode"] + (" invariant" if row.get("numerics") == "invariant" else "") + (" *" if marked else ""),
+            (row["name"] if "teams" in report else row["mode"])
+            + (" invariant" if row.get("numerics") == "invariant" else "")
+            + (" *" if marked else ""),
             *([team_text(row) if "drafts" in row else "-"] if "teams" in report else []),
             *([str(row["batch"])] if _batched(report) else []),
             str(row["lookahead"] or "-"),
@@ -169,12 +169,16 @@ def team_text(team: Mapping[str, Any]) -> str:
     return f"{team['drafts']} x {team['budget']} = {team['drafts'] * team['budget']}"
 
 
-def budgets_line(report: Mapping[str, Any]) -> str:
-    """Which budgets were compared."""
+def team_lines(report: Mapping[str, Any]) -> list[str]:
+    """Which budgets were compared, and on which cores; where ranks shared some the comparison is not fair."""
     how = "divided among the drafts" if report["budget_divided"] else "the same for each draft"
     planned = report["workload"]["config"]["speculation"]["adapt"]
     most = "; these are the most, speculation.adapt plans each round" if planned else ""
-    return f"budgets {how}: {', '.join(map(team_text, report['teams']))}{most}"
+    lines = [f"budgets {how}: {', '.join(map(team_text, report['teams']))}{most}"]
+    lines += [f"d{team['drafts']}: {cores_line(team['cores'])}" for team in report["teams"]]
+    if crowded := ", ".join(f"d{team['drafts']}" for team in report["teams"] if team["shares_cores"]):
+        lines.append(f"ranks of {crowded} share cores: their drafts hit less often than on cores of their own")
+    return lines
 
 
 def hit_rate_lines(report: Mapping[str, Any]) -> list[str]:

@@ -87,9 +87,12 @@ def report_on(
     Args:
         measured, machines: by the team's name.
     """
-    return bench.report_on(list(chain.from_iterable(measured.values())), prompts) | {
-        "machine": machines[teams[0].name],
-        "teams": [
-            {"drafts": team.drafts, "budget": team.budget, "cores": machines[team.name]["cores"]} for team in teams
-        ],
-    }
+    from ssd_runtime.cores import crowding
+
+    about = []
+    for team in teams:
+        cores = machines[team.name]["cores"]
+        shares = crowding(cores) is not None
+        about.append({"drafts": team.drafts, "budget": team.budget, "cores": cores, "shares_cores": shares})
+    found = bench.report_on(list(chain.from_iterable(measured.values())), prompts)
+    return found | {"machine": machines[teams[0].name], "teams": about}

@@ -9,15 +9,15 @@ import pytest
 from rich.console import Console
 
 from launcher.bench import Measured, Workload, measure, plan_runs
-from launcher.screen import bench_table, bench_verdict, budgets_line, hit_rate_lines
+from launcher.screen import bench_table, bench_verdict, hit_rate_lines, team_lines
 from launcher.teams import Team, report_on, runs_by_team, teams_of
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.types import SamplingParams
 from tests.unit.test_bench import PROMPTS, Player
 
 
-def report(broken: str | None = None, divide: bool = False, batches: tuple[int, ...] = (1,)) -> dict:
-    """Of engines with one and two drafts; in the second, tokens of mode `broken` differ."""
+def report(broken: str | None = None, divide: bool = False, batches: tuple[int, ...] = (1,), last: int = 2) -> dict:
+    """Of engines with one and two drafts, one of them on core `last`; in the second mode `broken` differs."""
     teams = teams_of("2,1", 8, divide=divide)
     runs = runs_by_team(teams, plan_runs(["ar", "sd", "ssd"], [], 4, batches))
     measured: dict[str, list[Measured]] = {}
@@ -25,7 +25,7 @@ def report(broken: str | None = None, divide: bool = False, batches: tuple[int, 
         player = Player(broken if team.drafts == 2 else None)
         workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ssd": 1 + team.drafts})
         measured[team.name] = measure(player, its_runs, workload, lambda name: None)
-    cores = {"d1": {"target": [0], "draft": [1]}, "d2": {"target": [0], "draft 1": [1], "draft 2": [2]}}
+    cores = {"d1": {"target": [0], "draft": [1]}, "d2": {"target": [0], "draft 1": [1], "draft 2": [last]}}
     machines = {name: {"cores": cores[name]} for name in measured}
     found = report_on(teams, measured, machines, PROMPTS)
     config = {"speculation": {"adapt": True}}
@@ -74,8 +74,16 @@ def test_the_page_says_budgets_and_hit_rates() -> None:
         "hit rate of ssd x2: 50.0% with 1 draft, 50.0% with 2 drafts",
     ]
     most = "; these are the most, speculation.adapt plans each round"
-    assert budgets_line(found) == f"budgets the same for each draft: 1 x 8 = 8, 2 x 8 = 16{most}"
-    assert budgets_line(report(divide=True)).startswith("budgets divided among the drafts: 1 x 8 = 8, 2 x 4 = 8;")
+    assert team_lines(found) == [
+        f"budgets the same for each draft: 1 x 8 = 8, 2 x 8 = 16{most}",
+        "d1: target on core 0, draft on core 1",
+        "d2: target on core 0, draft 1 on core 1, draft 2 on core 2",
+    ]
+    assert (
+        team_lines(report(last=1))[-1]
+        == "ranks of d2 share cores: their drafts hit less often than on cores of their own"
+    )
+    assert team_lines(report(divide=True))[0].startswith("budgets divided among the drafts: 1 x 8 = 8, 2 x 4 = 8;")
     page = StringIO()
     Console(file=page, width=150).print(bench_table(found))
     assert "drafts x budget" in page.getvalue()
