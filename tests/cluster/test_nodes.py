@@ -32,7 +32,7 @@ def up(run: Start, lab: Lab, config: Path, *arguments: str) -> tuple[Run, Run]:
 
 
 def test_two_hosts_give_the_tokens_of_one_and_end_together(cable: Lab, run: Start, config: Path) -> None:
-    first, second = up(run, cable, config)
+    first, second = up(run, cable, config, "--set", "deployment.drafts=3")
     address = first.until("address: ")
     assert address.startswith("tcp://10.77.0.1:")
     params = SamplingParams(temperature=0.8, seed=5)
@@ -41,7 +41,8 @@ def test_two_hosts_give_the_tokens_of_one_and_end_together(cable: Lab, run: Star
     assert len(plain.token_ids) == 48
     assert ours.token_ids == plain.token_ids
     assert ours.finished.statistics.hits > 0
-    assert [rank_of(node) for node in (first, second)] == [["0"], ["1"]]
+    assert [rank_of(node) for node in (first, second)] == [["0", "1"], ["2", "3"]]
+    assert "draft 1 on core" in first.out
     first.process.send_signal(signal.SIGTERM)
     assert (first.exit_code(20), second.exit_code(20)) == (0, 0)
     for node in (first, second):
