@@ -90,7 +90,7 @@ def bench_table(report: dict[str, Any]) -> Table:
     table = Table(caption="* the best lookahead of its mode" if several else None)
     table.add_column("mode")
     if "teams" in report:
-        table.add_column("drafts x budget", justify="right")
+        table.add_column("drafts x B", justify="right")
     heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
     for name in ("batch", *heads) if _batched(report) else heads:
         table.add_column(name, justify="right")

@@ -86,7 +86,7 @@ def test_the_page_says_budgets_and_hit_rates() -> None:
     assert team_lines(report(divide=True))[0].startswith("budgets divided among the drafts: 1 x 8 = 8, 2 x 4 = 8;")
     page = StringIO()
     Console(file=page, width=150).print(bench_table(found))
-    assert "drafts x budget" in page.getvalue()
+    assert "drafts x B" in page.getvalue()
     assert "2 x 8 = 16" in page.getvalue()
 
 
