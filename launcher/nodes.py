@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
+from launcher import layout
 from ssd_runtime.comm.pipes import is_loopback, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
@@ -18,7 +19,7 @@ class Nodes:
         count: nodes of the world.
         rank: of this one; 0 is where the others come to.
         rendezvous: HOST:PORT of node 0, which torchrun's store is served at; the same on all nodes.
-        nproc_per_node: ranks on this node; 0 spreads them evenly.
+        nproc_per_node: ranks on this node; 0 leaves it to `layout.spread`.
     """
 
     count: int = 1
@@ -41,16 +42,9 @@ class Nodes:
         """Whether the leader is on this node."""
         return self.rank == 0
 
-    def ranks_here(self, num_ranks: int) -> int:
-        """How many of a world's ranks this node runs; raises ConfigError if that was not said and is not even."""
-        if self.nproc_per_node:
-            return self.nproc_per_node
-        if num_ranks % self.count:
-            raise ConfigError(
-                f"{num_ranks} ranks do not spread evenly over {self.count} nodes; "
-                "say with --nproc-per-node how many run on each"
-            )
-        return num_ranks // self.count
+    def ranks_here(self, num_targets: int, num_drafts: int) -> int:
+        """How many of a world's ranks this node runs; raises ConfigError for a node without any."""
+        return self.nproc_per_node or layout.spread(num_targets, num_drafts, self.count)[self.rank]
 
     def torchrun(self, join_timeout_s: float) -> list[str]:
         """torchrun's options that make this world, given how many seconds the other nodes may take to come.

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import jinja2
 
-from launcher.nodes import Nodes
-from launcher.torchrun import num_ranks
+from launcher import layout
+from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError
 
@@ -33,6 +33,7 @@ class Plan:
         overrides: `section.key=value`.
         form: two jobs, or one.
         nodes: of the job with the target.
+        nproc_per_node: ranks on each of these nodes, N or N,N,...; None leaves it to `layout.spread`.
         name: of the jobs, and of the files.
         time: limit of each job, as Slurm writes it.
         sbatch: further options of every job.
@@ -45,6 +46,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     form: Form = "two-jobs"
     nodes: int = 1
+    nproc_per_node: str | None = None
     name: str = "ssd"
     time: str = "24:00:00"
     sbatch: tuple[str, ...] = ()
@@ -70,15 +72,34 @@ def render(plan: Plan) -> dict[str, str]:
     return dict(zip(plan.files, (_target(plan), _draft(plan), submit), strict=True))
 
 
+def wasted(plan: Plan) -> str | None:
+    """What a single job asks for and does not use, for people: Slurm gives every node of a job the same."""
+    counts = _counts(plan, *ranks_by_role(plan.config, None if plan.form == "single-job" else "target"))
+    on_gpu = "cuda" in (plan.config.target.device, plan.config.draft.device)
+    if len(set(counts)) == 1 or not on_gpu:
+        return None
+    idle = sum(max(counts) - count for count in counts)
+    return (
+        f"the nodes of a job are alike, so each is asked for {max(counts)} GPUs though they run "
+        f"{' and '.join(map(str, counts))} ranks: {idle} stay idle"
+        + ("; --two-jobs asks for what each role needs" if plan.form == "single-job" else "")
+    )
+
+
+def _counts(plan: Plan, num_targets: int, num_drafts: int) -> tuple[int, ...]:
+    """Ranks on each node of the job with the target."""
+    if plan.nproc_per_node is None:
+        return layout.spread(num_targets, num_drafts, plan.nodes)
+    return layout.parse_counts(plan.nproc_per_node, num_targets, num_drafts, plan.nodes)
+
+
 def _single(plan: Plan) -> str:
     """Target and drafts in one world."""
-    ranks = num_ranks(plan.config)
-    here = Nodes(plan.nodes, 0, "head:1").ranks_here(ranks)
-    models = [plan.config.target] + [plan.config.draft] * (ranks > 1)
+    models = [plan.config.target] + [plan.config.draft] * (num_ranks(plan.config) > plan.config.target.tensor_parallel)
     return _template(
         "single.sbatch.j2",
         _shared(plan)
-        | _resources(models, here)
+        | _resources(models, _counts(plan, *ranks_by_role(plan.config)))
         | {
             "purpose": "One job: target and draft live and die together.",
             "name": plan.name,
@@ -91,11 +112,10 @@ def _single(plan: Plan) -> str:
 
 
 def _target(plan: Plan) -> str:
-    here = Nodes(plan.nodes, 0, "head:1").ranks_here(_target_ranks(plan.config))
     return _template(
         "single.sbatch.j2",
         _shared(plan)
-        | _resources([plan.config.target], here)
+        | _resources([plan.config.target], _counts(plan, *ranks_by_role(plan.config, "target")))
         | {
             "purpose": "The target's job. It serves with or without a draft.",
             "name": f"{plan.name}-target",
@@ -111,7 +131,7 @@ def _draft(plan: Plan) -> str:
     return _template(
         "draft.sbatch.j2",
         _shared(plan)
-        | _resources([plan.config.draft], 1)
+        | _resources([plan.config.draft], (1,))
         | {
             "purpose": "A draft's job. It may be cancelled, requeued and submitted again while the target serves.",
             "name": f"{plan.name}-draft",
@@ -122,10 +142,6 @@ def _draft(plan: Plan) -> str:
             "most_failures": 10,
         },
     )
-
-
-def _target_ranks(config: Config) -> int:
-    return config.target.tensor_parallel
 
 
 def _shared(plan: Plan) -> dict[str, Any]:
@@ -142,14 +158,16 @@ def _shared(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _resources(models: list[ModelConfig], ranks_per_node: int) -> dict[str, Any]:
-    """What one node of the job needs."""
+def _resources(models: list[ModelConfig], counts: tuple[int, ...]) -> dict[str, Any]:
+    """What each node of the job is asked for: what the one with the most ranks needs."""
+    most = max(counts)
     on_gpu = any(model.device == "cuda" for model in models)
     cores = max(CORES_BESIDE_A_GPU if model.device == "cuda" else model.threads for model in models)
     return {
-        "ranks_per_node": ranks_per_node,
-        "gpus": ranks_per_node if on_gpu else 0,
-        "cpus": max(2, cores * ranks_per_node),
+        "ranks_per_node": str(most) if len(set(counts)) == 1 else '"${ranks[SLURM_NODEID]}"',
+        "ranks_of_nodes": None if len(set(counts)) == 1 else " ".join(map(str, counts)),
+        "gpus": most if on_gpu else 0,
+        "cpus": max(2, cores * most),
     }
 
 

@@ -23,7 +23,7 @@ from launcher.nodes import Nodes
 from ssd_runtime.comm import codec, messages
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
-from ssd_runtime.topology import Group
+from ssd_runtime.topology import Group, Role
 
 POLL_S = 0.2
 FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
@@ -52,15 +52,20 @@ class Launch:
     @property
     def num_ranks(self) -> int:
         """Of the whole world."""
-        if self.group is None:
-            return num_ranks(self.config)
-        return self.config.target.tensor_parallel if self.group.role == "target" else 1
+        return sum(ranks_by_role(self.config, self.group.role if self.group else None))
 
 
 def num_ranks(config: Config) -> int:
     """The target's ranks, and one for each draft where they have ranks: plain and colocated decoding need none."""
     drafts = 0 if config.speculation.mode in ("ar", "sd-colocated") else config.deployment.drafts
     return config.target.tensor_parallel + drafts
+
+
+def ranks_by_role(config: Config, role: Role | None = None) -> tuple[int, int]:
+    """How many targets and how many drafts one torchrun has: of a whole world, or of a group that has one role."""
+    num_targets = config.target.tensor_parallel
+    num_drafts = num_ranks(config) - num_targets if role is None else 1
+    return (0 if role == "draft" else num_targets), (0 if role == "target" else num_drafts)
 
 
 class Ranks:
@@ -88,7 +93,9 @@ class Ranks:
         """The command line, which works by hand too."""
         nodes = self.launch.nodes
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0"]
-        torchrun += ["--nproc-per-node", str(nodes.ranks_here(self.launch.num_ranks))]
+        group = self.launch.group
+        here = nodes.ranks_here(*ranks_by_role(self.launch.config, group.role if group else None))
+        torchrun += ["--nproc-per-node", str(here)]
         torchrun += nodes.torchrun(self.launch.config.timeouts.load)
         torchrun += ["--log-dir", str(self.directory)]
         worker = ["-m", "launcher.worker", "--announce", self._endpoint]

@@ -25,6 +25,9 @@ def slurm() -> None:
     "--two-jobs/--single-job", "two_jobs", default=True, help="Target and draft apart (default), or together."
 )
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the job with the target.")
+@click.option(
+    "--nproc-per-node", metavar="N[,N...]", help="Ranks on each of them; default: the target's together, in front."
+)
 @click.option("--name", default="ssd", show_default=True, help="Of the jobs and files.")
 @click.option("--time", default="24:00:00", show_default=True, help="Limit of each job.")
 @click.option(
@@ -39,6 +42,7 @@ def render(
     overrides: tuple[str, ...],
     two_jobs: bool,
     nodes: int,
+    nproc_per_node: str | None,
     name: str,
     time: str,
     sbatch: tuple[str, ...],
@@ -56,6 +60,7 @@ def render(
         overrides=overrides,
         form="two-jobs" if two_jobs else "single-job",
         nodes=nodes,
+        nproc_per_node=nproc_per_node,
         name=name,
         time=time,
         sbatch=sbatch,
@@ -71,6 +76,8 @@ def render(
             click.echo(f"wrote {out / file}")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}") from None
+    if (waste := scripts.wasted(plan)) is not None:
+        click.echo(f"note: {waste}")
     submit = f"{out / plan.files[-1]}"
     click.echo(f"submit: {'bash' if two_jobs else 'sbatch'} {shlex.quote(submit)}")
 

@@ -28,7 +28,11 @@ UP_POLL_S = 0.5
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of the world.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Of this node; 0 leads.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Of node 0, the same on all nodes.")
-@click.option("--nproc-per-node", type=click.IntRange(min=1), help="Ranks on this node, if not the same on all.")
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    help="Ranks on this node; default: the target's together on the first.",
+)
 @click.option("--role", type=click.Choice(["target", "draft"]), help="Start only these ranks: both may fail apart.")
 @click.option("--target", metavar="HOST:PORT", help="With --role draft: the address that the target prints.")
 def up(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,14 @@ def options(script: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"form": "single-job"}, {"form": "single-job", "nodes": 2}, {"sbatch": ("--partition=gpu",)}]
+    "fields",
+    [
+        {},
+        {"form": "single-job"},
+        {"form": "single-job", "nodes": 2},
+        {"form": "single-job", "nodes": 1, "nproc_per_node": "2"},
+        {"sbatch": ("--partition=gpu",)},
+    ],
 )
 @pytest.mark.parametrize("overrides", [(), GPUS, ("serve.port=8123",), ("target.model=/a path/with 'quotes'",)])
 def test_every_script_is_valid_bash(overrides: tuple[str, ...], fields: dict, tmp_path: Path) -> None:
@@ -71,6 +79,58 @@ def test_gpus_and_cores_are_asked_for_by_the_ranks_of_a_node() -> None:
     assert options(render(plan("target.threads=6"))["ssd-target.sbatch"])["cpus-per-task"] == "6"
 
 
+def test_nodes_may_run_different_numbers_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    four = (*GPUS, "target.tensor_parallel=4")
+    script = render(plan(*four, form="single-job", nodes=2))["ssd.sbatch"]
+    assert "ranks=(4 1) # of each node\n" in script
+    assert '--nproc-per-node "${ranks[SLURM_NODEID]}"' in script
+    assert (options(script)["gpus-per-node"], options(script)["cpus-per-task"]) == ("4", "16")
+    assert "ranks=" not in render(plan(*four, form="single-job", nodes=5))["ssd.sbatch"]
+    told = render(plan(*four, form="single-job", nodes=2, nproc_per_node="2,3"))["ssd.sbatch"]
+    assert "ranks=(2 3)" in told
+    two_jobs = render(plan(*four, nodes=2, nproc_per_node="3,1"))
+    assert "ranks=(3 1)" in two_jobs["ssd-target.sbatch"]
+    assert "--nproc-per-node 1 " in two_jobs["ssd-draft.sbatch"]
+    arguments = ["slurm", "render", "--single-job", "--nodes", "2", "--out", str(tmp_path)]
+    assert main([*arguments, *(part for one in four for part in ("--set", one))]) == 0
+    said = "each is asked for 4 GPUs though they run 4 and 1 ranks: 3 stay idle; --two-jobs asks for what each role"
+    assert said in capsys.readouterr().out
+
+
+def test_what_a_node_runs_is_chosen_by_its_number(tmp_path: Path) -> None:
+    """The array in the script is bash's to read: run the part that srun runs, with python played by echo."""
+    script = render(plan("target.tensor_parallel=2", form="single-job", nodes=2, python="echo"))["ssd.sbatch"]
+    body = script.partition("bash -c '")[2].partition("' \\\n")[0]
+    for node, ranks in (("0", "2"), ("1", "1")):
+        environment = {"SLURM_NNODES": "2", "SLURM_NODEID": node, "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+        command = ["bash", "-c", body, "head:1"]
+        said = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20, check=True).stdout
+        assert f"--nnodes 2 --node-rank {node} --nproc-per-node {ranks} --max-restarts 0" in said
+
+
+def test_the_submit_script_submits_every_draft_for_one_target(tmp_path: Path) -> None:
+    """The submit script with an sbatch that counts."""
+    (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nwc -l < {tmp_path}/asked\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    submit = tmp_path / "ssd-submit.sh"
+    submit.write_text(render(plan("deployment.drafts=2"))["ssd-submit.sh"])
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(*arguments: str) -> str:
+        command = ["bash", str(submit), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20, check=True).stdout
+
+    assert run() == "target 1 draft 2 draft 3\n"
+    assert run("1") == "target 1 draft 4\n"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ["--dependency=after:1" in line and "SSD_TARGET_JOB=1" in line for line in asked] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
 def test_a_fixed_port_is_what_the_draft_asks_for() -> None:
     assert "target_port=8123\n" in render(plan("serve.port=8123"))["ssd-draft.sbatch"]
     assert 'target_port=$(ports_of "$SSD_TARGET_JOB")' in render(plan())["ssd-draft.sbatch"]
@@ -94,7 +154,13 @@ def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["--name", "a b"], "--name 'a b'"), (["--out", "/dev/null/x"], "cannot write to /dev")]
+    ("arguments", "said"),
+    [
+        (["--name", "a b"], "--name 'a b'"),
+        (["--out", "/dev/null/x"], "cannot write to /dev"),
+        (["--single-job", "--nodes", "3"], "3 nodes are too many for 2 rank(s)"),
+        (["--single-job", "--nproc-per-node", "3"], "makes 3 ranks, and the configuration has 2"),
+    ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["slurm", "render", *arguments]) == 2

@@ -1,0 +1,88 @@
+"""Where the ranks of one torchrun sit: how many on each node, and which. Knows no hardware, starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.topology import Role
+
+COUNTS = "--nproc-per-node"
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One rank's place.
+
+    Attributes:
+        rank: of its torchrun.
+        node: 0 is the leader's.
+        local_rank: among the ranks of its node.
+    """
+
+    role: Role
+    rank: int
+    node: int
+    local_rank: int
+
+
+def spread(num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]:
+    """Ranks on each node. The target's are kept together: they exchange activations twice a layer, where drafts
+    exchange a few integers a round. So the drafts get as many nodes as they fill, and the target the first ones.
+
+    Raises:
+        ConfigError: a node would have no rank.
+    """
+    num_ranks = num_targets + num_drafts
+    if num_nodes > num_ranks:
+        raise ConfigError(f"{num_nodes} nodes are too many for {num_ranks} rank(s) ({who(num_targets, num_drafts)})")
+    if num_nodes == 1:
+        return (num_ranks,)
+    for_targets = max(1, num_nodes - num_drafts) if num_targets else 0
+    return _evenly(num_targets, for_targets) + _evenly(num_drafts, num_nodes - for_targets)
+
+
+def parse_counts(text: str, num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]:
+    """Ranks on each node as a user wrote them: one number for all nodes, or N,N,... for each.
+
+    Raises:
+        ConfigError: no numbers, not one for each node, or not the ranks there are.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{COUNTS} {text!r} is not N or N,N,...: ranks on each node, at least 1")
+    counts = tuple(int(part) for part in parts)
+    if len(counts) == 1:
+        counts *= num_nodes
+    if len(counts) != num_nodes:
+        raise ConfigError(f"{COUNTS} {text} is for {len(counts)} nodes, and there are {num_nodes}")
+    if sum(counts) != num_targets + num_drafts:
+        raise ConfigError(
+            f"{COUNTS} {text} on {num_nodes} node(s) makes {sum(counts)} ranks, and the configuration has "
+            f"{num_targets + num_drafts} ({who(num_targets, num_drafts)})"
+        )
+    return counts
+
+
+def seats(num_targets: int, counts: Sequence[int]) -> tuple[Seat, ...]:
+    """The ranks in order, targets first, given how many each node has."""
+    places = [(node, local_rank) for node, count in enumerate(counts) for local_rank in range(count)]
+    return tuple(
+        Seat("target" if rank < num_targets else "draft", rank, node, local_rank)
+        for rank, (node, local_rank) in enumerate(places)
+    )
+
+
+def who(num_targets: int, num_drafts: int) -> str:
+    """Of whom there are how many."""
+    parts = [(num_targets, "target"), (num_drafts, "draft")]
+    return " and ".join(f"{count} {role}" for count, role in parts if count)
+
+
+def _evenly(count: int, num_nodes: int) -> tuple[int, ...]:
+    """The first nodes have one more where it does not divide."""
+    if num_nodes == 0:
+        return ()
+    each, more = divmod(count, num_nodes)
+    return tuple(each + (node < more) for node in range(num_nodes))
