@@ -6,14 +6,13 @@ Written from NCCL's and torch's documentation; nothing here has run on GPUs yet.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.addresses import interfaces
 from ssd_runtime.comm.pipes import is_loopback, own_address
-
-INFINIBAND = Path("/sys/class/infiniband")
+from ssd_runtime.hardware import INFINIBAND, rdma_adapters
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def settings(environ: Mapping[str, str], infiniband: Path = INFINIBAND) -> list[
     ]
     if interface := _interface_to(environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")):
         wanted.append(Setting("NCCL_SOCKET_IFNAME", f"={interface}", "the interface that leads to the other nodes"))
-    if not infiniband.is_dir() or not any(infiniband.iterdir()):
+    if not rdma_adapters(infiniband):
         wanted.append(Setting("NCCL_IB_DISABLE", "1", "this host has no InfiniBand or RoCE adapter"))
     return [
         Setting(one.name, environ[one.name], one.reason, chosen=False) if one.name in environ else one for one in wanted
@@ -74,16 +73,5 @@ def _interface_to(host: str, port: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface with an IPv4 address (SIOCGIFADDR, netdevice(7))."""
-    import fcntl
-    import struct
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    """The name of the interface with an IPv4 address."""
+    return next((name for name, own in interfaces() if own == address), None)

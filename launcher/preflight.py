@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.addresses import is_own
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
 from ssd_runtime.comm.messages import Generate
@@ -59,7 +60,7 @@ def check_shares(config: Config, target: ModelCard) -> None:
 
 
 def check_port(config: Config) -> None:
-    """Raise ConfigError if the configured port is taken or the host is not ours."""
+    """Raise ConfigError if the configured port is taken or the host, or the address to announce, is not ours."""
     host, port = config.serve.host, config.serve.port
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -69,6 +70,8 @@ def check_port(config: Config) -> None:
     except OSError as error:
         remedy = "set serve.port to another, or to 0 for any free one"
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
+    if config.serve.announce and not is_own(config.serve.announce):
+        raise ConfigError(f"serve.announce = {config.serve.announce} is not an address of this node")
 
 
 def check_devices(config: Config) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.addresses import address_of_host, is_own
 from ssd_runtime.comm.pipes import is_loopback, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 
 CONTROL_KEY = "ssd/control"
-WILDCARDS = ("0.0.0.0", "*")
 
 
 def store(config: Config) -> Any:
@@ -40,25 +40,24 @@ def await_key(store: Any, key: str, timeout_s: float) -> str:
 
 
 def own_host(config: Config, *, guests: bool = False) -> str:
-    """The address of this node that the other ranks reach: the front door's, or the way to torchrun's store if that
-    one is a wildcard.
+    """The address of this node that the other ranks reach: the front door's. If that one is a wildcard, then
+    `serve.announce`, or the way to torchrun's store, or for guests what others most likely reach.
 
     Args:
         guests: drafts of another torchrun may come, from other nodes too.
 
     Raises:
-        ConfigError: there are ranks on other nodes and the front door is for this node only; or guests are to be told
-            an address, and it is not known which.
+        ConfigError: there are ranks on other nodes and the front door is for this node only; or `serve.announce` is
+            not of this node, where the link to a draft has to listen.
     """
     host = config.serve.host
-    if host in WILDCARDS:
+    if config.serve.is_wildcard:
+        if announced := config.serve.announce:
+            if not is_own(announced):
+                raise ConfigError(f"serve.announce = {announced} is not an address of this node")
+            return announced
         here = way_to_store()
-        if guests and is_loopback(here):
-            raise ConfigError(
-                f"serve.host = {host} does not say which address drafts of other nodes reach; "
-                "set serve.host to an address of this node (127.0.0.1 if all are here)"
-            )
-        return here
+        return address_of_host() if guests and is_loopback(here) else here
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and is_loopback(host):
         raise ConfigError(
             f"serve.host = {host} is for this node only, and there are ranks on others; "

@@ -162,7 +162,9 @@ class ServeConfig:
     """The front door.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one.
+        host: address of the leader's node to listen at; 0.0.0.0 for all.
+        port: 0 takes a free one.
+        announce: with host 0.0.0.0, which of the node's addresses clients and drafts are told; empty finds one.
         max_queued_requests: while so many wait beyond those there is a place for, further ones are refused at once.
             Each output of a request with several counts.
     """
@@ -170,6 +172,12 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 0
     max_queued_requests: int = 1024
+    announce: str = ""
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether `host` is all addresses, and so none to tell others."""
+        return self.host in ("0.0.0.0", "*")
 
 
 @dataclass(frozen=True)
@@ -305,6 +313,11 @@ def _validate(config: Config) -> None:
         at_least("timeouts", spec.name, 0.01)
     if not 0 <= config.serve.port <= 65535:
         raise ConfigError(f"config key 'serve.port' must be between 0 and 65535, not {config.serve.port}")
+    if config.serve.announce and not config.serve.is_wildcard:
+        host = config.serve.host
+        raise ConfigError(
+            f"config key 'serve.announce' is for serve.host = 0.0.0.0; here {host} is what others are told"
+        )
 
 
 def _validate_fan_out(speculation: SpeculationConfig) -> None:

@@ -1,4 +1,5 @@
-"""The GPUs of this host as NVML describes them: memory, what joins them, which CPU cores are near. Plans nothing.
+"""The GPUs of this host as NVML describes them: memory, what joins them, which CPU cores are near; its adapters for
+RDMA. Plans nothing.
 
 Field meanings: NVML API reference (nvmlDeviceGetTopologyCommonAncestor, nvmlDeviceGetP2PStatus,
 nvmlDeviceGetCpuAffinity, nvmlDeviceGetMemoryAffinity). Tested with a recording's worth of answers; on a host without
@@ -11,9 +12,11 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-Joint = Literal["same", "nvlink", "switch", "bridge", "numa", "socket"]
+Joint = Literal["same", "nvlink", "switch", "bridge", "numa", "socket", "network"]
+INFINIBAND = Path("/sys/class/infiniband")
 WORD_BITS = 64
 MASK_WORDS = 64  # masks of up to 4096 cores or NUMA nodes
 
@@ -84,6 +87,11 @@ def read(nvml: Any = None, environ: Mapping[str, str] = os.environ) -> Hardware:
         return Hardware(why_none=f"NVML cannot be asked: {error}")
     finally:
         nvml.nvmlShutdown()
+
+
+def rdma_adapters(infiniband: Path = INFINIBAND) -> tuple[str, ...]:
+    """The InfiniBand and RoCE adapters of this host, as Linux names them in sysfs."""
+    return tuple(sorted(entry.name for entry in infiniband.iterdir())) if infiniband.is_dir() else ()
 
 
 def visible(gpus: Sequence[Gpu], setting: str | None) -> list[Gpu]:

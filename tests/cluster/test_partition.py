@@ -26,8 +26,9 @@ def test_a_partition_in_mid_stream_costs_no_token_and_the_draft_comes_back(
     assert relay.relay is not None
     (here, there), wire = relay.hosts, relay.relay
     options = ["--config", str(config), *APART]
-    target = run(*here.command(*SSD, "up", *options, "--role", "target", "--set", f"serve.host={here.address}"))
+    target = run(*here.command(*SSD, "up", *options, "--role", "target", "--set", "serve.host=0.0.0.0"))
     address = target.until("address: ")
+    assert address.startswith(f"tcp://{here.address}:")  # found without being told
     draft = run(*there.command(*SSD, "up", *options, "--role", "draft", "--target", address.removeprefix("tcp://")))
     with client_on(here, address) as client, client_on(here, address) as streaming:
         expected = ask(client, "ar", max_tokens=LONG).token_ids

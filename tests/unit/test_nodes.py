@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from launcher import rendezvous
+from launcher import addresses, layout, preflight, rendezvous
 from launcher.cli import main
 from launcher.nodes import Nodes
 from ssd_runtime.comm.control import ControlServer
@@ -33,12 +35,55 @@ def test_a_bad_rendezvous_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixt
     assert line.startswith("ssd: error: 2 nodes need --rendezvous HOST:PORT")
 
 
-def test_ranks_are_spread_evenly_or_as_told() -> None:
-    assert Nodes(2, 0, "a:1").ranks_here(6) == 3
-    assert Nodes(2, 1, "a:1", nproc_per_node=1).ranks_here(5) == 1
-    assert Nodes().ranks_here(2) == 2
-    with pytest.raises(ConfigError, match="5 ranks do not spread evenly over 2 nodes; say with --nproc-per-node"):
-        Nodes(2, 0, "a:1").ranks_here(5)
+@pytest.mark.parametrize(
+    ("targets", "drafts", "nodes", "counts"),
+    [
+        (1, 1, 1, (2,)),
+        (1, 1, 2, (1, 1)),
+        (4, 1, 2, (4, 1)),
+        (4, 2, 2, (4, 2)),
+        (4, 2, 3, (4, 1, 1)),
+        (4, 1, 3, (2, 2, 1)),
+        (4, 1, 5, (1, 1, 1, 1, 1)),
+        (8, 3, 2, (8, 3)),
+        (5, 0, 2, (3, 2)),
+        (0, 1, 1, (1,)),
+        (0, 3, 2, (2, 1)),
+    ],
+)
+def test_the_ranks_of_a_target_are_kept_together_and_every_node_has_one(
+    targets: int, drafts: int, nodes: int, counts: tuple[int, ...]
+) -> None:
+    assert layout.spread(targets, drafts, nodes) == counts
+    here = [Nodes(nodes, rank, "a:1").ranks_here(targets, drafts) for rank in range(nodes)]
+    assert tuple(here) == counts
+    seats = layout.seats(targets, counts)
+    assert [seat.role for seat in seats] == ["target"] * targets + ["draft"] * drafts
+    assert [seat.rank for seat in seats] == list(range(targets + drafts))
+    assert [sum(seat.node == node for seat in seats) for node in range(nodes)] == list(counts)
+    assert [seat.local_rank for seat in seats] == [place for count in counts for place in range(count)]
+
+
+def test_ranks_on_a_node_may_be_told_and_no_node_is_without() -> None:
+    assert Nodes(2, 1, "a:1", nproc_per_node=1).ranks_here(4, 1) == 1
+    assert layout.parse_counts("2, 3", 4, 1, 2) == (2, 3)
+    assert layout.parse_counts("3", 4, 2, 2) == (3, 3)
+    with pytest.raises(ConfigError, match=r"6 nodes are too many for 5 rank\(s\) \(4 target and 1 draft\)"):
+        Nodes(6, 0, "a:1").ranks_here(4, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4,x", "'4,x' is not N or N,N,...: ranks on each node, at least 1"),
+        ("5,0", "'5,0' is not N or N,N,...: ranks on each node, at least 1"),
+        ("2,2,1", "--nproc-per-node 2,2,1 is for 3 nodes, and there are 2"),
+        ("4", "--nproc-per-node 4 on 2 node(s) makes 8 ranks, and the configuration has 5 (4 target and 1 draft)"),
+    ],
+)
+def test_counts_of_ranks_that_cannot_be_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        layout.parse_counts(text, 4, 1, 2)
 
 
 def test_all_nodes_give_torchrun_the_same_meeting_place_and_each_its_rank() -> None:
@@ -66,10 +111,42 @@ def test_a_leader_that_ranks_of_other_nodes_cannot_reach_says_so(monkeypatch: py
         rendezvous.own_host(load_config(None))
     assert rendezvous.own_host(load_config(None, ["serve.host=10.9.8.7"])) == "10.9.8.7"
     assert rendezvous.own_host(load_config(None, ["serve.host=0.0.0.0"])) == "127.0.0.1"  # the way to torchrun's store
-    with pytest.raises(ConfigError, match="does not say which address drafts of other nodes reach"):
-        rendezvous.own_host(load_config(None, ["serve.host=0.0.0.0"]), guests=True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert rendezvous.own_host(load_config(None)) == "127.0.0.1"
+
+
+def test_guests_are_told_an_address_of_a_leader_that_listens_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    everywhere = load_config(None, ["serve.host=0.0.0.0"])
+    own = {address for _, address in addresses.interfaces()}
+    assert rendezvous.own_host(everywhere, guests=True) in own
+    monkeypatch.setattr(addresses, "own_address", no_route)  # no default route: an interface's, if there is one
+    others = own - {"127.0.0.1"}
+    assert rendezvous.own_host(everywhere, guests=True) in (others or own)
+    monkeypatch.setattr(addresses, "interfaces", lambda: iter([("lo", "127.0.0.1"), ("eth1", "10.9.8.7")]))
+    assert rendezvous.own_host(everywhere, guests=True) == "10.9.8.7"
+    monkeypatch.setattr(addresses, "interfaces", lambda: iter([("lo", "127.0.0.1")]))
+    assert rendezvous.own_host(everywhere, guests=True) == "127.0.0.1"
+    monkeypatch.setattr(rendezvous, "own_address", lambda host, port: "10.9.8.6")  # the store is on another node
+    assert rendezvous.own_host(everywhere, guests=True) == "10.9.8.6"
+
+
+def no_route(host: str, port: int) -> str:
+    raise OSError("Network is unreachable")
+
+
+def test_the_address_to_announce_is_one_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = load_config(None, ["serve.host=0.0.0.0", "serve.announce=127.0.0.2"])
+    assert rendezvous.own_host(told, guests=True) == "127.0.0.2"
+    preflight.check_port(told)
+    for foreign in ("192.0.2.1", "0.0.0.0", "no.such.host.invalid"):
+        refused = load_config(None, ["serve.host=0.0.0.0", f"serve.announce={foreign}"])
+        for check in (preflight.check_port, rendezvous.own_host):
+            with pytest.raises(ConfigError, match=f"serve.announce = {foreign} is not an address of this node"):
+                check(refused)
+    with pytest.raises(ConfigError, match=r"'serve\.announce' is for serve\.host = 0\.0\.0\.0"):
+        load_config(None, ["serve.announce=127.0.0.2"])
 
 
 def test_a_server_of_all_addresses_is_known_by_the_one_it_is_given() -> None:
