@@ -22,6 +22,7 @@ from tests.cluster.hosts import Host, Lab
 from tests.process.runs import eventually
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
+REQUEUE_S = 6  # Slurm holds a requeued job until the credentials of its last run are void; by default 120 s
 COMMAND_S = 30.0  # longest wait for a command
 UP_S = 30.0
 # In namespaces of its own for names, mounts and processes: with the first process of the last one, all of them end.
@@ -34,7 +35,7 @@ SlurmctldHost=node1({addresses[0]})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={directory}/munge.socket
+AuthInfo=socket={directory}/munge.socket,cred_expire={requeue_s}
 CredType=cred/munge
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
@@ -114,7 +115,7 @@ def running(lab: Lab, directory: Path) -> Iterator[Slurm]:
         (directory / name).mkdir(parents=True)
     addresses = [host.address for host in lab.hosts]
     configuration = directory / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(addresses=addresses, directory=directory))
+    configuration.write_text(CONFIGURATION.format(addresses=addresses, directory=directory, requeue_s=REQUEUE_S))
     hosts = directory / "hosts"
     names = "".join(f"{address} node{i}\n" for i, address in enumerate(addresses, 1))
     hosts.write_text(f"127.0.0.1 localhost\n{names}")

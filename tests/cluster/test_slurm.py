@@ -24,6 +24,7 @@ from tests.process.runs import PLAIN, ROOT, START_S, TAG, eventually
 pytestmark = pytest.mark.process
 PROMPT = "the quick brown"
 LONG = 400  # tokens: several seconds
+MOST_CHUNKS = 20 * LONG
 
 
 @pytest.fixture
@@ -99,36 +100,53 @@ def test_one_job_over_two_nodes_serves_and_ends_cleanly_at_its_time_limit(
     assert "leaving: received SIGTERM" in said
 
 
-def test_a_draft_job_that_is_cancelled_is_replaced_while_the_stream_goes_on(
+def test_a_draft_job_that_is_requeued_or_replaced_costs_no_token_and_links_again(
     cluster: slurm.Slurm, config: Path, tmp_path: Path
 ) -> None:
     jobs = write(tmp_path / "jobs", config, "two-jobs")
     submit = ("bash", str(jobs / "ssd-submit.sh"))
     _, target, _, draft = cluster.run(*submit, cwd=jobs).split()
     address = await_said(jobs / f"ssd-target_{target}.out", r"address: (tcp://10\.77\.0\.\d:\d+)", cluster)
-    with client_on(cluster.lab.hosts[0], address) as client:
+    with client_on(cluster.lab.hosts[0], address) as client, client_on(cluster.lab.hosts[1], address) as streaming:
         expected = ask(client, "ar", max_tokens=LONG).token_ids
         eventually(lambda: client.status().draft == "linked", START_S, "the draft job links")
-        with client_on(cluster.lab.hosts[1], address) as second:
-            got: list[int] = []
-            states: set[str] = set()
-            replacement = ""
-            for message in second.generate(Generate("r", prompt=PROMPT, max_tokens=LONG, ignore_eos=True, mode="ssd")):
-                if isinstance(message, Chunk):
-                    if not got:
-                        cluster.run("scancel", draft)
-                        replacement = cluster.run(*submit, target, cwd=jobs).split()[-1]
-                    got += message.token_ids
-                    states.add(client.status().draft)
-                else:
-                    assert isinstance(message, Finished)
-        assert tuple(got) == expected
-        assert "lost" in states
-        eventually(lambda: client.status().draft == "linked", START_S, "the replacement links")
-        assert cluster.job(draft)["JobState"] == "CANCELLED"
-        assert cluster.job(replacement)["JobState"] == "RUNNING"
-        again = ask(client, "ssd")
-        assert again.finished.statistics.hits > 0
+
+        def loses_its_draft_by(*command: str) -> None:
+            """The stream in which a command ends the draft job, and those until its end is felt, are all right."""
+            states: list[str] = []
+            while "lost" not in states:
+                assert len(states) < MOST_CHUNKS, "the draft job goes on"
+                got: list[int] = []
+                asked = Generate("r", prompt=PROMPT, max_tokens=LONG, ignore_eos=True, mode="ssd")
+                for message in streaming.generate(asked):
+                    if isinstance(message, Chunk):
+                        if not states:
+                            cluster.run(*command)
+                        got += message.token_ids
+                        states.append(client.status().draft)
+                    else:
+                        assert isinstance(message, Finished)
+                assert tuple(got) == expected
+
+        def links_again(job: str, restarts: int) -> None:
+            eventually(lambda: client.status().draft == "linked", START_S, f"draft job {job} links")
+            found = cluster.job(job)
+            assert (found["JobState"], found["Restarts"]) == ("RUNNING", str(restarts))
+            again = ask(client, "ssd")
+            assert again.token_ids == expected[: len(again.token_ids)]
+            assert again.finished.statistics.hits > 0
+
+        # As by an administrator, or when its node goes down.
+        loses_its_draft_by("scontrol", "requeue", draft)
+        links_again(draft, restarts=1)
+        # What Slurm does a minute before the time limit: the job has itself requeued.
+        loses_its_draft_by("scancel", "--batch", "--signal=USR1", draft)
+        eventually(lambda: cluster.job(draft)["Restarts"] == "2", 30, "the draft job is requeued by itself")
+        # Then cancelled for good; another job takes its place.
+        cluster.run("scancel", draft)
+        cluster.await_state(draft, "CANCELLED")
+        replacement = cluster.run(*submit, target, cwd=jobs).split()[-1]
+        links_again(replacement, restarts=0)
     cluster.run("scancel", target)
     cluster.await_state(target, "CANCELLED", timeout_s=30)
     # The draft sees that its target's job is gone, and does not wait for another.
