@@ -28,8 +28,9 @@ class Seat:
 
 
 def spread(num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]:
-    """Ranks on each node. The target's are kept together: they exchange activations twice a layer, where drafts
-    exchange a few integers a round. So the drafts get as many nodes as they fill, and the target the first ones.
+    """Ranks on each node. The target's are kept together: they exchange activations twice a layer, where a draft
+    exchanges a few integers a round. So the target has as few nodes as leave none empty, and the drafts go to the last
+    of these and to the others, to even out what they run.
 
     Raises:
         ConfigError: a node would have no rank.
@@ -37,10 +38,13 @@ def spread(num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]
     num_ranks = num_targets + num_drafts
     if num_nodes > num_ranks:
         raise ConfigError(f"{num_nodes} nodes are too many for {num_ranks} rank(s) ({who(num_targets, num_drafts)})")
-    if num_nodes == 1:
-        return (num_ranks,)
     for_targets = max(1, num_nodes - num_drafts) if num_targets else 0
-    return _evenly(num_targets, for_targets) + _evenly(num_drafts, num_nodes - for_targets)
+    each, more = divmod(num_targets, max(1, for_targets))
+    counts = [each + (node < more) if node < for_targets else 0 for node in range(num_nodes)]
+    for _ in range(num_drafts):  # ranks are numbered node by node, targets first: no draft before the last target
+        emptiest = min(range(max(0, for_targets - 1), num_nodes), key=lambda node: (counts[node], -node))
+        counts[emptiest] += 1
+    return tuple(counts)
 
 
 def parse_counts(text: str, num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]:
@@ -78,11 +82,3 @@ def who(num_targets: int, num_drafts: int) -> str:
     """Of whom there are how many."""
     parts = [(num_targets, "target"), (num_drafts, "draft")]
     return " and ".join(f"{count} {role}" for count, role in parts if count)
-
-
-def _evenly(count: int, num_nodes: int) -> tuple[int, ...]:
-    """The first nodes have one more where it does not divide."""
-    if num_nodes == 0:
-        return ()
-    each, more = divmod(count, num_nodes)
-    return tuple(each + (node < more) for node in range(num_nodes))

@@ -48,7 +48,9 @@ def test_a_bad_rendezvous_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixt
         (8, 3, 2, (8, 3)),
         (5, 0, 2, (3, 2)),
         (0, 1, 1, (1,)),
-        (0, 3, 2, (2, 1)),
+        (0, 3, 2, (1, 2)),
+        (1, 3, 2, (2, 2)),
+        (2, 4, 2, (3, 3)),
     ],
 )
 def test_the_ranks_of_a_target_are_kept_together_and_every_node_has_one(
