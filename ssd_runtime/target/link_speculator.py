@@ -121,21 +121,26 @@ class LinkSpeculator:
             self._planner.observe(Round(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked))
 
     def _most(self, sequence: Sequence) -> int:
-        """The longest speculation of a sequence in this round."""
+        """The longest speculation that is asked for in this round: by n-grams, or of the draft just in time."""
         most = sequence.most_speculated
         return most if self._plan is None else min(most, self._plan.lookahead)
 
     def _lookup(self, sequence: Sequence) -> tuple[int, ...]:
-        """As much of the branch for the sequence's last outcome as is there and may be used; () on a miss."""
+        """As much of the branch for the sequence's last outcome as is there and may be used; () on a miss.
+
+        A plan says what is drafted next and takes back nothing that has been: it may rest on times and numbers that
+        depend on these very tokens, and whether a token is offered must not (noise.py).
+        """
         assert sequence.outcome is not None
         tokens = self._cache.lookup(sequence.sequence_id, sequence.turn - 1, sequence.outcome) or ()
-        tokens = tokens[: self._most(sequence)]
+        tokens = tokens[: sequence.most_speculated]
         usable = next((i for i, token in enumerate(tokens) if token >= self._vocab_size), len(tokens))
         return tokens[:usable]
 
     def _hit(self, sequence: Sequence, tokens: tuple[int, ...]) -> bool | None:
         """Whether the cache answered; None where it was not asked, as at the end of a sequence or in mode `sd`."""
-        return None if sequence.request.mode == "sd" or not self._most(sequence) else bool(tokens)
+        asked = bool(tokens) or self._most(sequence) > 0
+        return None if sequence.request.mode == "sd" or not asked else bool(tokens)
 
     def _wait_for(self, pending: list[Sequence], round: int) -> None:
         """Tell the drafts what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
