@@ -126,8 +126,9 @@ def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, 
         target.until("it is linked again", lambda status: status.drafts_linked > linked)
         until_hits_are_back(streams, len(streams.answers))
 
+        lost = target.status().drafts_lost
         rank.kill()
-        target.until("the killed draft is lost", lambda status: status.drafts_lost == lost + 2)
+        target.until("the killed draft is lost", lambda status: status.drafts_lost > lost)
         assert first.exit_code(WAIT_S) == 1
         assert "the draft was killed by signal 9" in error_line(first.err)
         assert not target.run.ended
@@ -195,9 +196,11 @@ def test_a_draft_that_says_nothing_is_not_waited_for(target: Target) -> None:
         for _ in frames(link):
             if streams.failure or len(streams.answers) > 2:
                 break
-        assert target.status().num_drafts == 1 or target.status().drafts_lost
+        status = target.status()
+        assert status.num_drafts == 1 or status.drafts_lost
     assert_all_right(streams, target)
-    assert max(answer.longest_gap for answer in streams.answers) < 2
+    # Time asleep for the draft only: what a loaded machine adds to a gap is told apart.
+    assert max(lap.awaited for stall in status.stalls for lap in stall.laps) < 500
 
 
 # ---- the front door --------------------------------------------------------------------------------------------------
