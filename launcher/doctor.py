@@ -1,4 +1,5 @@
-"""Can this machine run this configuration? A list of findings. Changes nothing, starts nothing."""
+"""Can this machine run this configuration, or nodes like it together? A list of findings. Changes nothing, starts
+nothing."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher import nccl, preflight
-from launcher.torchrun import num_ranks
+from launcher import layout, nccl, preflight
+from launcher.layout import Seat
+from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime.config import Config, ModelConfig
+from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError, SsdError
 
 if TYPE_CHECKING:
@@ -30,25 +33,54 @@ class Finding:
     detail: str
 
 
-def examine(config: Config) -> Iterator[Finding]:
-    """Look at everything a run needs, cheapest first."""
+def seats_of(
+    config: Config, num_nodes: int = 1, counts: str | None = None, role: Role | None = None
+) -> tuple[Seat, ...]:
+    """Where the ranks of one torchrun sit: of a world, or with `role` of a group that has no other.
+
+    Args:
+        counts: ranks on each node, as `layout.parse_counts` reads them; None leaves it to `layout.spread`.
+
+    Raises:
+        ConfigError: counts that do not fit, or a role in a mode without drafts of their own.
+    """
+    mode = config.speculation.mode
+    if role is not None and mode not in ("sd", "ssd"):
+        raise ConfigError(f"--role {role} needs speculation.mode sd or ssd, not {mode}")
+    ranks = ranks_by_role(config, role)
+    on_nodes = layout.spread(*ranks, num_nodes) if counts is None else layout.parse_counts(counts, *ranks, num_nodes)
+    num_targets = config.target.tensor_parallel
+    return layout.seats(num_targets, on_nodes, num_targets if role == "draft" else 0)
+
+
+def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
+    """Look at everything a run needs, cheapest first. Without `seats`, of the whole world on this host."""
+    seats = seats or seats_of(config)
+    nodes = sorted({seat.node for seat in seats})
+    roles = [role for role in ("target", "draft") if any(seat.role == role for seat in seats)]
     yield Finding("python", sys.version_info >= (3, 11), f"{platform.python_version()} (3.11 or newer)")
     yield _finding("torch", _torch)
     yield _finding("operators", _operators)
     yield _finding("compiler", _compiler)
     yield _finding("hardware", _hardware)
-    yield _finding("devices", lambda: _devices(config))
-    yield _finding("cores", lambda: _cores(config))
-    yield _finding("front door", lambda: _front_door(config))
-    for role in ("target", "draft"):
+    if len(nodes) > 1:
+        yield Finding("nodes", True, f"{layout.describe(seats)} (taken to be like this one)")
+    yield _finding("devices", lambda: _devices(config, seats))
+    for node in nodes:
+        which = "cores" if len(nodes) == 1 else f"cores of node {node}"
+        yield _finding(which, lambda node=node: _cores(config, [s for s in seats if s.node == node]))  # type: ignore[misc]
+    if "target" in roles:
+        yield _finding("front door", lambda: _front_door(config))
+    for role in roles:
         yield _finding(f"{role} model", lambda role=role: _model(getattr(config, role)))  # type: ignore[misc]
-    if config.target.tensor_parallel > 1:
+    if "target" in roles and config.target.tensor_parallel > 1:
         yield _finding("target shares", lambda: _shares(config))
-    yield _finding("vocabularies", lambda: _vocabularies(config))
-    yield from _placement(config)
+    if len(roles) == 2:
+        yield _finding("vocabularies", lambda: _vocabularies(config))
+    yield from _placement(config, seats)
     if "cuda" in (config.target.device, config.draft.device):
         yield from (Finding(one.name, True, f"{one.value}: {one.reason}") for one in nccl.settings(os.environ))
-    for role in ("target", "draft"):
+    for role in roles:
         yield _finding(f"{role} KV cache", lambda role=role: _kv(config, role))  # type: ignore[misc]
 
 
@@ -80,28 +112,37 @@ def _compiler() -> str:
     return found or "none found; the compiled extension cannot be rebuilt here"
 
 
-def _devices(config: Config) -> str:
+def _devices(config: Config, seats: Sequence[Seat]) -> str:
     from ssd_runtime import topology
 
-    count, drafts = config.target.tensor_parallel, config.deployment.drafts
-    models = [config.target] * count + [config.draft] * drafts
-    devices = [str(topology.device_for(model.device, rank)) for rank, model in enumerate(models)]
-    backend = topology.link_backend(config.target.device, config.draft.device)
-    target = f"target on {devices[0]}"
-    if count > 1:
-        ranks = ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices[:count]))
-        target = f"target shared by {count} ranks over {topology.group_backend(config.target.device)} ({ranks})"
-    if drafts == 1:
-        return f"{target}, draft on {devices[count]}, link over {backend}"
-    ranks = ", ".join(f"rank {rank} on {device}" for rank, device in enumerate(devices[count:], count))
-    return f"{target}, {drafts} drafts ({ranks}), links over {backend}"
+    several = len({seat.node for seat in seats}) > 1
+    devices: dict[Role, dict[int, str]] = {"target": {}, "draft": {}}
+    for seat in seats:
+        device = topology.device_for((config.target if seat.role == "target" else config.draft).device, seat.local_rank)
+        devices[seat.role][seat.rank] = f"{device} of node {seat.node}" if several else str(device)
+    said = []
+    for role, of_role in devices.items():
+        ranks = ", ".join(f"rank {rank} on {device}" for rank, device in of_role.items())
+        if len(of_role) == 1:
+            said.append(f"{role} on {next(iter(of_role.values()))}")
+        elif of_role and role == "target":
+            over = topology.group_backend(config.target.device)
+            said.append(f"target shared by {len(of_role)} ranks over {over} ({ranks})")
+        elif of_role:
+            said.append(f"{len(of_role)} drafts ({ranks})")
+    if len(said) == 2:
+        links = "link" if len(devices["draft"]) == 1 else "links"
+        said.append(f"{links} over {topology.link_backend(config.target.device, config.draft.device)}")
+    return ", ".join(said)
 
 
-def _cores(config: Config) -> str:
+def _cores(config: Config, seats: Sequence[Seat]) -> str:
+    """Of the ranks of one node, on a host like this."""
     from ssd_runtime import topology
     from ssd_runtime.cores import crowding
 
-    placed = topology.cores_by_role(config, config.target.tensor_parallel + config.deployment.drafts)
+    here = range(seats[0].rank, seats[-1].rank + 1)
+    placed = topology.cores_by_role(config, num_ranks(config), here)
     if (crowd := crowding(placed)) is not None:
         raise ConfigError(crowd)
     usable = len(topology.allowed_cores())
@@ -143,21 +184,24 @@ def _shares(config: Config) -> str:
     return f"a rank of {config.target.tensor_parallel} holds {heads}, {part.vocab_size} tokens"
 
 
-def _placement(config: Config) -> Iterator[Finding]:
+def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     """The plan, rank by rank, and each of its faults."""
     from launcher import placement
     from ssd_runtime import hardware, topology
 
     try:
-        target, draft = (_card(model).arch for model in (config.target, config.draft))
-        plan = placement.plan(config, hardware.read(), target, draft, num_ranks(config), topology.allowed_cores())
+        models = {role: _card(getattr(config, role)).arch for role in {seat.role for seat in seats}}
+        rdma = hardware.rdma_adapters()
+        plan = placement.plan(config, hardware.read(), models, seats, topology.allowed_cores(), rdma)
     except (SsdError, ImportError):
         return  # the findings about models and cores say it
     for one in plan.ranks:
-        yield Finding(f"{one.role} rank {one.rank}", True, placement.describe(one, config.engine.block_size))
+        told = placement.describe(one, config.engine.block_size, with_node=seats[-1].node > 0)
+        yield Finding(f"{one.role} rank {one.rank}", True, told)
     for role, joint in (("target ranks", plan.target_joint), ("target and draft", plan.link_joint)):
         if joint is not None:
-            yield Finding(role, True, f"joined by {placement.JOINTS[joint]}")
+            over = f" (here: {', '.join(rdma)})" if joint == "network" and rdma else ""
+            yield Finding(role, True, f"joined by {placement.JOINTS[joint]}{over}")
     for warning in plan.warnings:
         yield Finding("placement", False, warning)
 

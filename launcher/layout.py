@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ssd_runtime.cores import Role, listed
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.topology import Role
 
 COUNTS = "--nproc-per-node"
 
@@ -16,7 +16,7 @@ class Seat:
     """One rank's place.
 
     Attributes:
-        rank: of its torchrun.
+        rank: of its world; a draft of a torchrun of its own comes after the targets too.
         node: 0 is the leader's.
         local_rank: among the ranks of its node.
     """
@@ -69,13 +69,26 @@ def parse_counts(text: str, num_targets: int, num_drafts: int, num_nodes: int) -
     return counts
 
 
-def seats(num_targets: int, counts: Sequence[int]) -> tuple[Seat, ...]:
-    """The ranks in order, targets first, given how many each node has."""
+def seats(num_targets: int, counts: Sequence[int], first_rank: int = 0) -> tuple[Seat, ...]:
+    """The ranks in order, targets first, given how many each node has; from `first_rank` on."""
     places = [(node, local_rank) for node, count in enumerate(counts) for local_rank in range(count)]
     return tuple(
         Seat("target" if rank < num_targets else "draft", rank, node, local_rank)
-        for rank, (node, local_rank) in enumerate(places)
+        for rank, (node, local_rank) in enumerate(places, first_rank)
     )
+
+
+def describe(seats: Sequence[Seat]) -> str:
+    """Which node runs what, for people."""
+    nodes: dict[int, dict[Role, list[int]]] = {}
+    for seat in seats:
+        nodes.setdefault(seat.node, {}).setdefault(seat.role, []).append(seat.rank)
+    each = (
+        f"node {node} runs "
+        + " and ".join(f"{role} rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}" for role, ranks in roles.items())
+        for node, roles in nodes.items()
+    )
+    return "; ".join(each)
 
 
 def who(num_targets: int, num_drafts: int) -> str:

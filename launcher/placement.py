@@ -1,14 +1,16 @@
-"""The plan of a run on one host: which rank on which GPU, what its memory holds, and what is wrong with it.
+"""The plan of a run: which rank on which node and GPU, what its memory holds, and what is wrong with it.
 
-Arithmetic on what hardware.py read and what the models' headers say; touches no device.
+Arithmetic on what hardware.py read and what the models' headers say; touches no device, and takes the other nodes for
+copies of this one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.layout import Seat
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.cores import Role, listed
 from ssd_runtime.hardware import Gpu, Hardware, Joint, near_cores
@@ -27,6 +29,7 @@ JOINTS: dict[Joint, str] = {
     "bridge": "a PCIe host bridge",
     "numa": "the NUMA node",
     "socket": "the link between sockets",
+    "network": "the network between nodes",
 }
 
 
@@ -41,6 +44,7 @@ class RankPlan:
         kv_bytes: bytes of these.
         blocks_left: blocks that fit beside the weights; None on a CPU.
         cores: CPU cores it is pinned to; empty means not pinned here.
+        node: of the world.
     """
 
     role: Role
@@ -51,11 +55,12 @@ class RankPlan:
     kv_bytes: int
     blocks_left: int | None
     cores: tuple[int, ...]
+    node: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks of one host, what joins them, and what to mend."""
+    """The ranks of a world, or of one role, what joins them, and what to mend."""
 
     ranks: tuple[RankPlan, ...]
     target_joint: Joint | None
@@ -66,35 +71,37 @@ class Plan:
 def plan(
     config: Config,
     hardware: Hardware,
-    target: Architecture,
-    draft: Architecture,
-    num_ranks: int,
+    models: Mapping[Role, Architecture],
+    seats: Sequence[Seat],
     allowed: Sequence[int],
+    rdma: Sequence[str] = (),
 ) -> Plan:
-    """Place the ranks of a world on this host; ranks take the GPUs in order, targets first.
+    """Place ranks on nodes like this host; the ranks of a node take its GPUs in order.
 
     Args:
-        target, draft: of the models.
-        num_ranks: of the world; the first target.tensor_parallel are targets.
+        models: of the roles that have a seat.
+        seats: the ranks, in order.
         allowed: CPU cores of this process.
+        rdma: adapters of this host over which GPUs of other nodes are reached.
     """
     ranks = []
-    for rank, cores in cores_of_ranks(config, range(num_ranks), allowed).items():
-        role: Role = "target" if rank < config.target.tensor_parallel else "draft"
-        one = _rank(config, hardware, role, rank, target if role == "target" else draft)
-        near = () if one.gpu is None else near_cores(hardware, one.gpu, allowed)
-        ranks.append(replace(one, cores=cores or near))
-    targets = [one.gpu for one in ranks if one.role == "target" and one.gpu is not None]
-    drafts = [one.gpu for one in ranks if one.role == "draft" and one.gpu is not None]
-    between = [hardware.joint(a, b) for i, a in enumerate(targets) for b in targets[:i]]
-    links = [hardware.joint(targets[0], gpu) for gpu in drafts] if targets else []
+    for node in sorted({seat.node for seat in seats}):
+        here = {seat.rank: seat for seat in seats if seat.node == node}
+        for rank, cores in cores_of_ranks(config, range(min(here), max(here) + 1), allowed).items():
+            one = _rank(config, hardware, here[rank], models[here[rank].role])
+            near = () if one.gpu is None else near_cores(hardware, one.gpu, allowed)
+            ranks.append(replace(one, cores=cores or near))
+    targets = [one for one in ranks if one.role == "target"]
+    drafts = [one for one in ranks if one.role == "draft"]
+    between = [_joint(hardware, a, b) for i, a in enumerate(targets) for b in targets[:i]]
+    links = [_joint(hardware, targets[0], one) for one in drafts] if targets else []
     found = Plan(tuple(ranks), _worst(between), _worst(links), ())
-    return Plan(found.ranks, found.target_joint, found.link_joint, tuple(_warnings(config, hardware, found)))
+    return Plan(found.ranks, found.target_joint, found.link_joint, tuple(_warnings(config, hardware, found, rdma)))
 
 
-def describe(one: RankPlan, block_size: int) -> str:
+def describe(one: RankPlan, block_size: int, *, with_node: bool = False) -> str:
     """One rank's plan in a line."""
-    where = "cpu" if one.gpu is None else f"GPU {one.gpu}"
+    where = ("cpu" if one.gpu is None else f"GPU {one.gpu}") + (f" of node {one.node}" if with_node else "")
     cores = f", cores {listed(one.cores)}" if one.cores else ""
     room = "" if one.blocks_left is None else f"; room for {one.blocks_left} ({one.blocks_left * block_size} tokens)"
     kv = f"{one.kv_blocks} KV blocks in {one.kv_bytes / GIB:.2f} GiB{room}"
@@ -120,8 +127,9 @@ def block_bytes(arch: Architecture, block_size: int, dtype: str, share: int = 1)
     return block_size * arch.num_layers * 2 * heads * arch.head_dim * (4 if dtype == "fp32" else 2)
 
 
-def _rank(config: Config, hardware: Hardware, role: Role, rank: int, arch: Architecture) -> RankPlan:
+def _rank(config: Config, hardware: Hardware, seat: Seat, arch: Architecture) -> RankPlan:
     """The plan of one rank, but for its cores."""
+    role = seat.role
     model: ModelConfig = config.target if role == "target" else config.draft
     share = config.target.tensor_parallel if role == "target" else 1
     weights = weight_bytes(arch, model.dtype, share)
@@ -133,16 +141,23 @@ def _rank(config: Config, hardware: Hardware, role: Role, rank: int, arch: Archi
     gpu: int | None = None
     left: int | None = None
     if model.device == "cuda" and hardware.gpus:
-        gpu = min(rank, len(hardware.gpus) - 1)
+        gpu = min(seat.local_rank, len(hardware.gpus) - 1)
         left = max(0, (hardware.gpus[gpu].memory_free - RESERVE - weights) // block)
-    return RankPlan(role, rank, gpu, weights, blocks, blocks * block, left, ())
+    return RankPlan(role, seat.rank, gpu, weights, blocks, blocks * block, left, (), seat.node)
 
 
-def _worst(joints: Sequence[Joint]) -> Joint | None:
-    return max(joints, key=list(JOINTS).index, default=None)
+def _joint(hardware: Hardware, a: RankPlan, b: RankPlan) -> Joint | None:
+    """What joins two ranks; None for CPUs of one host."""
+    if a.node != b.node:
+        return "network"
+    return None if a.gpu is None or b.gpu is None else hardware.joint(a.gpu, b.gpu)
 
 
-def _warnings(config: Config, hardware: Hardware, found: Plan) -> list[str]:
+def _worst(joints: Sequence[Joint | None]) -> Joint | None:
+    return max((joint for joint in joints if joint is not None), key=list(JOINTS).index, default=None)
+
+
+def _warnings(config: Config, hardware: Hardware, found: Plan, rdma: Sequence[str]) -> list[str]:
     warnings = []
     on_gpus = [one for one in found.ranks if one.gpu is not None]
     for one in on_gpus:
@@ -153,14 +168,23 @@ def _warnings(config: Config, hardware: Hardware, found: Plan) -> list[str]:
                 f"{one.role} rank {one.rank} is pinned to cores {listed(remote)}, which are far from GPU {one.gpu} "
                 f"(near: {listed(hardware.gpus[one.gpu or 0].cores)}); leave {one.role}.cores empty"
             )
-    users: dict[int, list[RankPlan]] = {}
+    users: dict[tuple[int, int], list[RankPlan]] = {}
     for one in on_gpus:
-        users.setdefault(one.gpu or 0, []).append(one)
-    for gpu, sharing in users.items():
+        users.setdefault((one.node, one.gpu or 0), []).append(one)
+    for (_, gpu), sharing in users.items():
         if len(sharing) > 1:
             who = ", ".join(f"{one.role} rank {one.rank}" for one in sharing)
             warnings.append(f"{who} share GPU {gpu}: drafting cannot hide behind verification; use more GPUs")
-    if found.target_joint not in (None, "same", "nvlink"):
+    if found.target_joint == "network":
+        nodes = listed({one.node for one in found.ranks if one.role == "target"})
+        on_gpu = config.target.device == "cuda"
+        if not (on_gpu and rdma):
+            why = "this host has no InfiniBand or RoCE adapter" if on_gpu else "between CPUs that is over TCP"
+            warnings.append(
+                f"target ranks are spread over nodes {nodes}: they exchange activations twice a layer, and {why}; "
+                "keep them on one node (--nproc-per-node), or lower target.tensor_parallel"
+            )
+    elif found.target_joint not in (None, "same", "nvlink"):
         how = JOINTS[found.target_joint]
         place = "sockets" if found.target_joint == "socket" else "NVLink islands"
         warnings.append(

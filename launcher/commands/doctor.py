@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from launcher.commands.options import config_options
 from ssd_runtime.config import load_config
 
+if TYPE_CHECKING:
+    from ssd_runtime.cores import Role
+
 
 @click.command()
 @config_options
-def doctor(config_path: Path | None, overrides: tuple[str, ...]) -> int:
-    """Say whether this machine can run the configuration."""
+@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes like this one.")
+@click.option("--nproc-per-node", metavar="N[,N...]", help="Ranks on each; default: the target's together, in front.")
+@click.option("--role", type=click.Choice(["target", "draft"]), help="Only these ranks, as with ssd up --role.")
+def doctor(
+    config_path: Path | None, overrides: tuple[str, ...], nnodes: int, nproc_per_node: str | None, role: Role | None
+) -> int:
+    """Say whether this machine can run the configuration, or so many nodes like it, and print which rank goes where."""
     from launcher import doctor as physician
     from launcher import screen
 
-    findings = list(physician.examine(load_config(config_path, overrides)))
+    config = load_config(config_path, overrides)
+    findings = list(physician.examine(config, physician.seats_of(config, nnodes, nproc_per_node, role)))
     screen.console().print(screen.findings_table(findings))
     failed = [finding.subject for finding in findings if not finding.ok]
     click.echo(f"FAIL: {', '.join(failed)}" if failed else "OK: this configuration can run here")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.doctor import seats_of
 from launcher.placement import plan
 from launcher.slurm import Plan, render
-from launcher.torchrun import num_ranks
-from ssd_runtime.config import Config, load_config
+from ssd_runtime.config import load_config
+from ssd_runtime.cores import Role
 from ssd_runtime.hardware import read
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml
@@ -47,20 +48,20 @@ def test_an_example_loads(path: Path) -> None:
     assert load_config(path).engine.max_model_len >= 2048
 
 
-def on_one_node(config: Config, path: Path) -> int:
-    """Ranks on the node with the target."""
-    return config.target.tensor_parallel if "two_nodes" in path.name else num_ranks(config)
-
-
 @pytest.mark.parametrize("path", FOR_H100, ids=lambda path: path.stem)
 def test_an_example_for_h100_fits_with_its_draft(path: Path) -> None:
     config = load_config(path)
-    target, draft = (MODELS[Path(model.model).name] for model in (config.target, config.draft))
-    for arch in (target, draft):
+    models: dict[Role, Architecture] = {
+        "target": MODELS[Path(config.target.model).name],
+        "draft": MODELS[Path(config.draft.model).name],
+    }
+    for arch in models.values():
         arch.check(path.name)
         arch.check_length(config.engine.max_model_len, path.name)
-    made = plan(config, read(RecordedNvml(), {}), target, draft, on_one_node(config, path), range(224))
+    num_nodes = 2 if "two_nodes" in path.name else 1
+    made = plan(config, read(RecordedNvml(), {}), models, seats_of(config, num_nodes), range(224))
     assert made.warnings == ()
+    assert {one.node for one in made.ranks} == set(range(num_nodes))
     assert all(one.gpu is not None for one in made.ranks)
 
 

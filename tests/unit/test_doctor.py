@@ -9,8 +9,10 @@ import pytest
 
 from cuda_ext import ops, reference
 from launcher import doctor
+from launcher.cli import main
 from ssd_runtime import topology
 from ssd_runtime.config import Config, load_config
+from ssd_runtime.errors import ConfigError
 from tests.tiny_models import write_hf
 
 
@@ -60,3 +62,51 @@ def test_a_shared_target_is_described_rank_by_rank(tmp_path: Path, monkeypatch: 
     assert too_many["cores"].detail.startswith("draft 1 and draft 3 share core 1: they draft in turns")
     crowded = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "target.tensor_parallel=4"]))}
     assert "target 0 and target 2 share core 0; target 1 and target 3 share core 1" in crowded["cores"].detail
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options for tiny models, four of whose ranks could share one, on hosts of three cores."""
+    monkeypatch.setattr(topology, "allowed_cores", lambda: (0, 1, 2))
+    path = write_hf(tmp_path / "model")
+    return [f"target.model={path}", f"draft.model={path}", "target.tensor_parallel=2"]
+
+
+def told(config: Config, *where: object) -> dict[str, doctor.Finding]:
+    return {one.subject: one for one in doctor.examine(config, doctor.seats_of(config, *where))}  # type: ignore[arg-type]
+
+
+def test_the_ranks_of_several_nodes_are_told_node_by_node(asked: list[str]) -> None:
+    found = told(load_config(None, asked), 2)
+    assert found["nodes"].detail.startswith("node 0 runs target ranks 0-1; node 1 runs draft rank 2 (taken to be like")
+    assert found["devices"].detail.endswith("rank 1 on cpu of node 0), draft on cpu of node 1, link over gloo")
+    assert found["cores of node 0"].detail.endswith("target 0 on [0], target 1 on [1]")
+    assert found["cores of node 1"].detail.endswith("; draft on [0]")
+    assert found["draft rank 2"].detail.startswith("cpu of node 1, cores 0: ")
+    assert found["target and draft"].detail.startswith("joined by the network between nodes")
+    assert all(one.ok for one in found.values()), found
+
+
+def test_a_target_that_is_spread_over_nodes_fails(asked: list[str]) -> None:
+    found = told(load_config(None, asked), 2, "1,2")
+    assert "node 1 runs target rank 1 and draft rank 2" in found["nodes"].detail
+    assert not found["placement"].ok
+    assert "target ranks are spread over nodes 0-1" in found["placement"].detail
+
+
+def test_ranks_of_one_role_are_looked_at_alone(asked: list[str]) -> None:
+    config = load_config(None, asked)
+    target, draft = told(config, 1, None, "target"), told(config, 1, None, "draft")
+    assert {"front door", "target model", "target rank 1", "target shares"} <= set(target)
+    assert not {"draft model", "vocabularies", "draft rank 2", "draft KV cache"} & set(target)
+    assert {"draft model", "draft rank 2", "draft KV cache"} <= set(draft)
+    assert not {"front door", "target model", "target rank 0", "target shares", "vocabularies"} & set(draft)
+    assert draft["devices"].detail == "draft on cpu"
+    with pytest.raises(ConfigError, match=r"--role draft needs speculation\.mode sd or ssd, not ar"):
+        told(load_config(None, ["speculation.mode=ar"]), 1, None, "draft")
+
+
+def test_nodes_that_cannot_be_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor", "--nnodes", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ssd: error: 3 nodes are too many for 2 rank(s) (1 target and 1 draft)")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher import doctor, nccl, placement
+from launcher import doctor, layout, nccl, placement
 from ssd_runtime import hardware, topology
 from ssd_runtime.config import Config, load_config
+from ssd_runtime.cores import Role
 from ssd_runtime.hardware import Hardware, near_cores, read
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml
@@ -34,9 +35,13 @@ def config(*overrides: str) -> Config:
     return load_config(None, [*on_gpus, "engine.max_model_len=8192", "engine.max_num_seqs=8", *overrides])
 
 
-def planned(*overrides: str, node: Hardware | None = None, num_ranks: int = 5) -> placement.Plan:
-    node = read(RecordedNvml(), {}) if node is None else node
-    return placement.plan(config(*overrides), node, LLAMA_70B, LLAMA_1B, num_ranks, ALL_CORES)
+def planned(
+    *overrides: str, node: Hardware | None = None, counts: tuple[int, ...] = (5,), rdma: tuple[str, ...] = ()
+) -> placement.Plan:
+    node, asked = read(RecordedNvml(), {}) if node is None else node, config(*overrides)
+    models: dict[Role, Architecture] = {"target": LLAMA_70B, "draft": LLAMA_1B}
+    seats = layout.seats(asked.target.tensor_parallel, counts)
+    return placement.plan(asked, node, models, seats, ALL_CORES, rdma)
 
 
 def test_a_node_is_read_with_its_links_memory_and_cores() -> None:
@@ -132,8 +137,31 @@ def test_four_and_one_fit_on_one_node_with_room_counted_for_the_draft() -> None:
     ],
 )
 def test_a_bad_plan_is_told(overrides: list[str], changes: dict[str, Any], num_ranks: int, warning: str) -> None:
-    plan = planned(*overrides, node=read(RecordedNvml(**changes), {}), num_ranks=num_ranks)
+    plan = planned(*overrides, node=read(RecordedNvml(**changes), {}), counts=(num_ranks,))
     assert any(warning in one for one in plan.warnings), plan.warnings
+
+
+def test_ranks_of_other_nodes_take_their_gpus_from_the_first_on() -> None:
+    plan = planned(counts=(4, 1))
+    assert [(one.node, one.gpu) for one in plan.ranks] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    assert (plan.target_joint, plan.link_joint, plan.warnings) == ("nvlink", "network", ())
+    assert placement.describe(plan.ranks[4], 16, with_node=True).startswith("GPU 0 of node 1, cores ")
+
+
+def test_a_target_over_several_nodes_is_told_unless_gpus_reach_each_other() -> None:
+    apart = planned(counts=(3, 2))
+    assert apart.target_joint == "network"
+    (warning,) = apart.warnings
+    assert (
+        "target ranks are spread over nodes 0-1: they exchange activations twice a layer, and this host has no"
+        in warning
+    )
+    assert planned(counts=(3, 2), rdma=("mlx5_0",)).warnings == ()
+    on_cpus = planned("target.device=cpu", "draft.device=cpu", counts=(3, 2), rdma=("mlx5_0",))
+    assert "between CPUs that is over TCP; keep them on one node" in on_cpus.warnings[0]
+    crowded = planned("target.tensor_parallel=8", "deployment.drafts=2", counts=(1, 9), rdma=("mlx5_0",))
+    assert "target rank 8, draft rank 9" not in str(crowded.warnings)
+    assert "draft rank 8, draft rank 9 share GPU 7" in str(crowded.warnings)
 
 
 def test_doctor_prints_the_plan_and_fails_a_bad_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
