@@ -1,4 +1,4 @@
-"""Fan-out by confidence: the most probable outcomes by the draft's own margins, calibrated online. Knows no trees."""
+"""Fan-out by confidence: the most probable outcomes by the draft's own ranking, calibrated online. Knows no trees."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ssd_runtime.speculation.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.fanout import Fork, Verified
+from ssd_runtime.speculation.sampled_confidence import SampledOutcomes
 from ssd_runtime.speculation.sampling import Ranking
 
 
@@ -40,6 +41,7 @@ class ConfidenceFanOut:
         self._known: dict[
             int, tuple[Ranking, list[float]]
         ] = {}  # shares at this scale; a ranking is asked in every step
+        self._sampled = SampledOutcomes()
 
     def forks(self, verified: Verified, budget: int) -> list[Fork]:
         outcomes: list[Fork] = []
@@ -47,18 +49,41 @@ class ConfidenceFanOut:
         for k, ranking in enumerate(verified.rankings):
             if ranking is None:  # an n-gram's token, or one not forwarded yet: nothing is known from here on
                 break
-            accepted = verified.speculation[k] if k < len(verified.speculation) else None
-            accepted_chance = self._least
-            for rank, chance in enumerate(self.chances(ranking)):
-                if ranking.tokens[rank] == accepted:
-                    accepted_chance = chance
-                elif reach * chance >= self._least:
-                    outcomes.append(Fork(k, ranking.tokens[rank], reach * chance))
-                elif rank:
-                    break  # later ranks are less likely still
+            if ranking.sampled is None:
+                accepted_chance = self._add_chosen(outcomes, verified, k, ranking, reach)
+            else:
+                accepted_chance = self._add_sampled(outcomes, verified, k, ranking, reach)
             reach *= accepted_chance
         outcomes.sort(key=lambda fork: -fork.gain)
         return outcomes[:budget]
+
+    def _add_chosen(self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float) -> float:
+        """The outcomes at position k where the draft's first choice is its token; the chance that it is accepted."""
+        accepted = verified.token(k)
+        accepted_chance = self._least
+        for rank, chance in enumerate(self.chances(ranking)):
+            if ranking.tokens[rank] == accepted:
+                accepted_chance = chance
+            elif reach * chance >= self._least:
+                outcomes.append(Fork(k, ranking.tokens[rank], reach * chance))
+            elif rank:
+                break  # later ranks are less likely still
+        return accepted_chance
+
+    def _add_sampled(self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float) -> float:
+        """The same where the draft's token was sampled. A token that was not (an n-gram's) has p for its chance."""
+        token = verified.token(k)
+        if token is not None and token == ranking.sampled:
+            accepted_chance = self._sampled.accepted(ranking)
+            candidates = self._sampled.instead(ranking, verified.temperature)
+            reach *= 1.0 - accepted_chance
+        else:
+            candidates = self._sampled.bonus(ranking, verified.temperature)
+            accepted_chance = dict(candidates).get(token, self._least) if token is not None else 0.0
+        for candidate, chance in candidates:
+            if reach * chance >= self._least and candidate != token:
+                outcomes.append(Fork(k, candidate, reach * chance))
+        return accepted_chance
 
     def chances(self, ranking: Ranking) -> Iterator[float]:
         """The chance that the target chooses the first, second, ... token of a ranking."""
@@ -92,9 +117,14 @@ class ConfidenceFanOut:
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         chosen = (*verified.speculation[:num_accepted], bonus_token)
-        for ranking, token in zip(verified.rankings, chosen, strict=False):
+        for k, (ranking, token) in enumerate(zip(verified.rankings, chosen, strict=False)):
             if ranking is None:
                 break
+            if ranking.sampled is not None:
+                sampled = verified.token(k) == ranking.sampled
+                accepted = k < num_accepted if sampled else None
+                self._sampled.observe(ranking, verified.temperature, token, accepted=accepted)
+                continue
             agreed = token == ranking.tokens[0]
             self._class(ranking).observe_one(agreed)
             if not agreed and token in ranking.tokens:

@@ -45,6 +45,10 @@ class Verified:
     temperature: float = 0.0
     after_hit: bool = True
 
+    def token(self, k: int) -> int | None:
+        """The draft token at position k; None behind the last one, where the target chooses freely."""
+        return self.speculation[k] if k < len(self.speculation) else None
+
     def candidates(self, k: int) -> list[int]:
         """Bonus candidates at position k, the likeliest first, without the token that the speculation has there."""
         ranking = self.rankings[k]

@@ -195,7 +195,7 @@ class TokenTree:
         nodes = (self.root, *self.trunk)
         rows = [node for node in nodes if node.ranking is None and self._allowed(node)]
         # The likeliest outcome is that all is accepted: what comes next there is worth a bet.
-        main = rows[-1] if rows else self._tip(nodes[-1].best_child(), depth) if nodes[-1].ranking else None
+        main = rows[-1] if rows else self._tip(self._likeliest(nodes[-1]), depth) if nodes[-1].ranking else None
         for k, token, gain in forks:
             self._gains[Outcome(k, token)] = gain
             start = nodes[k].child(token)
@@ -205,6 +205,12 @@ class TokenTree:
             if tip is not None:
                 rows.append(tip)
         return rows if main is None or main not in rows else [*rows, *self._recycled(main)]
+
+    @staticmethod
+    def _likeliest(node: Node) -> Node:
+        """The bonus candidate that the target is likeliest to choose: no matter which one the draft would sample."""
+        assert node.ranking is not None
+        return node.child(node.ranking.tokens[0])
 
     def _recycled(self, node: Node) -> list[Node]:
         """Bets below a node that is about to be forwarded: likely children, and what may follow the likeliest one."""
