@@ -39,6 +39,7 @@ def _sample_shared_noise(
     seed_R: Tensor,
     position_R: Tensor,
     count: int = 1,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor]:
     num_rows = logits_RV.shape[0]
     return seed_R.new_empty(num_rows, count), temperature_R.new_empty(num_rows, count)

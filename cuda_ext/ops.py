@@ -197,9 +197,10 @@ def sample_shared_noise(
     seed_R: Tensor,
     position_R: Tensor,
     count: int = 1,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return _kernels().sample_shared_noise(
-        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count, first_token
     )
 
 

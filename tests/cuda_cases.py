@@ -217,28 +217,37 @@ DRAWS = st.builds(
 
 
 @st.composite
-def samples(draw) -> tuple[Tensor, list[Draw], int]:
+def samples(draw) -> tuple[Tensor, list[Draw], int, int]:
     draws = draw(st.lists(DRAWS, max_size=3))
     vocabulary, spread = draw(st.sampled_from([1, 7, 100, 1000, 3001])), draw(st.sampled_from([0.0, 0.5, 3.0, 20.0]))
     logits = random(len(draws), len(draws), vocabulary + 3)[:, 1 : vocabulary + 1] * spread
     if draw(st.booleans()):
         logits[:, vocabulary // 3 :: 5] = -torch.inf
-    return logits.to(draw(DTYPES)), draws, draw(st.sampled_from([1, 2, 8]))
+    return logits.to(draw(DTYPES)), draws, draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([0, 1, 64128]))
 
 
-def sample_arguments(logits: Tensor, draws: list[Draw], count: int) -> tuple:
+def sample_arguments(logits: Tensor, draws: list[Draw], count: int, first_token: int) -> tuple:
     params = [draw.params for draw in draws]
     doubles = [
         torch.tensor([getattr(p, name) for p in params], dtype=torch.float64)
         for name in ("temperature", "top_p", "min_p")
     ]
     seeds, positions = ints([signed(p.seed) for p in params]), ints([draw.position for draw in draws])
-    return logits, doubles[0], ints([p.top_k for p in params]), doubles[1], doubles[2], seeds, positions, count
+    return (
+        logits,
+        doubles[0],
+        ints([p.top_k for p in params]),
+        doubles[1],
+        doubles[2],
+        seeds,
+        positions,
+        count,
+        first_token,
+    )
 
 
-def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int]) -> None:
-    logits, draws, count = case
-    arguments = sample_arguments(logits, draws, count)
+def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int, int]) -> None:
+    arguments = sample_arguments(*case)
     moved = (kernels.on(a) if isinstance(a, Tensor) else a for a in arguments)
     tokens, scores = (result.cpu() for result in kernels.ops.sample_shared_noise(*moved))
     expected_tokens, expected_scores = reference.sample_shared_noise(*arguments)

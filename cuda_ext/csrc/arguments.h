@@ -175,7 +175,7 @@ inline const double* doubles(const Tensor& tensor, int64_t rows, const char* op,
 
 inline SampleArgs sample_args(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                               const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position,
-                              int64_t count) {
+                              int64_t count, int64_t first_token) {
   const char* op = "sample_shared_noise";
   check_device(logits,
                {{&temperature, "temperature"},
@@ -200,6 +200,7 @@ inline SampleArgs sample_args(const Tensor& logits, const Tensor& temperature, c
   args.num_rows = rows;
   args.vocabulary = view.sizes[1];
   args.count = count;
+  args.first_token = first_token;
   args.logit_stride = view.strides[0];
   args.logits = view.data;
   args.temperature = doubles(temperature, rows, op, "temperature");

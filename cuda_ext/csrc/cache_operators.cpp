@@ -190,8 +190,8 @@ std::tuple<Tensor, Tensor> lookup_branches(const Tensor& keys, const Tensor& tok
 
 std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                                                const Tensor& top_p, const Tensor& min_p, const Tensor& seed,
-                                               const Tensor& position, int64_t count) {
-  const SampleArgs args = sample_args(logits, temperature, top_k, top_p, min_p, seed, position, count);
+                                               const Tensor& position, int64_t count, int64_t first_token) {
+  const SampleArgs args = sample_args(logits, temperature, top_k, top_p, min_p, seed, position, count, first_token);
   const Dtype dtype = float_dtype(View(logits), "sample_shared_noise", "logits");
   Tensor tokens = empty_cpu({args.num_rows, count}, ScalarType::Long);
   Tensor scores = empty_cpu({args.num_rows, count}, ScalarType::Double);
@@ -203,11 +203,12 @@ std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tenso
   parallel(args.num_rows, 1, [&](int64_t begin, int64_t end) {
     auto* z = reinterpret_cast<float*>(thread_scratch(padded * 8));
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t key = noise_key(args.seeds[row], args.positions[row]);
+      const int64_t key = noise_key(args.seeds[row], args.positions[row], args.first_token);
       const Draw draw{args.temperature[row], args.top_p[row], args.min_p[row], args.top_k[row], key};
       Ranking ranking{count, 0, score + row * count, token + row * count};
       rank_row(kernels(), static_cast<const char*>(args.logits) + row * args.logit_stride * size, dtype,
                args.vocabulary, draw, z, z + padded, ranking);
+      for (int64_t place = 0; place < ranking.found; ++place) ranking.tokens[place] += args.first_token;
     }
   });
   return {tokens, scores};
@@ -228,7 +229,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssd_runtime, m) {
   m.def("lookup_branches(Tensor keys, Tensor tokens, Tensor lengths, Tensor outcomes) -> (Tensor, Tensor)");
   m.def(
       "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
-      " Tensor position, int count=1) -> (Tensor, Tensor)");
+      " Tensor position, int count=1, int first_token=0) -> (Tensor, Tensor)");
   m.def("raise_faults(Tensor like) -> ()");
 }
 

@@ -133,7 +133,7 @@ SSD_HD int64_t found_token(const LookupArgs& args, int64_t rank, int64_t column)
 }
 
 struct SampleArgs {
-  int64_t num_rows, vocabulary, count, logit_stride;
+  int64_t num_rows, vocabulary, count, logit_stride, first_token;
   const void* logits;
   const double *temperature, *top_p, *min_p;
   const int64_t *top_k, *seeds, *positions;

@@ -66,9 +66,10 @@ SSD_HD uint64_t splitmix64(uint64_t value) {
   return value ^ (value >> 31);
 }
 
-// The key of one position of one request.
-SSD_HD int64_t noise_key(int64_t seed, int64_t position) {
-  return static_cast<int64_t>(splitmix64(splitmix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(position)));
+// The key of one position of one request, for logits whose first column is that of `first_token`.
+SSD_HD int64_t noise_key(int64_t seed, int64_t position, int64_t first_token) {
+  const uint64_t key = splitmix64(splitmix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(position));
+  return static_cast<int64_t>(key + kGolden * static_cast<uint64_t>(first_token));
 }
 
 // The upper 32 bits of splitmix64(key + token * golden).

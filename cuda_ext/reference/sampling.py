@@ -15,6 +15,7 @@ def sample_shared_noise(
     seed_R: Tensor,
     position_R: Tensor,
     count: int = 1,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The tokens most likely to be chosen under shared noise, best first; ties go to the lower token.
 
@@ -26,13 +27,15 @@ def sample_shared_noise(
         seed_R: int64; the 64 bits of each request's seed.
         position_R: int64; the absolute position of the token to be chosen.
         count: how many tokens a row, at least 1.
+        first_token: what the first column stands for, where the logits are a slice of the vocabulary. The noise is that
+            of the token; top-k, top-p and min-p look at the slice alone.
 
     Returns: tokens (int64) and their noised scores (float64), both [R, count]; -1 and -inf where processors leave
     fewer. Column 0 is the token chosen.
     """
     chosen_RF = torch.full((logits_RV.shape[0], count), -1, dtype=torch.int64, device=logits_RV.device)
     scores_RF = torch.full_like(chosen_RF, -torch.inf, dtype=torch.float64)
-    tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    tokens_V = torch.arange(first_token, first_token + logits_RV.shape[1], device=logits_RV.device)
     key_R = _splitmix64(_splitmix64(seed_R) ^ position_R)
     for row, logits_V in enumerate(logits_RV):
         score_V = logits_V.double()
@@ -42,7 +45,7 @@ def sample_shared_noise(
             score_V = z_V.masked_fill(z_V < floor, -torch.inf).double() + _gumbel_noise(key_R[row], tokens_V)
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
         order = order[score_V[order] > -torch.inf]
-        chosen_RF[row, : order.numel()] = order
+        chosen_RF[row, : order.numel()] = tokens_V[order]
         scores_RF[row, : order.numel()] = score_V[order]
     return chosen_RF, scores_RF
 

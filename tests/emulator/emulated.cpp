@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(ssd_emulated, m) {
   m.def("lookup_branches(Tensor keys, Tensor tokens, Tensor lengths, Tensor outcomes) -> (Tensor, Tensor)");
   m.def(
       "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
-      " Tensor position, int count=1) -> (Tensor, Tensor)");
+      " Tensor position, int count=1, int first_token=0) -> (Tensor, Tensor)");
   m.def("raise_faults(Tensor like) -> ()");
   m.def("configure(int threads, int seed) -> ()");
 }

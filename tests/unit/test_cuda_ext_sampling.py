@@ -84,6 +84,24 @@ def test_scores_equal_those_of_plain_torch():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("first", "last"), [(0, 1000), (1, 1000), (613, 700), (999, 1000)])
+def test_a_slice_has_the_scores_of_its_part_of_the_vocabulary(backend, first, last):
+    seeds, off = torch.tensor([5, -7, 8]), torch.zeros(3, dtype=torch.int64)
+    ones = off.double() + 1
+    rest = (torch.tensor([0.7, 0.0, 1.3]).double(), off, ones, ones * 0, seeds, off + 9)
+    logits = random(1, 3, 1000)
+    inside = logits.clone()
+    inside[:, :first] = inside[:, last:] = -torch.inf
+    expected = backend.sample_shared_noise(inside, *rest, 20)
+    found = backend.sample_shared_noise(logits[:, first:last], *rest, 20, first)
+    assert torch.equal(found[0], expected[0])
+    if backend is compiled:
+        assert torch.equal(found[1], expected[1])
+    else:  # torch rounds a logarithm by where it lies in a vector
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, -(2**63), -1])
 @pytest.mark.parametrize("position", [0, 7, 2**40])
 def test_the_noise_of_seed_and_position_is_that_of_the_runtime(backend, seed, position):

@@ -292,7 +292,8 @@ SSD_KERNEL SSD_BOUNDS(kMaxThreads) sample_shared_noise_kernel(SampleArgs args) {
   const double temperature = args.temperature[index], top_p = args.top_p[index], min_p = args.min_p[index];
   const int64_t top_k = args.top_k[index];
   const SampleRow<Element> row{static_cast<const Element*>(args.logits) + index * args.logit_stride, args.vocabulary,
-                               noise_key(args.seeds[index], args.positions[index]), static_cast<float>(temperature)};
+                               noise_key(args.seeds[index], args.positions[index], args.first_token),
+                               static_cast<float>(temperature)};
   float floor = -INFINITY;
   const bool cuts_k = top_k > 0 && top_k < args.vocabulary;
   if (temperature != 0.0 && (cuts_k || top_p < 1.0 || min_p > 0.0)) {
@@ -328,7 +329,7 @@ SSD_KERNEL SSD_BOUNDS(kMaxThreads) sample_shared_noise_kernel(SampleArgs args) {
     const int64_t best_token = found ? shared.tokens[0] : -1;
     __syncthreads();
     if (threadIdx.x == 0) {
-      args.tokens[index * args.count + place] = best_token;
+      args.tokens[index * args.count + place] = found ? args.first_token + best_token : -1;
       args.scores[index * args.count + place] = best_score;
     }
     if (found && token == best_token) best_after(row, floor, score, token);

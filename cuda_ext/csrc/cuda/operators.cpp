@@ -102,9 +102,9 @@ std::tuple<Tensor, Tensor> lookup_branches(const Tensor& keys, const Tensor& tok
 
 std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                                                const Tensor& top_p, const Tensor& min_p, const Tensor& seed,
-                                               const Tensor& position, int64_t count) {
+                                               const Tensor& position, int64_t count, int64_t first_token) {
   const char* op = "sample_shared_noise";
-  SampleArgs args = sample_args(logits, temperature, top_k, top_p, min_p, seed, position, count);
+  SampleArgs args = sample_args(logits, temperature, top_k, top_p, min_p, seed, position, count, first_token);
   check_blocks(args.num_rows, op);
   const OnDevice device(logits);
   Tensor tokens = empty_beside(logits, {args.num_rows, count}, ScalarType::Long);
