@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
+from ssd_runtime.speculation.choice import Choice, choose, count_rows
 from tests.tiny_models import CPU, tiny_architecture
 
 
@@ -47,6 +48,9 @@ class TabularModel:
         assert bool((before_N >= 0).all()), "a row sees a slot that nothing was written to"
         logits_NV = self.table_VVV[before_N, batch.tokens_N]
         return logits_NV if batch.logit_rows_R is None else logits_NV[batch.logit_rows_R]
+
+    def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
+        return choose(self.forward(batch, kv_L2SGD)[first_row : first_row + count_rows(choices)], choices)
 
     def law(self, prompt: Sequence[int], length: int, temperature: float) -> Tensor:
         """The probability of every text of `length` tokens after the prompt, float64 [V] * length."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -18,15 +19,15 @@ from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
 from ssd_runtime.engine.speculator import Proposals, Speculator
+from ssd_runtime.engine.verification import verified
 from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
 from ssd_runtime.speculation.logprobs import MOST_ALTERNATIVES, token_logprobs
-from ssd_runtime.speculation.processors import check_processors, process_rows, processors_of
+from ssd_runtime.speculation.processors import check_processors, processors_of
 from ssd_runtime.speculation.sampling import check_sampling
 from ssd_runtime.speculation.types import Outcome, Speculation
-from ssd_runtime.speculation.verify import Claim, verify_claims
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
 
@@ -182,14 +183,22 @@ class Engine:
         start = sequence.table.length
         end = min(start + self._config.prefill_chunk, sequence.num_prompt)
         sequence.table.reserve(end)
+        sequence.table.length = end
         rows = RowBuilder(self._decoder.device)
         rows.begin_sequence(sequence.table)
         rows.add_trunk(sequence.tokens[start:end], start)
-        logits_RV = self._decoder.forward(rows.build(), self._kv)
-        sequence.table.length = end
+        forward = rows.build()
         progressed = []
-        if end == sequence.num_prompt:
-            (outcome,) = self._outcomes([sequence], [Speculation()], logits_RV)
+        if end < sequence.num_prompt:
+            self._decoder.choose(forward, self._kv, ())
+        else:
+            (outcome,), logits_RV = verified(
+                self._coupling,
+                [sequence],
+                [Speculation()],
+                partial(self._decoder.forward, forward, self._kv),
+                partial(self._decoder.choose, forward, self._kv),
+            )
             progressed = [_commit(sequence, outcome, Speculation(), logits_RV)]
         end_ns = time.monotonic_ns()
         sequence.measured.prefill_seconds += (end_ns - start_ns) / 1e9
@@ -205,51 +214,41 @@ class Engine:
         self.watch.end(self._round, held_up=held_up)
         start_ns = time.monotonic_ns()
         self._measure_last_round(batch, proposals, start_ns)
-        logits_RV = self._forward(batch, proposals.speculations)
-        forward_ns = time.monotonic_ns()
+        fresh = self._fresh(batch, proposals.speculations)
+        outcomes, logits_RV = verified(
+            self._coupling,
+            batch,
+            proposals.speculations,
+            partial(self._rounding.forward, fresh, self._kv),
+            partial(self._rounding.choose, fresh, self._kv),
+        )
+        verified_ns = time.monotonic_ns()
         self.watch.begin()
-        outcomes = self._outcomes(batch, proposals.speculations, logits_RV)
         raise_faults(self._kv)
-        progressed = []
-        logits = logits_RV.split([1 + len(speculation.tokens) for speculation in proposals.speculations])
-        for sequence, speculation, outcome, logits_LV in zip(
-            batch, proposals.speculations, outcomes, logits, strict=True
-        ):
+        progressed, first = [], 0
+        for sequence, speculation, outcome in zip(batch, proposals.speculations, outcomes, strict=True):
             # The bonus token has no row yet; rejected rows go back.
             sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
-            progressed.append(_commit(sequence, outcome, speculation, logits_LV))
-            sequence.measured.verify_ms.append((forward_ns - start_ns) / 1e6)
-            self._last_verify[sequence.sequence_id] = (start_ns, (forward_ns - start_ns) / 1e6)
-        speculator.observe(proposals.speculations, outcomes, (forward_ns - start_ns) / 1e9)
-        self._trace_round(proposals, outcomes, propose_ns, start_ns, forward_ns)
+            rows = slice(first, first + 1 + len(speculation.tokens))
+            progressed.append(_commit(sequence, outcome, speculation, None if logits_RV is None else logits_RV[rows]))
+            first = rows.stop
+            sequence.measured.verify_ms.append((verified_ns - start_ns) / 1e6)
+            self._last_verify[sequence.sequence_id] = (start_ns, (verified_ns - start_ns) / 1e6)
+        speculator.observe(proposals.speculations, outcomes, (verified_ns - start_ns) / 1e9)
+        self._trace_round(proposals, outcomes, propose_ns, start_ns, verified_ns)
         self.watch.lap("commit")
         return progressed
 
-    def _forward(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> Tensor:
-        """Logits of 1 + len(speculation) rows a sequence."""
-        verified = []
+    def _fresh(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> list[FreshTokens]:
+        """1 + len(speculation) rows a sequence, their places in its table reserved."""
+        found = []
         for sequence, speculation in zip(batch, speculations, strict=True):
             start = len(sequence.tokens) - 1
             fresh = (sequence.tokens[-1], *speculation.tokens)
             sequence.table.reserve(start + len(fresh))
             sequence.table.length = start + len(fresh)
-            verified.append(FreshTokens(sequence.table, fresh, start))
-        return self._rounding.forward(verified, self._kv)
-
-    def _outcomes(
-        self, batch: Sequences[Sequence], speculations: Sequences[Speculation], logits_RV: Tensor
-    ) -> list[Outcome]:
-        rows = [
-            (sequence.processors, speculation.tokens[:offset] if sequence.processors else ())
-            for sequence, speculation in zip(batch, speculations, strict=True)
-            for offset in range(len(speculation.tokens) + 1)
-        ]
-        hashed = self._coupling == "rejection"
-        claims = [
-            Claim(sequence.request.params, len(sequence.tokens), speculation, sequence.text_hash() if hashed else 0)
-            for sequence, speculation in zip(batch, speculations, strict=True)
-        ]
-        return verify_claims(self._coupling, process_rows(logits_RV, rows), claims)
+            found.append(FreshTokens(sequence.table, fresh, start))
+        return found
 
     # -- endings and measures ------------------------------------------------------------------------------------
 
@@ -278,7 +277,7 @@ class Engine:
                 measured.round_ms.append(round_ms)
 
     def _trace_round(
-        self, proposals: Proposals, outcomes: Sequences[Outcome], propose_ns: int, start_ns: int, forward_ns: int
+        self, proposals: Proposals, outcomes: Sequences[Outcome], propose_ns: int, start_ns: int, verified_ns: int
     ) -> None:
         if not self._tracer.enabled:
             return
@@ -287,14 +286,14 @@ class Engine:
         accepted = [outcome.num_accepted for outcome in outcomes]
         about = {"round": self._round, "hits": hits, "speculated": lengths, "accepted": accepted}
         self._tracer.complete("propose", propose_ns, start_ns, arguments={"wait_ms": proposals.wait_seconds * 1e3})
-        self._tracer.complete("verify", start_ns, forward_ns, arguments=about)
-        self._tracer.complete("commit", forward_ns, time.monotonic_ns())
+        self._tracer.complete("verify", start_ns, verified_ns, arguments=about)
+        self._tracer.complete("commit", verified_ns, time.monotonic_ns())
 
 
-def _commit(sequence: Sequence, outcome: Outcome, speculation: Speculation, logits_LV: Tensor) -> Progressed:
-    """Commit, and tell what the raw logits of its 1 + len(speculation) rows say of the tokens that were not cut off."""
+def _commit(sequence: Sequence, outcome: Outcome, speculation: Speculation, logits_LV: Tensor | None) -> Progressed:
+    """Commit, and tell what the raw logits of its rows say of the tokens that were not cut off, if it is asked."""
     delta = sequence.commit(outcome, speculation)
-    if sequence.request.logprobs is not None:
+    if sequence.request.logprobs is not None and logits_LV is not None:
         count = len(delta.token_ids)
         delta = replace(delta, logprobs=token_logprobs(logits_LV[:count], delta.token_ids, sequence.request.logprobs))
     return Progressed(sequence, delta)

@@ -26,6 +26,7 @@ from ssd_runtime.config import EngineConfig, Numerics
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.batch import ForwardBatch, Model
+from ssd_runtime.speculation.choice import Choice
 
 WINDOW = 16  # rows; a speculation of 6 and its bonus token meet a second window three times in eight
 
@@ -56,17 +57,34 @@ class Rounding:
     def forward(self, batch: Sequence[FreshTokens], kv: Tensor) -> Tensor:
         """Logits of all fresh tokens, sequence by sequence, float32 [R, vocabulary]; their KV rows are written."""
         if not self._windows:
-            rows = RowBuilder(self._decoder.device)
-            for fresh in batch:
-                rows.begin_sequence(fresh.table)
-                rows.add_trunk(fresh.tokens, fresh.start)
-                rows.want_logits(len(fresh.tokens))
-            return self._decoder.forward(rows.build(), kv)
+            return self._decoder.forward(self._together(batch), kv)
         found = []
         for fresh in batch:
             for window, asked in self._cut(fresh):
                 found.append(self._decoder.forward(window, kv)[asked])
         return torch.cat(found)
+
+    def choose(self, batch: Sequence[FreshTokens], kv: Tensor, choices: Sequence[Choice]) -> list[int]:
+        """The token chosen behind every fresh token; a choice for each of the batch. The forwards are the same."""
+        if not self._windows:
+            return self._decoder.choose(self._together(batch), kv, choices)
+        tokens: list[int] = []
+        for fresh, choice in zip(batch, choices, strict=True):
+            done = 0
+            for window, asked in self._cut(fresh):
+                count = asked.stop - asked.start
+                tokens += self._decoder.choose(window, kv, [choice.part(slice(done, done + count))], asked.start)
+                done += count
+        return tokens
+
+    def _together(self, batch: Sequence[FreshTokens]) -> ForwardBatch:
+        """All fresh tokens as one forward."""
+        rows = RowBuilder(self._decoder.device)
+        for fresh in batch:
+            rows.begin_sequence(fresh.table)
+            rows.add_trunk(fresh.tokens, fresh.start)
+            rows.want_logits(len(fresh.tokens))
+        return rows.build()
 
     def _cut(self, fresh: FreshTokens) -> Iterator[tuple[ForwardBatch, slice]]:
         """The windows that hold the fresh tokens, and which of their rows were asked for."""

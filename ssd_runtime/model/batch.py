@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.speculation.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,9 @@ class Model(Protocol):
     def new_kv(self, num_slots: int) -> Tensor: ...
 
     def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor: ...
+
+    def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
+        """A forward, and the tokens chosen at its rows with logits from `first_row` on, as many as the choices have.
+
+        The same tokens as `speculation.choice.choose` on the logits of `forward`, which need not come together here.
+        """

@@ -17,6 +17,7 @@ from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.layers import Layer, Linear
 from ssd_runtime.model.parallel import Shard
 from ssd_runtime.model.quantize import PackedLinear
+from ssd_runtime.speculation.choice import Choice, choose, count_rows
 
 
 class Decoder:
@@ -29,6 +30,9 @@ class Decoder:
         lm_head: hidden features to logits.
         frequencies_P: of the rotary embedding, on the CPU or the device.
         shard: which part of a tensor-parallel model this is, with `arch` describing the part; None for a whole one.
+
+    Attributes:
+        shard: the same.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class Decoder:
     ) -> None:
         self.arch = shard.plan.arch if shard else arch  # of the whole model
         self._part = arch
-        self._shard = shard
+        self.shard = shard
         self.device = embedding_VE.device
         self.dtype = embedding_VE.dtype
         self._embedding_VE = embedding_VE
@@ -71,6 +75,21 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor:
         """Logits of the wanted rows, float32 (RV). Writes keys and values of every row into its slot."""
+        logits = self.forward_part(batch, kv_L2SGD)
+        if self.shard is None:
+            return logits
+        if len(logits) == 0:
+            return logits.new_empty(0, self.arch.vocab_size)
+        return self.shard.whole_rows(logits)
+
+    def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
+        """A forward, and the tokens chosen at its wanted rows from `first_row` on; the others' logits are dropped."""
+        logits_RV = self.forward(batch, kv_L2SGD)
+        return choose(logits_RV[first_row : first_row + count_rows(choices)], choices)
+
+    @torch.inference_mode()
+    def forward_part(self, batch: ForwardBatch, kv_L2SGD: Tensor) -> Tensor:
+        """As `forward`, but of the logits what this rank has, padding included."""
         angles_ND = batch.positions_N.float()[:, None] * self._frequencies_D
         cos_ND, sin_ND = angles_ND.cos(), angles_ND.sin()
         if self._packed is None:
@@ -92,21 +111,21 @@ class Decoder:
                 self._scale,
             )
         if len(x_RE) == 0:
-            return torch.empty(0, self.arch.vocab_size, device=self.device)
-        logits_RV: Tensor = self._lm_head(x_RE).float()
-        return logits_RV if self._shard is None else self._shard.whole_rows(logits_RV)
+            return torch.empty(0, self._part.vocab_size, device=self.device)
+        logits: Tensor = self._lm_head(x_RE).float()
+        return logits
 
     def check(self) -> None:
         """Nothing can be gone that this process does not need for a forward anyway."""
 
     def settle(self) -> None:
         """Return when the forwards so far have happened, raising PeerLost where a rank of the group is gone."""
-        if self._shard is not None:
-            self._shard.group.settle()
+        if self.shard is not None:
+            self.shard.group.settle()
 
     def _walk(self, batch: ForwardBatch, cos_ND: Tensor, sin_ND: Tensor, kv_L2SGD: Tensor) -> Tensor:
         """The layers operator by operator: the wanted rows after the last norm (RE)."""
-        arch, eps, shard = self._part, self._part.rms_norm_eps, self._shard
+        arch, eps, shard = self._part, self._part.rms_norm_eps, self.shard
         num_heads, num_kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
         num_rows, last = len(batch.tokens_N), len(self._layers) - 1
         if shard is None:

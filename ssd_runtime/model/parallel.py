@@ -4,11 +4,12 @@ Column-parallel q, k, v, gate and up (each rank some heads and inner features), 
 are summed over the ranks, embedding table and head split by vocabulary (Megatron-LM, arXiv 1909.08053). Knows no
 processes: what the ranks say to each other goes through a `Collective`.
 
-Shape legend: N rows, R rows of logits, V vocabulary, E hidden features.
+Shape legend: N rows, R rows of logits, V vocabulary, L columns of a rank, G ranks, E hidden features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from torch.nn import functional
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.source import WHOLE, Part, WeightSource
+from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.speculation.slices import report
 
 _COLUMN_PARALLEL = ("gate_proj", "up_proj")
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64)  # worth naming in a remedy
@@ -212,3 +215,17 @@ class Shard:
         """Logits over the whole vocabulary from every rank's part, padding cut off."""
         parts_GRV = self.group.gather(logits_RV)
         return parts_GRV.transpose(0, 1).reshape(len(logits_RV), -1)[:, : self.plan.arch.vocab_size].contiguous()
+
+    def reports(self, logits_RL: Tensor, choices: Sequence[Choice]) -> Tensor:
+        """Every rank's report on its part of the logits (speculation/slices.py), for rank 0 to choose from (GC).
+
+        Args:
+            logits_RL: this rank's part, padding included, of the rows of all choices.
+        """
+        start, stop = self.plan.vocabulary
+        self.group.settle()  # a report may wait for the device, and only this wait has a deadline
+        within = [choice.within(start, stop) for choice in choices]
+        mine = report(logits_RL[:, : stop - start], within, start, self.plan.arch.vocab_size)
+        reports_GC = self.group.gather(mine)
+        self.group.settle()
+        return reports_GC

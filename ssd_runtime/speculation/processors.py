@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -98,41 +98,73 @@ def process_history(logits_V: Tensor, params: SamplingParams, history: History) 
     return z_V
 
 
+@dataclass
+class Tally:
+    """What the processors of one sequence rest on, as integers and floats: whoever has them can apply the processors.
+
+    Attributes:
+        counts: of every token of the text, how often it is in the output; empty if nothing is penalised.
+        num_output: tokens of the output.
+        bias: token to what is added to its logit.
+        allowed, banned, end_tokens: as in SamplingParams; the end tokens are banned below `min_tokens`.
+    """
+
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    counts: dict[int, int] = field(default_factory=dict)
+    num_output: int = 0
+    bias: dict[int, float] = field(default_factory=dict)
+    allowed: tuple[int, ...] | None = None
+    banned: tuple[int, ...] = ()
+    end_tokens: tuple[int, ...] = ()
+    min_tokens: int = 0
+
+    @property
+    def penalises(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    def within(self, start: int, stop: int) -> Tally:
+        """For the tokens start <= token < stop alone, which are counted from 0."""
+
+        def inside(tokens: Sequence[int]) -> tuple[int, ...]:
+            return tuple(token - start for token in tokens if start <= token < stop)
+
+        return replace(
+            self,
+            counts={token - start: count for token, count in self.counts.items() if start <= token < stop},
+            bias={token - start: bias for token, bias in self.bias.items() if start <= token < stop},
+            allowed=None if self.allowed is None else inside(self.allowed),
+            banned=inside(self.banned),
+            end_tokens=inside(self.end_tokens),
+        )
+
+
 class LogitsProcessors:
     """The processors of one sequence and its text so far, counted.
 
     Args:
-        params: of the request.
-        prompt: its tokens.
-        vocab_size: width of the logits. Tokens beyond it cannot be chosen here and are left aside: a draft's
-            vocabulary may be the shorter one. If 5. leaves nothing of a draft's vocabulary, it drafts without 5.
-        end_tokens: those that end the sequence.
+        tally: what they rest on, for tokens of this vocabulary; `extend` counts on in it.
+        vocab_size: width of the logits. Tokens beyond it cannot be chosen here and are left aside.
     """
 
-    def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], vocab_size: int, end_tokens: Sequence[int] = ()
-    ) -> None:
-        self._params = params
+    def __init__(self, tally: Tally, vocab_size: int) -> None:
+        self.tally = tally
         self._vocab_size = vocab_size
-        self._penalises = _penalises(params)
-        self._counts = dict.fromkeys((token for token in prompt if token < vocab_size), 0) if self._penalises else {}
-        self._num_output = 0
-        self._bias = {token: bias for token, bias in params.logit_bias if token < vocab_size}
-        excludes = _leaves_a_token(params, vocab_size, end_tokens)
-        allowed = params.allowed_tokens if excludes else None
-        self._allowed = None if allowed is None else [token for token in allowed if token < vocab_size]
-        self._banned = [token for token in params.banned_tokens if token < vocab_size and excludes]
-        self._end = [token for token in end_tokens if token < vocab_size and excludes]
         self._excluded: dict[bool, Tensor] = {}
         self._text: tuple[Tensor, Tensor] | None = None
 
+    def within(self, start: int, stop: int) -> LogitsProcessors:
+        """The same for a slice of the vocabulary, with tokens counted from its start; it does not follow `extend`."""
+        return LogitsProcessors(self.tally.within(start, stop), stop - start)
+
     def extend(self, tokens: Sequence[int]) -> None:
         """The output grew by these tokens."""
-        self._num_output += len(tokens)
-        if self._penalises:
+        self.tally.num_output += len(tokens)
+        if self.tally.penalises:
             for token in tokens:
                 if token < self._vocab_size:
-                    self._counts[token] = self._counts.get(token, 0) + 1
+                    self.tally.counts[token] = self.tally.counts.get(token, 0) + 1
             self._text = None
 
     def process(self, logits_V: Tensor, speculated: Sequence[int], z_V: Tensor) -> None:
@@ -142,47 +174,49 @@ class LogitsProcessors:
             logits_V: of the model, left as they are.
             z_V: float32 copy of them, which becomes the result.
         """
-        device = z_V.device
-        if self._penalises:
+        device, tally = z_V.device, self.tally
+        if tally.penalises:
             self._penalise(logits_V, z_V, self._counted(device))
             if speculated:
                 self._penalise(logits_V, z_V, self._counted_with(speculated, device))
-        if self._bias:
-            tokens_U, bias_U = _tensors(list(self._bias), list(self._bias.values()), device)
+        if tally.bias:
+            tokens_U, bias_U = _tensors(list(tally.bias), list(tally.bias.values()), device)
             z_V[tokens_U] += bias_U
-        too_early = bool(self._end) and self._num_output + len(speculated) < self._params.min_tokens
-        if self._allowed is not None or self._banned or too_early:
+        too_early = bool(tally.end_tokens) and tally.num_output + len(speculated) < tally.min_tokens
+        if tally.allowed is not None or tally.banned or too_early:
             z_V.masked_fill_(self._excluded_tokens(too_early, device), -torch.inf)
 
     def _excluded_tokens(self, too_early: bool, device: torch.device) -> Tensor:
         """Which tokens may not be chosen, the end tokens among them or not; made once."""
         if too_early not in self._excluded:
-            excluded_V = torch.full((self._vocab_size,), self._allowed is not None)
-            excluded_V[self._allowed or []] = False
-            excluded_V[self._banned + (self._end if too_early else [])] = True
+            tally = self.tally
+            excluded_V = torch.full((self._vocab_size,), tally.allowed is not None)
+            excluded_V[list(tally.allowed or ())] = False
+            excluded_V[[*tally.banned, *(tally.end_tokens if too_early else ())]] = True
             self._excluded[too_early] = excluded_V.to(device)
         return self._excluded[too_early]
 
     def _counted(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Every token of the text so far and its count in the output; made anew only after `extend`."""
         if self._text is None:
-            tokens, counts = list(self._counts), list(self._counts.values())
+            tokens, counts = list(self.tally.counts), list(self.tally.counts.values())
             self._text = _tensors(tokens, counts, device)
         return self._text
 
     def _counted_with(self, speculated: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """The speculated tokens alone, and their counts in the output that ends with them."""
-        tokens = [token for token in dict.fromkeys(speculated) if token < self._vocab_size]
-        return _tensors(tokens, [self._counts.get(token, 0) + speculated.count(token) for token in tokens], device)
+        counts = self.tally.counts
+        tokens = [token for token in dict.fromkeys(speculated) if 0 <= token < self._vocab_size]
+        return _tensors(tokens, [counts.get(token, 0) + speculated.count(token) for token in tokens], device)
 
     def _penalise(self, logits_V: Tensor, z_V: Tensor, counted: tuple[Tensor, Tensor]) -> None:
         """Write the penalised logits of the counted tokens, from the unpenalised ones."""
         tokens_U, counts_U = counted
         z_U = logits_V[tokens_U].float()
-        penalty = self._params.repetition_penalty
+        penalty = self.tally.repetition_penalty
         z_U = torch.where(z_U > 0, z_U / penalty, z_U * penalty)
-        z_U = z_U - counts_U * self._params.frequency_penalty
-        z_V[tokens_U] = z_U - (counts_U > 0) * self._params.presence_penalty
+        z_U = z_U - counts_U * self.tally.frequency_penalty
+        z_V[tokens_U] = z_U - (counts_U > 0) * self.tally.presence_penalty
 
 
 def _tensors(tokens: list[int], values: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,18 +226,32 @@ def _tensors(tokens: list[int], values: Sequence[float], device: torch.device) -
     )
 
 
-def _penalises(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
-
-
 def processors_of(
     params: SamplingParams, prompt: Sequence[int], vocab_size: int, end_tokens: Sequence[int] = ()
 ) -> LogitsProcessors | None:
-    """The processors of a sequence, None if it asks for none."""
+    """The processors of a sequence, None if it asks for none.
+
+    Args:
+        prompt: its tokens.
+        vocab_size: width of the logits. A draft's vocabulary may be the shorter one: tokens beyond it are left aside,
+            and if 5. leaves nothing of it, it drafts without 5.
+        end_tokens: those that end the sequence.
+    """
+    tally = Tally(
+        params.repetition_penalty,
+        params.frequency_penalty,
+        params.presence_penalty,
+        bias=dict(params.logit_bias),
+        min_tokens=params.min_tokens,
+    )
     edits = params.logit_bias or params.banned_tokens or (params.min_tokens and end_tokens)
-    if not _penalises(params) and not edits and params.allowed_tokens is None:
+    if not tally.penalises and not edits and params.allowed_tokens is None:
         return None
-    return LogitsProcessors(params, prompt, vocab_size, end_tokens)
+    if tally.penalises:
+        tally.counts = dict.fromkeys(prompt, 0)
+    if _leaves_a_token(params, vocab_size, end_tokens):
+        tally.allowed, tally.banned, tally.end_tokens = params.allowed_tokens, params.banned_tokens, tuple(end_tokens)
+    return LogitsProcessors(tally.within(0, vocab_size), vocab_size)
 
 
 def process_rows(logits_RV: Tensor, rows: Sequence[tuple[LogitsProcessors | None, Sequence[int]]]) -> Tensor:

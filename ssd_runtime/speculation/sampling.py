@@ -13,6 +13,7 @@ Processors in order: those of processors.py, which come first and elsewhere, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ class Draw:
 
     params: SamplingParams
     position: int
+
+    @property
+    def key(self) -> int:
+        """Of its noise."""
+        return noise_key(self.params.seed, self.position)
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -112,15 +118,17 @@ def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> 
     for logits_V, draw in zip(logits_RV, draws, strict=True):
         score_V = process_logits(logits_V, draw.params).double()
         if draw.params.temperature > 0.0:
-            score_V = score_V + gumbel_noise(noise_key(draw.params.seed, draw.position), tokens_V)
+            score_V = score_V + gumbel_noise(draw.key, tokens_V)
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
-        ranked.append(_ranking(order[score_V[order] > -torch.inf], score_V, draw))
+        ranked.append(_ranking(order, score_V[order], draw))
     return ranked
 
 
-def _ranking(tokens: Tensor, score_V: Tensor, draw: Draw) -> Ranking:
-    scores = score_V[tokens]
-    margins = (scores[0] - scores) * (draw.params.temperature or 1.0)
+def _ranking(tokens: Tensor, scores: Tensor, draw: Draw) -> Ranking:
+    """Of tokens and their scores, best first; what is excluded is left out."""
+    left = scores > -torch.inf
+    tokens, scores = tokens[left], scores[left]
+    margins = (scores[0] - scores) * (draw.params.temperature or 1.0) if len(scores) else scores
     return Ranking(tuple(tokens.tolist()), tuple(margins.tolist()))
 
 
@@ -146,22 +154,25 @@ def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ra
     return [ranked[row] for row in range(len(draws))]
 
 
-def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
-    """All rows in one operator."""
+def _sample(logits_RV: Tensor, draws: Sequence[Draw], count: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
+    """All rows in one operator: tokens and scores [R, count]."""
     params = [draw.params for draw in draws]
-    temperatures = [one.temperature for one in params]
-    real_3R = [temperatures, [one.top_p for one in params], [one.min_p for one in params]]
+    real_3R = [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]]
     whole_3R = [[one.top_k for one in params], [signed(one.seed) for one in params], [draw.position for draw in draws]]
     # Two copies to the device, not six.
     temperature_R, top_p_R, min_p_R = torch.tensor(real_3R, dtype=torch.float64).to(logits_RV.device)
     top_k_R, seed_R, position_R = torch.tensor(whole_3R, dtype=torch.int64).to(logits_RV.device)
-    tokens_RF, scores_RF = ops.sample_shared_noise(
-        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count
+    return ops.sample_shared_noise(
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count, first_token
     )
+
+
+def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
+    tokens_RF, scores_RF = _sample(logits_RV, draws, count)
     rankings = []
-    for tokens, scores, temperature in zip(tokens_RF.tolist(), scores_RF.tolist(), temperatures, strict=True):
+    for tokens, scores, draw in zip(tokens_RF.tolist(), scores_RF.tolist(), draws, strict=True):
         left = count - tokens.count(-1)  # processors may leave fewer
-        margins = tuple((scores[0] - score) * (temperature or 1.0) for score in scores[:left])
+        margins = tuple((scores[0] - score) * (draw.params.temperature or 1.0) for score in scores[:left])
         rankings.append(Ranking(tuple(tokens[:left]), margins))
     return rankings
 
@@ -187,18 +198,62 @@ def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
 
 
 def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> Ranking:
-    z_V = process_logits(logits_V, draw.params)
-    key = noise_key(draw.params.seed, draw.position)
+    tokens, scores = _best_noised(process_logits(logits_V, draw.params), draw.key, count)
+    return _ranking(tokens, scores, draw)
+
+
+def _best_noised(z_V: Tensor, key: int, count: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
+    """The `count` tokens (fewer where fewer are left) with the best noised scores, and these in float64, best first."""
     head = z_V.topk(min(max(_HEAD, count), z_V.numel()))
-    head_score = head.values.double() + gumbel_noise(key, head.indices)
+    head_score = head.values.double() + gumbel_noise(key, head.indices + first_token)
     # Whatever is below this bound even with the largest noise cannot be among the first `count`.
-    bound = float(head_score.topk(count).values[-1])
+    bound = float(head_score.topk(min(count, len(head_score))).values[-1])
     if bound == -torch.inf:  # fewer than `count` tokens are left: all of them are in the head
-        tokens, score = head.indices, head_score
+        columns, score = head.indices, head_score
     else:
         # One part in 10^6 of slack, since z is float32 and the comparison must never drop a winner.
-        tokens = (z_V >= bound - MAX_NOISE - 1e-6 * (abs(bound) + MAX_NOISE)).nonzero().squeeze(1)
-        score = z_V[tokens].double() + gumbel_noise(key, tokens)
-    best = score.topk(min(count, tokens.numel())).indices
-    ranking = _ranking(best[score[best] > -torch.inf], score, draw)
-    return Ranking(tuple(tokens[list(ranking.tokens)].tolist()), ranking.margins)
+        columns = (z_V >= bound - MAX_NOISE - 1e-6 * (abs(bound) + MAX_NOISE)).nonzero().squeeze(1)
+        score = z_V[columns].double() + gumbel_noise(key, columns + first_token)
+    best = score.topk(min(count, columns.numel())).indices
+    return columns[best] + first_token, score[best]
+
+
+def scaled(logits_V: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, float32, rounded as `rank_tokens` rounds them on this device.
+
+    On a GPU torch multiplies by the inverse of a number and divides by a tensor; the kernel divides.
+    """
+    if ops.compiled_for(logits_V.device):
+        return logits_V.float() / torch.tensor(temperature, dtype=torch.float32, device=logits_V.device)
+    return logits_V.float() / temperature
+
+
+def best_of_columns(logits_RL: Tensor, draws: Sequence[Draw], first_token: int) -> tuple[Tensor, Tensor]:
+    """What would be chosen at each row of some columns of the logits, without top-k, top-p and min-p.
+
+    Args:
+        logits_RL: after the processors of processors.py; L may be 0.
+        first_token: what the first column stands for.
+
+    Returns:
+        Tokens (int64) and their scores, noised where the temperature is not 0 (float64); lower tokens win ties, and
+        nothing to choose from is -1 with -inf or NaN. On the device of the logits.
+    """
+    plain = [Draw(SamplingParams(draw.params.temperature, seed=draw.params.seed), draw.position) for draw in draws]
+    if logits_RL.shape[1] and ops.compiled_for(logits_RL.device):
+        tokens_RF, scores_RF = _sample(logits_RL, plain, 1, first_token)
+        return tokens_RF[:, 0], scores_RF[:, 0]
+    best = [_best_of_row(logits_L, draw, first_token) for logits_L, draw in zip(logits_RL, plain, strict=True)]
+    tokens_R = torch.tensor([-1 if score == -math.inf else token for token, score in best], dtype=torch.int64)
+    scores_R = torch.tensor([score for _, score in best], dtype=torch.float64)
+    return tokens_R.to(logits_RL.device), scores_R.to(logits_RL.device)
+
+
+def _best_of_row(logits_L: Tensor, draw: Draw, first_token: int) -> tuple[int, float]:
+    if len(logits_L) == 0:
+        return -1, -math.inf
+    if draw.params.temperature == 0.0:
+        column = int(logits_L.argmax())
+        return column + first_token, float(logits_L[column])
+    tokens, scores = _best_noised(process_logits(logits_L, draw.params), draw.key, 1, first_token)
+    return (int(tokens[0]), float(scores[0])) if len(tokens) else (-1, math.nan)  # there is a NaN among them

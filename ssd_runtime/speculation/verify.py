@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.config import Coupling
+from ssd_runtime.speculation.choice import Choice, choose, processed
+from ssd_runtime.speculation.processors import LogitsProcessors
 from ssd_runtime.speculation.rejection import verify_by_rejection
-from ssd_runtime.speculation.sampling import Draw, choose_tokens, process_logits
+from ssd_runtime.speculation.sampling import process_logits
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 
 
@@ -28,16 +30,27 @@ class Claim:
         params: of the request.
         position: of the first speculated token in the sequence; of the bonus token if there is none.
         text: hash of the tokens before it (noise.py); only rejection sampling looks at it.
+        processors: of the sequence; None if it has none.
     """
 
     params: SamplingParams
     position: int
     speculation: Speculation
     text: int = 0
+    processors: LogitsProcessors | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.speculation.tokens) + 1
+
+    @property
+    def choice(self) -> Choice:
+        """The target's own tokens at its rows."""
+        return Choice(self.params, self.position, range(self.num_rows), self.speculation.tokens, self.processors)
+
+    def is_settled_by_tokens(self, coupling: Coupling) -> bool:
+        """Whether the target's own tokens decide; if not, probabilities do."""
+        return coupling == "shared-noise" or self.params.temperature == 0.0
 
 
 def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
@@ -54,28 +67,28 @@ def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
     return Outcome(num_accepted, chosen[num_accepted])
 
 
+def verify_by_tokens(chosen: Sequence[int], claims: Sequence[Claim]) -> list[Outcome]:
+    """The outcome of every claim, all of them settled by the target's own tokens, `num_rows` a claim in order."""
+    rows = iter(chosen)
+    return [verify(list(itertools.islice(rows, claim.num_rows)), claim.speculation.tokens) for claim in claims]
+
+
 def verify_claims(coupling: Coupling, logits_RV: Tensor, claims: Sequence[Claim]) -> list[Outcome]:
     """The outcome of every claim.
 
     Args:
-        logits_RV: `num_rows` rows a claim, in order, after the processors of processors.py.
+        logits_RV: of the model, `num_rows` rows a claim, in order.
     """
     rows = logits_RV.split([claim.num_rows for claim in claims])
-    by_equality = [i for i, claim in enumerate(claims) if coupling == "shared-noise" or claim.params.temperature == 0.0]
+    by_tokens = [i for i, claim in enumerate(claims) if claim.is_settled_by_tokens(coupling)]
     outcomes: dict[int, Outcome] = {}
-    if by_equality:
-        same_RV = logits_RV if len(by_equality) == len(claims) else torch.cat([rows[i] for i in by_equality])
-        draws = [
-            Draw(claims[i].params, claims[i].position + offset)
-            for i in by_equality
-            for offset in range(claims[i].num_rows)
-        ]
-        chosen = iter(choose_tokens(same_RV, draws))
-        for i in by_equality:
-            speculation = claims[i].speculation
-            outcomes[i] = verify(list(itertools.islice(chosen, claims[i].num_rows)), speculation.tokens)
+    if by_tokens:
+        same_RV = logits_RV if len(by_tokens) == len(claims) else torch.cat([rows[i] for i in by_tokens])
+        settled = [claims[i] for i in by_tokens]
+        chosen = choose(same_RV, [claim.choice for claim in settled])
+        outcomes = dict(zip(by_tokens, verify_by_tokens(chosen, settled), strict=True))
     for i, claim in enumerate(claims):
         if i not in outcomes:
-            z_LV = [process_logits(logits_V, claim.params) for logits_V in rows[i]]
+            z_LV = [process_logits(logits_V, claim.params) for logits_V in processed(rows[i], [claim.choice])]
             outcomes[i] = verify_by_rejection(z_LV, claim.speculation, claim.params.seed, claim.text)
     return [outcomes[i] for i in range(len(claims))]

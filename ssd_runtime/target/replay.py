@@ -1,9 +1,12 @@
 """The forwards of a tensor-parallel target: the leader sends what it computes as integers, the other ranks replay it.
 
-One frame a forward, int64: a header and the rows of the `ForwardBatch`, tables as blocks instead of slots. It has a
-fixed shape, and what does not fit follows in a second broadcast whose size the header gives. Followers decide nothing
-and keep no books: their KV rows are where the leader's slots say. When nothing is computed, idle frames, which every
-rank answers, tell both sides that the other is there. Knows no requests and no draft.
+One frame a forward, int64 (words.py): a header and the rows of the `ForwardBatch`, tables as blocks instead of slots.
+Where tokens are to be chosen and nothing else is wanted of the logits, it also says by what: every rank then reports on
+its slice of the vocabulary, and the leader decides (speculation/slices.py). Rows that the reports cannot tell, and
+forwards of which more is wanted, are gathered whole. A frame has a fixed shape, and what does not fit follows in a
+second broadcast whose size the header gives. Followers decide nothing and keep no books: their KV rows are where the
+leader's slots say. When nothing is computed, idle frames, which every rank answers, tell both sides that the other is
+there. Knows no requests and no draft.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
 import torch
@@ -22,13 +25,15 @@ from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.choice import Choice, choose, count_rows
+from ssd_runtime.speculation.slices import decidable, decide
+from ssd_runtime.target.words import decode_batch, decode_choices, encode_batch, encode_choices
 
 log = logging.getLogger(__name__)
 
 FRAME_WORDS = 2048  # 16 KiB: a decoding batch fits; a long prompt's chunk needs the second broadcast
 NOTHING = torch.empty(0, dtype=torch.int64)
 _HEADER_WORDS = 8
-_CPU = torch.device("cpu")
 
 
 class FrameKind(IntEnum):
@@ -36,6 +41,8 @@ class FrameKind(IntEnum):
     FORWARD = 2
     IDLE = 3
     STOP = 4
+    CHOOSE = 5
+    WHOLE_ROWS = 6
 
 
 class LeadingDecoder:
@@ -50,7 +57,8 @@ class LeadingDecoder:
 
     def __init__(self, decoder: Decoder, frames: TargetGroup, block_size: int, heartbeat_s: float) -> None:
         self.arch, self.device, self.row_invariant = decoder.arch, decoder.device, decoder.row_invariant
-        self._decoder, self._frames, self._block_size = decoder, frames, block_size
+        assert decoder.shard is not None, "a model of one rank has no followers"
+        self._decoder, self._frames, self._block_size, self._shard = decoder, frames, block_size, decoder.shard
         self._heartbeat_s = heartbeat_s
         self._lock = threading.Lock()  # one frame and what belongs to it at a time; guards the three below
         self._serial = 0
@@ -73,6 +81,35 @@ class LeadingDecoder:
             logits_RV = self._decoder.forward(batch, kv_L2SGD)
             self._decoder.settle()
             return logits_RV
+
+    def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
+        """As `Decoder.choose`, from a few numbers a row and rank where these can tell. Raises as `forward`.
+
+        The logits are gathered where these numbers could not tell, or what they rest on (a long text that is penalised,
+        a long list of allowed tokens) is larger than the logits.
+        """
+        vocab_size = self.arch.vocab_size
+        asked = encode_choices(choices)
+        num_rows = count_rows(choices)
+        rows = slice(first_row, first_row + num_rows)
+        if asked.nbytes > 4 * vocab_size * max(1, num_rows) or not all(
+            decidable(choice, vocab_size) for choice in choices
+        ):
+            return choose(self.forward(batch, kv_L2SGD)[rows], choices)
+        words = encode_batch(batch, self._block_size)
+        with self._announced(FrameKind.CHOOSE, torch.cat((torch.tensor([len(words), first_row]), words, asked))):
+            logits_RL = self._decoder.forward_part(batch, kv_L2SGD)[rows]
+            reports_GC = self._shard.reports(logits_RL, choices)
+        tokens = decide(reports_GC, choices, vocab_size)
+        open_rows = [row for row, token in enumerate(tokens) if token is None]
+        if open_rows:
+            with self._announced(FrameKind.WHOLE_ROWS, torch.tensor(open_rows)):
+                logits_RV = self._shard.whole_rows(logits_RL[open_rows])
+                self._decoder.settle()
+            row_by_row = [choice.part(slice(row, row + 1)) for choice in choices for row in range(len(choice.rows))]
+            closed = iter(choose(logits_RV, [row_by_row[row] for row in open_rows]))
+            return [next(closed) if token is None else token for token in tokens]
+        return [token for token in tokens if token is not None]
 
     def check(self) -> None:
         """Raise PeerLost if a follower was found missing while nothing was computed."""
@@ -140,7 +177,9 @@ class Follower:
     """
 
     def __init__(self, decoder: Decoder, frames: TargetGroup, block_size: int) -> None:
-        self._decoder, self._frames, self._block_size = decoder, frames, block_size
+        assert decoder.shard is not None, "a model of one rank has no followers"
+        self._decoder, self._frames, self._block_size, self._shard = decoder, frames, block_size, decoder.shard
+        self._logits_RL: Tensor | None = None  # this rank's part, of the rows that were chosen at last
         self._kv: Tensor | None = None
         self._serial = 0
 
@@ -156,9 +195,28 @@ class Follower:
             if kind is FrameKind.NEW_KV:
                 self._kv = self._decoder.new_kv(int(payload))
                 continue
-            assert self._kv is not None, "the leader makes its pool first"
-            self._decoder.forward(decode_batch(payload, self._block_size, self._decoder.device), self._kv)
+            if kind is FrameKind.WHOLE_ROWS:
+                assert self._logits_RL is not None, "the leader has its rows chosen first"
+                self._shard.whole_rows(self._logits_RL[payload.to(self._decoder.device)])
+            elif kind is FrameKind.CHOOSE:
+                self._logits_RL = self._report(payload)
+            else:
+                assert self._kv is not None, "the leader makes its pool first"
+                self._decoder.forward(self._batch(payload), self._kv)
             self._decoder.settle()
+
+    def _report(self, payload: Tensor) -> Tensor:
+        """Run a forward and report on it; this rank's part of the logits of the rows chosen at."""
+        assert self._kv is not None, "the leader makes its pool first"
+        length, first_row = payload[:2].tolist()
+        choices = decode_choices(payload[2 + length :], self._decoder.arch.vocab_size)
+        logits_RL = self._decoder.forward_part(self._batch(payload[2 : 2 + length]), self._kv)
+        logits_RL = logits_RL[first_row : first_row + count_rows(choices)]
+        self._shard.reports(logits_RL, choices)
+        return logits_RL
+
+    def _batch(self, words: Tensor) -> ForwardBatch:
+        return decode_batch(words, self._block_size, self._decoder.device)
 
     def _receive(self) -> tuple[FrameKind, Tensor]:
         words = torch.empty(FRAME_WORDS, dtype=torch.int64)
@@ -180,39 +238,3 @@ def answer_idle(frames: TargetGroup, serial: int) -> None:
     heard = frames.gather(torch.tensor([serial])).flatten().tolist()
     if heard != [serial] * frames.size:
         raise PeerLost("target", -1, -1, f"the target ranks disagree about the number of frames: {heard}")
-
-
-def encode_batch(batch: ForwardBatch, block_size: int) -> Tensor:
-    """A batch as int64 words: the five sizes, then rows, blocks of the tables, chains, wanted rows."""
-    num_rows, depth = batch.chain_ND.shape
-    num_sequences, reach = batch.tables_SC.shape
-    wanted_R = batch.logit_rows_R
-    sizes = [num_rows, num_sequences, reach, depth, -1 if wanted_R is None else len(wanted_R)]
-    blocks_SB = batch.tables_SC[:, ::block_size] // block_size
-    rows = (batch.tokens_N, batch.positions_N, batch.slots_N, batch.sequence_N, batch.prefix_N)
-    parts = [*rows, blocks_SB.flatten(), batch.chain_ND.flatten()]
-    if wanted_R is not None:
-        parts.append(wanted_R)
-    return torch.cat((torch.tensor(sizes), torch.cat(parts).to(_CPU)))
-
-
-def decode_batch(words: Tensor, block_size: int, device: torch.device) -> ForwardBatch:
-    """What `encode_batch` was given, on `device`; raises PeerLost for words that are no batch."""
-    num_rows, num_sequences, reach, depth, wanted = words[:5].tolist()
-    num_blocks = -(-reach // block_size)
-    lengths = [num_rows] * 5 + [num_sequences * num_blocks, num_rows * depth, max(0, wanted)]
-    if len(words) != 5 + sum(lengths):
-        raise PeerLost("target", 0, -1, f"a frame of {len(words)} words does not hold a batch of {words[:5].tolist()}")
-    tokens_N, positions_N, slots_N, sequence_N, prefix_N, blocks, chains, wanted_R = words[5:].to(device).split(lengths)
-    offsets = torch.arange(block_size, device=device)
-    tables_SC = (blocks[:, None] * block_size + offsets).view(num_sequences, -1)[:, :reach]
-    return ForwardBatch(
-        tokens_N=tokens_N,
-        positions_N=positions_N,
-        slots_N=slots_N,
-        sequence_N=sequence_N,
-        tables_SC=tables_SC.contiguous(),
-        prefix_N=prefix_N,
-        chain_ND=chains.view(num_rows, depth),
-        logit_rows_R=None if wanted < 0 else wanted_R,
-    )
