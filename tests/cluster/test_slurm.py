@@ -17,7 +17,7 @@ from ssd_runtime import topology
 from ssd_runtime.comm.messages import Chunk, Finished, Generate
 from ssd_runtime.config import load_config
 from tests.cluster import slurm
-from tests.cluster.hosts import Lab
+from tests.cluster.hosts import Host, Lab
 from tests.cluster.runs import ask, client_on
 from tests.process.runs import PLAIN, ROOT, START_S, TAG, eventually
 
@@ -52,10 +52,23 @@ def tagged(tag: str) -> list[int]:
     return found
 
 
-def write(directory: Path, config: Path, form: Form, nodes: int = 1) -> Path:
+def ranks_on(host: Host) -> set[str]:
+    """The ranks whose processes are on a host."""
+    there = os.readlink(host.namespace)
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if "RANK" in process.environ() and os.readlink(f"/proc/{process.pid}/ns/net") == there:
+                found.add(process.environ()["RANK"])
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def write(directory: Path, config: Path, form: Form, *more: str, nodes: int = 1) -> Path:
     """The scripts for the tiny pair, in a directory."""
     cores = topology.allowed_cores()
-    overrides = (f"target.cores=[{cores[0]}]", f"draft.cores=[{cores[-1]}]")
+    overrides = (f"target.cores=[{cores[0]}]", f"draft.cores=[{cores[-1]}]", *more)
     plan = Plan(load_config(config, overrides), config, overrides, form, nodes, time="10", python=sys.executable)
     directory.mkdir()
     for name, text in render(plan).items():
@@ -83,7 +96,8 @@ def await_said(log: Path, pattern: str, cluster: slurm.Slurm) -> str:
 def test_one_job_over_two_nodes_serves_and_ends_cleanly_at_its_time_limit(
     cluster: slurm.Slurm, config: Path, tmp_path: Path
 ) -> None:
-    jobs = write(tmp_path / "jobs", config, "single-job", nodes=2)
+    jobs = write(tmp_path / "jobs", config, "single-job", "deployment.drafts=2", nodes=2)
+    assert "ranks=(1 2) # of each node" in (jobs / "ssd.sbatch").read_text()
     job = cluster.run("sbatch", "--parsable", str(jobs / "ssd.sbatch"), cwd=jobs)
     log = jobs / f"ssd_{job}.out"
     address = await_said(log, r"address: (tcp://10\.77\.0\.1:\d+)", cluster)
@@ -91,6 +105,7 @@ def test_one_job_over_two_nodes_serves_and_ends_cleanly_at_its_time_limit(
         plain = ask(client, "ar")
         assert ask(client, "ssd").token_ids == plain.token_ids
         assert client.status().draft == "linked"
+    assert [sorted(ranks_on(host)) for host in cluster.lab.hosts] == [["0"], ["1", "2"]]
     assert cluster.job(job)["NodeList"] == "node[1-2]"
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what Slurm does a minute before the limit
     cluster.await_state(job, *slurm.ENDED, timeout_s=30)
