@@ -56,8 +56,9 @@ demo: fetch
 	@echo "== ssd bench: the same prompts in every mode"
 	$(BIN)/ssd bench --config $(CONFIG) --modes ar,sd,ssd --limit 3 --max-tokens 64
 
+# Two workers: one for what starts engines, a test at a time, the other for the rest (tests/conftest.py).
 test: $(TESTING) fetch
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
 
 # Left out: what compares the extension with plain torch (test_cuda_*, test_decoder_layers); what calls no operator (the
 # links, messages and sockets, the launcher and its processes, files and text); and repetitions that are slow in plain

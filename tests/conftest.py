@@ -1,15 +1,37 @@
-"""Fixtures of every suite: one torch thread, and the embedded model, fetched once."""
+"""Fixtures of every suite: one torch thread, no deadline a pause could break, the embedded model, fetched once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from ssd_runtime.model import catalogue, fetch
+
+# A loaded machine may pause any process for a second, in the middle of an example or of drawing one.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+ENGINES = ("tests/cluster/", "tests/process/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Among several workers (pytest -n): all that starts engines stays in one of them, a test at a time; the others
+    take file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # in order of collection the longest come first: clusters and processes
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
