@@ -15,7 +15,7 @@ from ssd_runtime import trace
 from ssd_runtime.comm.messages import Progress
 from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import ConfigError, PeerLost, RequestError, SsdError
+from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError, SsdError
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         client = Client(ready.address, launch.config.timeouts.load)
         try:
             yield Session(client, ready.address, ready.cores, ranks)
-        except (ConfigError, RequestError):
+        except (ConfigError, RequestError, Overloaded):
             raise
         except SsdError as error:
             if not ranks.wait(GONE_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -9,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -47,6 +49,23 @@ def test_an_idle_link_outlives_its_deadline_by_keepalives(pair: Pair) -> None:
     assert pair.target.wait_trees(SOON) == [tree(1)]
     pair.target.send_outcomes(outcomes(1))
     assert pair.draft.wait_outcomes(SOON) == [outcomes(1)]
+
+
+def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that comes for the first and is gone for the second must not have a deadline for each."""
+    given: list[float] = []
+
+    def group(store: object, rank: int, host: str, timeout: timedelta) -> object:
+        given.append(timeout.total_seconds())
+        if len(given) == 2:
+            raise RuntimeError("nobody came")
+        time.sleep(0.2)
+        return object()
+
+    monkeypatch.setattr("ssd_runtime.comm.link.gloo_group", group)
+    with contextlib.closing(LinkHost("127.0.0.1")) as host, pytest.raises(PeerLost, match="nobody came"):
+        open_target_link(host.next_address(SHAPE), LinkTiming(build=SOON))
+    assert given[1] <= given[0] - 0.2 < SOON
 
 
 def test_garbage_on_the_wire_loses_the_peer(pair: Pair) -> None:

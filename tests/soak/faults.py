@@ -13,6 +13,7 @@ import zmq
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages import Generate
 from ssd_runtime.engine.client import Client
+from ssd_runtime.errors import PeerLost
 from tests.process.impostor import garbage, impostor
 from tests.soak.engine import Engine
 
@@ -24,6 +25,8 @@ def kill_the_draft(engine: Engine, chance: random.Random) -> None:
     if rank := engine.draft_rank():
         rank.kill()
         engine.draft.exit_code(60)
+    else:  # not up yet; it must not come beside the next one
+        engine.draft.kill()
     engine.run_until(time.monotonic() + 2 * chance.random())
     engine.new_draft()
 
@@ -75,9 +78,9 @@ def flood_with_requests(engine: Engine, chance: random.Random) -> None:
             if time.monotonic() > until:
                 return
             name = f"flood-{time.monotonic_ns()}-{number}"
-            control.send(
-                Generate(name, prompt="lazy dog", max_tokens=100, ignore_eos=True, stream=chance.random() < 0.5)
-            )
+            with contextlib.suppress(PeerLost):  # its own queue is full
+                stream = chance.random() < 0.5
+                control.send(Generate(name, prompt="lazy dog", max_tokens=100, ignore_eos=True, stream=stream))
             control.poll(0.0)
 
 
