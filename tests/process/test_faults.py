@@ -116,6 +116,7 @@ def until_hits_are_back(streams: Streams, before: int) -> None:
 def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, draft: Callable[[], Run]) -> None:
     with Streams(target.address, LENGTH) as streams:
         first = draft()
+        assert first.until("linked: draft ") == "1"  # the target's number for it
         until_hits_are_back(streams, len(streams.answers))
         rank = first.rank(0)
 
@@ -134,6 +135,7 @@ def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, 
         assert not target.run.ended
 
         second = draft()
+        assert second.until("linked: draft ") == "1"
         until_hits_are_back(streams, len(streams.answers))
         second.process.terminate()
         target.until("nobody is left", lambda status: status.draft == "lost")
