@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ssd_runtime.comm.messages import Cancel, ChatMessage, Chunk, Failed, Finished, Generate, Message
-from ssd_runtime.config import Config, EngineConfig, ServeConfig
+from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
@@ -87,9 +87,13 @@ def tokens_of(sent: list[Any], index: int = 0) -> tuple[int, ...]:
     return sum((chunk.token_ids for chunk in chunks), ())
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_output_i_is_what_seed_plus_i_gives_alone(process: InProcess, tokenizer: Tokenizer, stream: bool) -> None:
-    *chunks, finished = serve(process, tokenizer, [replace(ASKED, n=5, stream=stream)])  # more than run at once
+@pytest.mark.parametrize(("mode", "stream"), [("ssd", True), ("ssd", False), ("sd", True), ("sd-colocated", True)])
+def test_output_i_is_what_seed_plus_i_gives_alone(
+    process: InProcess, tokenizer: Tokenizer, mode: Mode, stream: bool
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, repetition_penalty=1.2, frequency_penalty=0.3)
+    asked = replace(ASKED, params=params, mode=mode)
+    *chunks, finished = serve(process, tokenizer, [replace(asked, n=5, stream=stream)])  # more than run at once
     assert isinstance(finished, Finished)
     assert finished.finish_reasons == ("length",) * 5
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (len(tokenizer.encode("the fox")), 60)
@@ -98,7 +102,7 @@ def test_output_i_is_what_seed_plus_i_gives_alone(process: InProcess, tokenizer:
     outputs = [tokens_of(chunks, index) for index in range(5)]
     assert len(set(outputs)) == 5
     for index, output in enumerate(outputs):
-        alone = serve(process, tokenizer, [replace(ASKED, params=replace(ASKED.params, seed=5 + index), mode="ar")])
+        alone = serve(process, tokenizer, [replace(asked, params=replace(params, seed=5 + index), mode="ar")])
         assert output == tokens_of(alone)
 
 
