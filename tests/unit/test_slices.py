@@ -126,6 +126,26 @@ def test_a_nucleus_deeper_than_the_heads_is_left_to_the_whole_logits():
     assert found.count(None) > 20
 
 
+def test_tokens_that_no_head_shows_are_reckoned_with():
+    """min_p keeps 400 of 4000 tokens. Where the best under noise is none of them, the best of the 400 may be unseen."""
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(1))
+    logits_RV = torch.linspace(0.0, 10.0, 4000)[order].expand(60, -1)
+    choices = [Choice(SamplingParams(temperature=1.0, min_p=0.37), 0, range(60))]
+    found, expected = in_slices(logits_RV, choices, (1000, 3000)), choose(logits_RV, choices)
+    assert all(token in (None, right) for token, right in zip(found, expected, strict=True))
+    assert 5 < found.count(None) < 40
+
+
+def test_ties_beyond_the_heads_count_in_the_mass_of_top_k():
+    """Top-k of 2 keeps all 1000 tokens that tie for the second place, so the first alone is no nucleus."""
+    logits_RV = torch.zeros(60, 1001)
+    logits_RV[:, 700] = 2.0
+    choices = [Choice(SamplingParams(temperature=1.0, top_k=2, top_p=0.5), 0, range(60))]
+    found, expected = in_slices(logits_RV, choices, (600, 401)), choose(logits_RV, choices)
+    assert found == expected
+    assert len(set(expected)) > 30
+
+
 def test_a_token_at_the_edge_of_a_nucleus_is_left_to_the_whole_logits():
     """Probabilities 1/2 and twice 1/4: 0.75 is reached exactly or not, as the sum is rounded."""
     logits_V = torch.log(torch.tensor([2.0, 1.0, 1.0 - 1e-7]))
