@@ -26,7 +26,7 @@ from ssd_runtime.model.batch import Model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.pace import Pace
-from ssd_runtime.speculation.planner import AdaptivePlanner
+from ssd_runtime.speculation.planner import AdaptivePlanner, FixedPlanner
 from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.door import Door, Terms
 from ssd_runtime.target.drafts import Drafts
@@ -119,9 +119,8 @@ class TargetRank(Rank):
                     patience = config.timeouts.load + config.timeouts.handshake
                     door.await_first(awaited, patience, lambda: bool(self._stop))
                 speculation, pace = config.speculation, Pace()
-                planner = (
-                    AdaptivePlanner(speculation.lookahead, speculation.budget, pace) if speculation.adapt else None
-                )
+                most = speculation.lookahead, speculation.budget
+                planner = AdaptivePlanner(*most, pace) if speculation.adapt else FixedPlanner(*most)
                 drafts = Drafts(door, config.timeouts.link)
                 link = LinkSpeculator(drafts, speculation.backup, decoder.arch.vocab_size, pace, planner)
                 link.check()

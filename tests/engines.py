@@ -18,7 +18,7 @@ from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.pace import Pace
-from ssd_runtime.speculation.planner import Planner
+from ssd_runtime.speculation.planner import FixedPlanner, Planner
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
 from ssd_runtime.target.colocated import ColocatedSpeculator
 from ssd_runtime.target.drafts import Drafts
@@ -30,6 +30,10 @@ class SteppedDraft:
     """A `DraftRank` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
 
     Messages and frames go through their codecs, so whatever cannot travel fails here.
+
+    Attributes:
+        told: every message it got.
+        frames: every frame it got that had rows.
     """
 
     def __init__(self, drafter: Drafter, shape: FrameShape, steps: Callable[[], int]) -> None:
@@ -39,15 +43,23 @@ class SteppedDraft:
         self._outcomes, self._trees = OutcomeCodec(shape), TreeCodec(shape)
         self.shape, self.steps = shape, steps
         self._pushed: list[TreeFrame] = []
+        self.told: list[Message] = []
+        self.frames: list[OutcomeFrame] = []
+
+    @property
+    def admitted(self) -> list[int]:
+        """The sequences it was told of, in order."""
+        return [message.sequence_id for message in self.told if isinstance(message, Admit)]
 
     def send_control(self, message: Message) -> None:
         self._raise_if_dead()
         self.control_seq += 1
         arrived = decode(encode(message))
+        self.told.append(arrived)
         if isinstance(arrived, Admit):
             self.drafter.admit(arrived)
         elif isinstance(arrived, Share):
-            self.drafter.share(arrived.index, arrived.count)
+            self.drafter.share(arrived.sequence_id, arrived.index, arrived.count)
         else:
             assert isinstance(arrived, Finish)
             self.drafter.finish(arrived.sequence_id)
@@ -56,6 +68,7 @@ class SteppedDraft:
         self._raise_if_dead()
         arrived = self._outcomes.decode(self._outcomes.encode(frame))
         assert arrived == frame
+        self.frames += [arrived] if arrived.rows else []
         if self.drafter.advance(arrived):
             self._push()
         for _ in range(self.steps()):
@@ -127,6 +140,19 @@ class InProcess:
                 self.deltas.setdefault(request_id, []).append(progressed.delta)
         return sequences
 
+    @property
+    def drafts(self) -> list[SteppedDraft]:
+        """All that were there from the beginning or came back."""
+        return [self.draft, *self.helpers]
+
+    def send_in(self) -> SteppedDraft:
+        """One more draft, like the first; it is let in before the next round."""
+        like = self.draft
+        drafter = Drafter(like.drafter._decoder, like.drafter._engine, like.drafter._speculation)
+        self.helpers.append(SteppedDraft(drafter, like.shape, like.steps))
+        self.comings.waiting.append(self.helpers[-1])
+        return self.helpers[-1]
+
     def drop_draft(self) -> None:
         """Kill the draft; noticed when it is needed next."""
         self.draft.dead = True
@@ -162,10 +188,8 @@ def in_process(
     comings = Comings()
     comings.waiting.append(rank)
     drafts = Drafts(comings, deadline=5.0)  # type: ignore[arg-type]
+    planner = planner or FixedPlanner(speculation.lookahead, speculation.budget)
     link = LinkSpeculator(drafts, speculation.backup, target.arch.vocab_size, Pace(), planner)
-    helpers = [SteppedDraft(Drafter(draft, engine, speculation), shape, count) for _ in range(num_drafts - 1)]
-    comings.waiting += helpers
-    link.check()
     colocated = Drafter(draft, engine, speculation)
     speculators = {
         "ar": NoSpeculation(),
@@ -174,14 +198,17 @@ def in_process(
         "sd-colocated": ColocatedSpeculator(lambda: colocated),
     }
     tracer = Tracer("test", enabled=False)
-    return InProcess(
+    process = InProcess(
         Engine(target, engine, speculation.lookahead, speculators, tracer, speculation.coupling),  # type: ignore[arg-type]
         rank,
         colocated,
         link,
         comings,
-        helpers,
     )
+    for _ in range(num_drafts - 1):
+        process.send_in()
+    link.check()
+    return process
 
 
 def random_steps(seed: int, most: int = 8) -> Callable[[], int]:

@@ -109,8 +109,13 @@ class Finish:
 
 @dataclass(frozen=True)
 class Share:
-    """Target -> draft: of `count` drafts you are number `index`; draft for every count-th outcome. Counts, too."""
+    """Target -> draft: of the `count` drafts of a sequence you are number `index`. Counts towards control_seq.
 
+    It drafts for every count-th of the outcomes that they would draft for together, beginning with the index-th
+    likeliest. A sequence of which nothing was said is its own alone.
+    """
+
+    sequence_id: int
     index: int
     count: int
 

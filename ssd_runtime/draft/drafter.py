@@ -15,18 +15,19 @@ from torch import Tensor
 from ssd_runtime.comm.messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.draft.sequence import DraftedSequence, check_admission
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
-from ssd_runtime.kv.sharing import Prompt, take_over
+from ssd_runtime.kv.sharing import take_over
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.fanout import Fork, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.processors import process_rows, processors_of
+from ssd_runtime.speculation.processors import process_rows
 from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
-from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, SamplingParams, Source, TreeFrame
+from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
 
 
 @dataclass(frozen=True)
@@ -36,32 +37,6 @@ class DraftStep:
     start_ns: int
     end_ns: int
     rows: int
-
-
-class _Sequence:
-    """What the draft keeps of one sequence. Committed tokens without a KV row yet are caught up in the next forward."""
-
-    def __init__(self, request: Admit, table: BlockTable, tree: TokenTree, vocab_size: int) -> None:
-        self.sequence_id = request.sequence_id
-        self.params: SamplingParams = request.params
-        self.processors = processors_of(request.params, request.prompt_tokens, vocab_size, request.end_tokens)
-        if self.processors is not None:
-            self.processors.extend(request.output_tokens)
-        self.tokens = [*request.prompt_tokens, *request.output_tokens]
-        self.num_admitted = len(self.tokens)
-        self.table = table
-        self.prompt = Prompt(request.prompt_tokens, table)
-        self.tree = tree
-
-    @property
-    def missing(self) -> int:
-        """Committed tokens before the root that have no KV row."""
-        return len(self.tokens) - 1 - self.table.length
-
-    @property
-    def behind(self) -> bool:
-        """Whether tokens that were there at admission still have no KV row: they are computed though nobody asks."""
-        return self.table.length < self.num_admitted - 1
 
 
 class Drafter:
@@ -85,10 +60,9 @@ class Drafter:
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
         self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, DraftedSequence] = {}
         self._round = 0
         self._plan = Plan(speculation.lookahead, speculation.budget)
-        self._share = (0, 1)
         self._last_step: DraftStep | None = None
 
     # -- control -------------------------------------------------------------------------------------------------
@@ -112,7 +86,7 @@ class Drafter:
             turn=request.turn,
             outcome=request.outcome,
         )
-        self._sequences[request.sequence_id] = _Sequence(request, table, tree, self._vocab_size)
+        self._sequences[request.sequence_id] = DraftedSequence(request, table, tree, self._vocab_size)
 
     def finish(self, sequence_id: int) -> None:
         """A sequence is over: its rows go back to the pool."""
@@ -123,16 +97,20 @@ class Drafter:
         if not self._sequences:
             self._scratch.release()
 
-    def share(self, index: int, count: int) -> None:
-        """Draft for every `count`-th outcome, beginning with the `index`-th likeliest: others draft for the rest."""
+    def share(self, sequence_id: int, index: int, count: int) -> None:
+        """Draft for every `count`-th outcome of a sequence, beginning with the `index`-th likeliest.
+
+        The rest is what others draft for.
+        """
         if not 0 <= index < count:
             raise ProtocolError(f"share {index} of {count} is none")
-        self._share = (index, count)
+        if sequence_id not in self._sequences:
+            raise ProtocolError(f"a share of sequence {sequence_id}, which this draft does not have")
+        self._sequences[sequence_id].share = (index, count)
 
     def reset(self) -> None:
         """Forget every sequence and the plan: another target, or the same one after a pause, tells anew."""
         self._plan = Plan(self._speculation.lookahead, self._speculation.budget)
-        self._share = (0, 1)
         for sequence_id in list(self._sequences):
             self.finish(sequence_id)
 
@@ -177,7 +155,7 @@ class Drafter:
         self._scratch.give_back(sources + freed)
         return any(row.source == Source.PENDING and row.sequence_id in self._sequences for row in frame.rows)
 
-    def _commit(self, sequence: _Sequence, row: OutcomeRow) -> tuple[list[Node], list[int]]:
+    def _commit(self, sequence: DraftedSequence, row: OutcomeRow) -> tuple[list[Node], list[int]]:
         """Apply one outcome. Returns the committed nodes whose rows move into the trunk, and the slots set free."""
         tree = sequence.tree
         if tree.trunk is None or row.outcome.num_accepted > len(tree.trunk):
@@ -198,7 +176,7 @@ class Drafter:
         """One forward over what every sequence wants most; None when nothing is left to draft."""
         start_ns = time.monotonic_ns()
         rows = RowBuilder(self._decoder.device)
-        nodes: list[tuple[_Sequence, Node]] = []
+        nodes: list[tuple[DraftedSequence, Node]] = []
         room = self._engine.prefill_chunk
         for sequence, forks in zip(self._sequences.values(), self._forks(), strict=True):
             if not take_over(sequence.prompt, (one.prompt for one in self._sequences.values())):
@@ -229,27 +207,31 @@ class Drafter:
     def _forks(self) -> list[list[Fork]]:
         """The outcomes to draft for, of each sequence: the most gainful of all, B a sequence on average."""
         trees = [sequence.tree for sequence in self._sequences.values()]
-        total = min(self._plan.budget, self._speculation.budget) * sum(tree.predraft for tree in trees)
+        total = min(self._plan.budget * sum(tree.predraft for tree in trees), self._most_forks)
         # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
         # enough left for the chain of every sequence.
         total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))
-        # With others at work: what would be drafted for with the budgets of all, of which every count-th is this one's.
-        index, count = self._share
-        shares = share_budget([tree.forks(total * count) for tree in trees], total * count)
-        return [forks[(index + owner) % count :: count] for owner, forks in enumerate(shares)]
+        return share_budget([sequence.forks(total) for sequence in self._sequences.values()], total)
 
-    def _add_frontier(self, rows: RowBuilder, sequence: _Sequence, frontier: Sequence[Node]) -> None:
+    @property
+    def _most_forks(self) -> int:
+        """Most outcomes to draft for at a time."""
+        return self._speculation.budget * self._engine.max_num_seqs
+
+    def _add_frontier(self, rows: RowBuilder, sequence: DraftedSequence, frontier: Sequence[Node]) -> None:
         prefix = sequence.tree.root.position
         for node in frontier:
             node.slot = self._scratch.take()
             rows.add_branch_row(node.token, node.position, prefix, [above.slot for above in node.ancestors()])
             rows.want_logits()
 
-    def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[_Sequence, Node]]) -> None:
+    def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[DraftedSequence, Node]]) -> None:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
-        # No position gets more than the share of a sequence; at one inside the speculation its own token is left out.
-        most = self._speculation.budget * self._share[1]
-        count = most + 1 if any(sequence.tree.predraft for sequence, _ in nodes) else 1
+        # No position gets more than all drafts of a sequence have for one on average; at one inside the speculation its
+        # own token is left out.
+        budget = min(max(self._plan.budget, self._speculation.budget), self._most_forks)
+        wanted = [budget * sequence.share[1] for sequence, _ in nodes if sequence.tree.predraft]
+        count = 1 + max(wanted, default=0)
         logits_RV = process_rows(
             logits_RV[:, : self._vocab_size],
             [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],
@@ -264,8 +246,8 @@ class Drafter:
 
     def tree(self) -> TreeFrame:
         """All branches that are ready, of all sequences. The step that grew them is reported once."""
-        found = [sequence.tree.branches(sequence.sequence_id) for sequence in self._sequences.values()]
-        room = (self._speculation.budget + 1) * len(found)
+        found = [sequence.branches() for sequence in self._sequences.values()]
+        room = self._most_forks + self._engine.max_num_seqs
         # Should there be more than a frame holds, every sequence sends its likeliest ones.
         in_turns = (branch for rank in itertools.zip_longest(*found) for branch in rank if branch is not None)
         branches = itertools.islice(in_turns, room)
@@ -284,17 +266,6 @@ def proposal_rule(speculation: SpeculationConfig) -> ProposalRule | None:
     if speculation.coupling == "shared-noise":
         return None
     return ProposalRule(speculation.top_m, speculation.saguaro_c, speculation.saguaro_f)
-
-
-def check_admission(request: Admit, max_model_len: int) -> None:
-    """Raise ProtocolError for a sequence that cannot be."""
-    begins, outcome, output = request.turn == -1, request.outcome, request.output_tokens
-    fits = not output if begins else bool(output) and outcome is not None and outcome.bonus_token == output[-1]
-    length = len(request.prompt_tokens) + len(output)
-    if not fits or request.turn < -1 or begins != (outcome is None) or not 0 < length <= max_model_len:
-        raise ProtocolError(
-            f"sequence {request.sequence_id} cannot be taken over at turn {request.turn} with {length} tokens"
-        )
 
 
 def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:

@@ -100,7 +100,7 @@ class DraftLoop:
                 self._drafter.finish(message.sequence_id)
             elif isinstance(message, Share):
                 self._control_seq += 1
-                self._drafter.share(message.index, message.count)
+                self._drafter.share(message.sequence_id, message.index, message.count)
             elif isinstance(message, Shutdown):
                 self.stop(message.reason)
             elif isinstance(message, Refused):

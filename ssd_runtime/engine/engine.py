@@ -159,8 +159,7 @@ class Engine:
 
     def step(self) -> list[Progressed]:
         """Admit, prefill a chunk, verify one speculation of every running sequence."""
-        for sequence in self.scheduler.admit():
-            self._speculators[sequence.request.mode].admit(sequence)
+        self._admit()
         self.watch.lap("admit")
         progressed = self._prefill_chunk()
         self.watch.lap("prefill")
@@ -173,6 +172,12 @@ class Engine:
             if item.delta.finish_reason:
                 self._end(item.sequence, running=True)
         return progressed
+
+    def _admit(self) -> None:
+        admitted = self.scheduler.admit()
+        for mode, speculator in self._speculators.items():
+            if members := [sequence for sequence in admitted if sequence.request.mode == mode]:
+                speculator.admit(members)
 
     def _prefill_chunk(self) -> list[Progressed]:
         sequence = self.scheduler.prefilling()

@@ -29,8 +29,8 @@ class Proposals:
 class Speculator(Protocol):
     """One way to speculate."""
 
-    def admit(self, sequence: Sequence) -> None:
-        """A sequence begins; its prompt is about to be computed."""
+    def admit(self, sequences: Sequences[Sequence]) -> None:
+        """Sequences begin; their prompts are about to be computed."""
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:
         """Speculations for the verification that starts when this returns."""
@@ -47,7 +47,7 @@ class Speculator(Protocol):
 class NoSpeculation:
     """Autoregressive decoding: the same path with empty speculations."""
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequences: Sequences[Sequence]) -> None:
         pass
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:

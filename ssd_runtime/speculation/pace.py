@@ -84,12 +84,14 @@ class Pace:
         self.step.observe(rows, seconds)
         self._drafting.append(seconds)
 
-    def verified(self, speculations: Sequence[Speculation], outcomes: Sequence[Outcome], seconds: float) -> None:
-        """A verification has ended, `seconds` after it began."""
+    def verified(
+        self, speculations: Sequence[Speculation], outcomes: Sequence[Outcome], seconds: float, drafts: int = 1
+    ) -> None:
+        """A verification has ended, `seconds` after it began; so many drafts were drafting side by side."""
         self.verify_seconds.observe(seconds)
         self.verification.observe(sum(1 + len(speculation.tokens) for speculation in speculations), seconds)
         if self._drafting:
-            emitted = sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
+            emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
             self.token_seconds.observe(sum(self._drafting) / emitted)
             self.steps_per_token.observe(len(self._drafting) / emitted)
             self._drafting.clear()

@@ -50,6 +50,19 @@ class Round:
     lookups: int = 0
 
 
+class FixedPlanner:
+    """The same K and B in every round."""
+
+    def __init__(self, lookahead: int, budget: int) -> None:
+        self._plan = Plan(lookahead, budget)
+
+    def plan(self, sequences: int) -> Plan:
+        return self._plan
+
+    def observe(self, round: Round) -> None:
+        pass
+
+
 @dataclass
 class _Rate:
     """Tokens per second of one way to decode, over the last rounds."""

@@ -159,6 +159,7 @@ class Branch:
 
     Attributes:
         turn: the verification whose outcome this branch answers; -1 is the prefill.
+        tokens: none where a draft only says that it has caught up with a sequence.
         proposals: what each token was sampled from; () if none was sampled.
     """
 

@@ -30,8 +30,9 @@ class ColocatedSpeculator:
     def _drafter(self) -> LocalDrafter:
         return self._load()
 
-    def admit(self, sequence: Sequence) -> None:
-        self._drafter.admit(admission(sequence, "sd"))
+    def admit(self, sequences: Sequences[Sequence]) -> None:
+        for sequence in sequences:
+            self._drafter.admit(admission(sequence, "sd"))
 
     def finish(self, sequence: Sequence) -> None:
         self._drafter.finish(sequence.sequence_id)

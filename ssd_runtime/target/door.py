@@ -17,8 +17,8 @@ from ssd_runtime.comm.link import LinkHost, LinkTiming, TargetLink, open_target_
 from ssd_runtime.comm.messages import Hello, LinkAddress, Refused, Shutdown, Welcome
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.target.at_work import DraftRank
 from ssd_runtime.target.draft_peer import DraftPeer
-from ssd_runtime.target.drafts import DraftRank
 
 log = logging.getLogger(__name__)
 

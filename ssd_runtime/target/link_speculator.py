@@ -29,7 +29,7 @@ class LinkSpeculator:
         backup: what speculates after a miss (mode `sd` always asks the draft).
         vocab_size: of the target; a draft's token beyond it ends its branch.
         pace: where the measurements go.
-        planner: chooses K and B of mode `ssd` round by round; None: as the requests and the draft have them.
+        planner: chooses K and B of mode `ssd` round by round.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class LinkSpeculator:
         backup: Backup,
         vocab_size: int,
         pace: Pace,
-        planner: Planner | None = None,
+        planner: Planner,
     ) -> None:
         self.drafts = drafts
         self._backup = backup
@@ -54,9 +54,10 @@ class LinkSpeculator:
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
-    def admit(self, sequence: Sequence) -> None:
-        self._cache.admit(sequence.sequence_id)
-        self.drafts.admit(sequence)
+    def admit(self, sequences: Sequences[Sequence]) -> None:
+        for sequence in sequences:
+            self._cache.admit(sequence.sequence_id)
+        self.drafts.admit(sequences)
 
     def finish(self, sequence: Sequence) -> None:
         self._cache.finish(sequence.sequence_id)
@@ -71,13 +72,13 @@ class LinkSpeculator:
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:
         start = time.monotonic()
+        self.drafts.settle()
         self.check()
-        planned = self._planner is not None and batch[0].request.mode == "ssd"
-        self._plan = self._planner.plan(len(batch)) if self._planner is not None and planned else None
+        self._plan = self._planner.plan(len(batch)) if batch[0].request.mode == "ssd" else None
         found = [self._lookup(sequence) for sequence in batch]
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         waiting = time.monotonic()
-        pending = self._pending(batch, hits) if self.drafts.count else []
+        pending = [one for one in self._pending(batch, hits) if self.drafts.draft_for(one.sequence_id)]
         if pending:
             self._wait_for(pending, round)
             found = [self._lookup(sequence) for sequence in batch]
@@ -112,8 +113,8 @@ class LinkSpeculator:
         outcomes: Sequences[Outcome],
         verify_seconds: float,
     ) -> None:
-        self._pace.verified(speculations, outcomes, verify_seconds)
-        if self._planner is not None and self._plan is not None and self._proposed is not None:
+        self._pace.verified(speculations, outcomes, verify_seconds, max(1, self.drafts.count))
+        if self._plan is not None and self._proposed is not None:
             hits = self._proposed.hits
             tokens = sum(outcome.num_accepted + 1 for outcome in outcomes)
             seconds = self._propose_seconds + verify_seconds
@@ -146,21 +147,29 @@ class LinkSpeculator:
         """Tell the drafts what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
         rows = [self._row(sequence, Speculation((), Source.PENDING)) for sequence in pending]
         self.drafts.tell(round, rows, self._plan)
-        while not self._enough(pending) and self.drafts.wait():
+        while lacking := self._lacking(pending):
+            if not self.drafts.wait(lacking):
+                return
             self._take_in()
 
-    def _enough(self, pending: list[Sequence]) -> bool:
-        lengths, most = [len(self._lookup(sequence)) for sequence in pending], [self._most(one) for one in pending]
-        if pending[0].request.mode == "sd":
-            return lengths == most
-        return self._just_in_time.enough(lengths, most)
+    def _lacking(self, pending: list[Sequence]) -> list[int]:
+        """The sequences whose branches may still grow; none if it is not worth waiting for that."""
+        answered = [sequence for sequence in pending if self.drafts.answer_for(sequence.sequence_id)]
+        lengths, most = [len(self._lookup(sequence)) for sequence in answered], [self._most(one) for one in answered]
+        if pending[0].request.mode == "ssd" and self._just_in_time.enough(lengths, most):
+            return []
+        return [
+            sequence.sequence_id
+            for sequence, length, limit in zip(answered, lengths, most, strict=True)
+            if length < limit
+        ]
 
     def _speculation(self, sequence: Sequence, tokens: tuple[int, ...]) -> Speculation:
         if tokens:
             assert sequence.outcome is not None
             proposals = self._cache.proposals(sequence.sequence_id, sequence.turn - 1, sequence.outcome)
             return Speculation(tokens, Source.DRAFT, proposals[: len(tokens)])
-        if self._backup in ("ngram", "auto") or not self.drafts.count:
+        if self._backup in ("ngram", "auto") or not self.drafts.draft_for(sequence.sequence_id):
             match = self._ngram(sequence)
             if match:
                 return Speculation(match, Source.NGRAM)

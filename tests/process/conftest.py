@@ -58,6 +58,20 @@ def config(models: Path) -> Path:
 Start = Callable[..., Run]
 
 
+@pytest.fixture(scope="module")
+def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start commands that live as long as the tests of one file."""
+    runs: list[Run] = []
+
+    def start(*command: str) -> Run:
+        runs.append(Run(tmp_path_factory.mktemp("runs") / "run", command))
+        return runs[-1]
+
+    yield start
+    for one in runs:
+        one.kill()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Start]:
     """Start a command."""

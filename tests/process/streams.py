@@ -18,11 +18,12 @@ from ssd_runtime.speculation.types import SamplingParams
 
 @dataclass(frozen=True)
 class Answer:
-    """One finished stream. `longest_gap`: seconds between two chunks."""
+    """One finished stream. `longest_gap`: seconds between two chunks; `longest_wait`: of a round for drafts."""
 
     tokens: tuple[int, ...]
     hit_rate: float
     longest_gap: float
+    longest_wait: float
 
 
 def asked(mode: Mode, max_tokens: int) -> Generate:
@@ -48,7 +49,8 @@ def answer(client: Client, mode: Mode, max_tokens: int, on_first: Callable[[], N
         gap, last = max(gap, now - (last or now)), now
         if isinstance(message, Finished):
             statistics = message.statistics
-            return Answer(tuple(tokens), statistics.hits / max(1, statistics.lookups), gap)
+            wait = max(statistics.wait_ms, default=0.0) / 1e3
+            return Answer(tuple(tokens), statistics.hits / max(1, statistics.lookups), gap, wait)
         tokens += message.token_ids
     raise AssertionError("a stream without an end")
 

@@ -8,109 +8,44 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import zmq
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import GroupDraftLink
-from ssd_runtime.comm.messages import Failed, Generate, Refused, Status
+from ssd_runtime.comm.messages import Failed, Generate, Refused
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame
-from tests.process.conftest import CONFIG
 from tests.process.impostor import garbage, hello, impostor
 from tests.process.runs import SSD, Run, error_line, eventually
-from tests.process.streams import Answer, Streams, answer, asked
-from tests.tiny_models import write_hf
+from tests.process.streams import Streams, answer, asked
+from tests.process.targets import (
+    LENGTH,
+    WAIT_S,
+    Target,
+    assert_all_right,
+    lone_draft,
+    lone_target,
+    until_hits_are_back,
+)
 
 pytestmark = pytest.mark.process
 
-LENGTH = 150
 QUEUED = 8  # requests that may wait
-WAIT_S = 60.0  # a loaded machine
-
-
-@dataclass
-class Target:
-    """A target in a group of its own, and what it says without a draft."""
-
-    run: Run
-    address: str
-    config: Path
-    plain: Answer
-
-    def status(self) -> Status:
-        with contextlib.closing(Client(self.address, 20.0)) as client:
-            return client.status()
-
-    def until(self, what: str, holds: Callable[[Status], bool]) -> None:
-        eventually(lambda: holds(self.status()), WAIT_S, what)
-
-
-@pytest.fixture(scope="module")
-def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """Start commands that live as long as this file's tests."""
-    runs: list[Run] = []
-
-    def start(*command: str) -> Run:
-        runs.append(Run(tmp_path_factory.mktemp("faults") / "run", command))
-        return runs[-1]
-
-    yield start
-    for one in runs:
-        one.kill()
 
 
 @pytest.fixture(scope="module")
 def target(starting: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Target:
     """It serves at once, before any draft is there."""
-    models = tmp_path_factory.mktemp("models")
-    write_hf(models / "target", seed=1, num_layers=12)
-    write_hf(models / "draft", seed=1, noise=0.02)
-    config = models / "run.toml"
-    config.write_text(CONFIG.format(directory=models) + f"rejoin = 60.0\n[serve]\nmax_queued_requests = {QUEUED}\n")
-    run = starting(*SSD, "up", "--role", "target", "--config", str(config))
-    address = run.until("address: ")
-    with contextlib.closing(Client(address, 20.0)) as client:
-        plain = answer(client, "ar", LENGTH)
-        alone = answer(client, "ssd", LENGTH)
-    assert alone.tokens == plain.tokens
-    assert alone.hit_rate == 0
-    return Target(run, address, config, plain)
+    return lone_target(starting, tmp_path_factory.mktemp("models"), f"[serve]\nmax_queued_requests = {QUEUED}\n")
 
 
 @pytest.fixture(scope="module")
-def draft(target: Target, starting: Callable[..., Run]) -> Iterator[Callable[[], Run]]:
+def draft(target: Target, starting: Callable[..., Run]) -> Callable[[], Run]:
     """Start a group of one draft and wait until it is linked; it is ended by whoever starts the next."""
-
-    def start() -> Run:
-        before = target.status().drafts_linked
-        run = starting(*SSD, "up", "--role", "draft", "--target", target.address, "--config", str(target.config))
-        target.until("a draft is linked", lambda status: status.drafts_linked > before or run.ended)
-        assert not run.ended, run.err
-        return run
-
-    return start
-
-
-def assert_all_right(streams: Streams, target: Target) -> None:
-    assert streams.failure is None
-    assert streams.answers
-    assert all(answer.tokens == target.plain.tokens for answer in streams.answers)
-    # A stall of a round that waits for a dead draft would last `timeouts.link` = 10 s or more.
-    assert max(answer.longest_gap for answer in streams.answers) < 5
-
-
-def until_hits_are_back(streams: Streams, before: int) -> None:
-    """`before`: answers there were when the draft had come back."""
-    eventually(
-        lambda: streams.failure is not None or any(a.hit_rate > 0.4 for a in streams.answers[before + 1 :]),
-        WAIT_S,
-        "hits as before",
-    )
+    return lambda: lone_draft(starting, target)
 
 
 def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, draft: Callable[[], Run]) -> None:
