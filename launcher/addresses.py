@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from ssd_runtime.comm.pipes import is_loopback, own_address
+from ssd_runtime.comm.hosts import is_loopback, own_address
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
 ELSEWHERE = "192.0.2.1"  # no host has it (RFC 5737): the way there is the default route

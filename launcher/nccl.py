@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.addresses import interfaces
-from ssd_runtime.comm.pipes import is_loopback, own_address
+from ssd_runtime.comm.hosts import is_loopback, own_address
 from ssd_runtime.hardware import INFINIBAND, rdma_adapters
 
 

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from launcher import layout
-from ssd_runtime.comm.pipes import is_loopback, own_address
+from ssd_runtime.comm.hosts import is_loopback, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launcher.addresses import address_of_host, is_own
-from ssd_runtime.comm.pipes import is_loopback, own_address
+from ssd_runtime.comm.hosts import is_loopback, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 

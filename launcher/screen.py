@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launcher.doctor import Finding
 from ssd_runtime.comm import messages
+
+if TYPE_CHECKING:
+    from launcher.doctor import Finding
 
 WIDTH_OF_A_FILE = 120
 

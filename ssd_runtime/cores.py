@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError
 
@@ -174,6 +172,8 @@ def pin(cores: Iterable[int], threads: int) -> None:
 
     No cores means no pinning. Call before anything starts threads.
     """
+    import torch  # here, because commands that start ranks ask this module too and are to answer at once
+
     wanted = set(cores)
     if wanted and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, wanted)

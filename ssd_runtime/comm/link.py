@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssd_runtime.comm.frames import FrameCodec, FrameShape, Kind, OutcomeCodec, ProtocolError, TreeCodec, kind_of
+from ssd_runtime.comm.hosts import own_address
 from ssd_runtime.comm.messages import LinkAddress
-from ssd_runtime.comm.pipes import GlooPipe, NcclPipe, Pipe, first_line, gloo_group, nccl_group, own_address
+from ssd_runtime.comm.pipes import GlooPipe, NcclPipe, Pipe, first_line, gloo_group, nccl_group
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 

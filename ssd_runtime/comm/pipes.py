@@ -8,8 +8,6 @@ ends a blocked receive.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import socket
 import time
 from collections import deque
 from datetime import timedelta
@@ -123,22 +121,6 @@ def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta, 
     group = dist.ProcessGroupNCCL(store, rank, size, options)
     group.eager_connect_single_device(device)
     return group
-
-
-def own_address(host: str, port: int) -> str:
-    """Which of this machine's addresses leads to `host`: nothing is sent, the kernel only looks up the route."""
-    family, kind, protocol, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(there)
-        return str(probe.getsockname()[0])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` is an address that only processes of this machine reach."""
-    try:
-        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except (OSError, ValueError):
-        return False
 
 
 def first_line(error: BaseException) -> str:

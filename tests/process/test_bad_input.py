@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.process.conftest import Start
-from tests.process.runs import SSD, TORCHRUN, Run, error_line, free_port
+from tests.process.runs import SSD, TORCHRUN, error_line, free_port
 from tests.tiny_models import write_hf
 
 pytestmark = pytest.mark.process
@@ -45,22 +45,12 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers(models: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """All cases at once: they share two cores for the seconds that Python takes to import."""
-    directory = tmp_path_factory.mktemp("cases")
-    command = [*SSD, "generate", "--config", str(config), "-p", "Hello"]
-    runs = {case: Run(directory / case, [*command, *arguments(models)]) for case, (arguments, _) in CASES.items()}
-    yield runs
-    for run in runs.values():
-        run.kill()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_ssd_says_what_is_wrong(answers: dict[str, Run], case: str) -> None:
-    done = answers[case]
+def test_ssd_says_what_is_wrong(ssd: Start, models: Path, case: str) -> None:
+    arguments, said = CASES[case]
+    done = ssd("generate", "-p", "Hello", *arguments(models))
     assert done.exit_code(AT_ONCE_S) == 2
-    assert CASES[case][1] in error_line(done.err)
+    assert said in error_line(done.err)
     assert done.out.strip() == ""
     done.assert_nothing_is_left(within_s=1)
     assert list(done.temporary.iterdir()) == []
