@@ -78,9 +78,9 @@ def assert_all_right(streams: Streams, target: Target) -> None:
 
 
 def until_hits_are_back(streams: Streams, before: int) -> None:
-    """`before`: answers there were when the draft had come back."""
+    """`before`: answers there were when the draft had come back. Without it they have no hit at all."""
     eventually(
-        lambda: streams.failure is not None or any(a.hit_rate > 0.4 for a in streams.answers[before + 1 :]),
+        lambda: streams.failure is not None or any(a.hit_rate > 0.1 for a in streams.answers[before + 1 :]),
         WAIT_S,
-        "hits as before",
+        "hits again",
     )

@@ -34,8 +34,10 @@ def target(starting: Callable[..., Run], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def pair(target: Target, starting: Callable[..., Run]) -> list[Run]:
-    """Two drafts."""
-    return lone_drafts(starting, target, 2)
+    """Two drafts, which the target has numbered."""
+    drafts = lone_drafts(starting, target, 2)
+    assert {draft.until("linked: draft ").split()[0] for draft in drafts} == {"1", "2"}
+    return drafts
 
 
 @contextlib.contextmanager
