@@ -12,6 +12,7 @@ from ssd_runtime.engine.sequence import NoText, Request, Sequence
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
+from ssd_runtime.target import at_work
 from ssd_runtime.target import drafts as module
 from ssd_runtime.target.drafts import Drafts
 from ssd_runtime.target.patience import FIRST_S, SLACK_S, Patience
@@ -81,7 +82,8 @@ class Door:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     played = Clock()
-    monkeypatch.setattr(module, "time", played)
+    for user in (module, at_work):
+        monkeypatch.setattr(user, "time", played)
     return played
 
 
@@ -95,6 +97,13 @@ def drafts(door: Door, clock: Clock) -> Drafts:
     return Drafts(door, deadline=10.0)  # type: ignore[arg-type]
 
 
+def come(door: Door, drafts: Drafts, *coming: Played) -> None:
+    """They are there before the sequence begins, which all of them draft for."""
+    door.coming = list(coming)
+    drafts.check()
+    drafts.admit([sequence()])
+
+
 def ask(drafts: Drafts) -> None:
     drafts.tell(1, [MISSED], None)
 
@@ -102,7 +111,7 @@ def ask(drafts: Drafts) -> None:
 def wait_to_the_end(drafts: Drafts, clock: Clock) -> tuple[int, float]:
     """Signs heard and seconds spent until waiting is of no use any more."""
     start = clock.now
-    while drafts.wait():
+    while drafts.wait([MISSED.sequence_id]):
         pass
     return len(drafts.take_trees()), clock.now - start
 
@@ -115,8 +124,7 @@ def sequence() -> Sequence:
 def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
     drafts: Drafts, door: Door, clock: Clock
 ) -> None:
-    door.coming = [Played(clock)]
-    drafts.check()
+    come(door, drafts, Played(clock))
     ask(drafts)
     heard, spent = wait_to_the_end(drafts, clock)
     assert heard == 0
@@ -128,8 +136,7 @@ def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
 def test_several_drafts_that_die_together_are_not_waited_for_one_after_the_other(
     drafts: Drafts, door: Door, clock: Clock
 ) -> None:
-    door.coming = [Played(clock, rank) for rank in (1, 2, 3)]
-    drafts.check()
+    come(door, drafts, *(Played(clock, rank) for rank in (1, 2, 3)))
     ask(drafts)
     assert wait_to_the_end(drafts, clock)[1] <= FIRST_S + SLACK_S + 3 * module.TURN_S
 
@@ -138,12 +145,11 @@ def test_a_draft_that_falters_on_every_sign_has_one_slack_for_all_of_them(
     drafts: Drafts, door: Door, clock: Clock
 ) -> None:
     draft = Played(clock)
-    door.coming = [draft]
-    drafts.check()
+    come(door, drafts, draft)
     for _ in range(200):  # what is usual becomes a millisecond
         ask(drafts)
         draft.speaks(0.001)
-        assert drafts.wait()
+        assert drafts.wait([MISSED.sequence_id])
     drafts.take_trees()
     ask(drafts)
     draft.speaks(*(0.05 * n for n in range(1, 20)))  # each within a slack of its own
@@ -154,8 +160,7 @@ def test_a_draft_that_falters_on_every_sign_has_one_slack_for_all_of_them(
 
 def test_a_dead_draft_is_not_waited_for_anew_whenever_another_speaks(drafts: Drafts, door: Door, clock: Clock) -> None:
     talks, dead = Played(clock, 1), Played(clock, 2)
-    door.coming = [talks, dead]
-    drafts.check()
+    come(door, drafts, talks, dead)
     ask(drafts)
     talks.speaks(*(0.02 * n for n in range(1, 5)))
     heard, spent = wait_to_the_end(drafts, clock)
@@ -168,16 +173,16 @@ def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
     drafts: Drafts, door: Door, clock: Clock
 ) -> None:
     drafts.check()
-    drafts.admit(sequence())
+    drafts.admit([sequence()])
     draft = Played(clock)
     door.coming = [draft]
-    drafts.check()
+    drafts.settle()
     ask(drafts)
     assert wait_to_the_end(drafts, clock) == (0, 0.0)
     draft.speaks(0.0)
     drafts.check()
     draft.speaks(0.01)
-    assert drafts.wait()
+    assert drafts.wait([MISSED.sequence_id])
 
 
 def test_one_long_pause_does_not_change_what_is_usual_and_a_slow_draft_does() -> None:

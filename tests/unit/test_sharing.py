@@ -180,20 +180,23 @@ def outputs(count: int, mode: str) -> list[Request]:
 @pytest.mark.parametrize("mode", ["ar", "ssd", "sd-colocated"])
 def test_outputs_share_the_prompt_at_target_and_draft_and_are_what_each_is_alone(mode: str) -> None:
     engine = EngineConfig(max_model_len=64, max_num_seqs=3, block_size=4, prefill_chunk=16)
-    process = in_process(tiny_decoder(1), tiny_decoder(2), engine)
+    target = tiny_decoder(1)
+    process = in_process(target, tiny_decoder(2), engine)
     sequences = [process.engine.add(one) for one in outputs(3, mode)]
     while not all(sequence.prefilled for sequence in sequences):
         process.engine.step()
     tables = [sequence.table for sequence in sequences]
-    assert tables[0].blocks[:5] == tables[1].blocks[:5] == tables[2].blocks[:5]
-    assert len({table.blocks[5] for table in tables}) == 3
+    # All blocks but that of the last token; where rounding depends on the shape of a forward, those of whole chunks.
+    whole = 5 if target.row_invariant else 4
+    assert tables[0].blocks[:whole] == tables[1].blocks[:whole] == tables[2].blocks[:whole]
+    assert len({table.blocks[whole] for table in tables}) == 3
     if mode != "ar":
         drafter = process.colocated if mode == "sd-colocated" else process.draft.drafter
         while drafter.grow():
             pass
-        shared = [one.table.blocks[:5] for one in drafter._sequences.values()]
+        shared = [one.table.blocks[:whole] for one in drafter._sequences.values()]
         assert shared[0] == shared[1] == shared[2]
-        assert len(shared[0]) == 5
+        assert len(shared[0]) == whole
     if mode == "ssd":  # a draft that takes over all three in the middle of their texts shares too
         process.drop_draft()
         process.engine.step()
@@ -202,7 +205,7 @@ def test_outputs_share_the_prompt_at_target_and_draft_and_are_what_each_is_alone
         assert process.link.drafts.num_linked == 2
         while process.draft.drafter.grow():
             pass
-        assert len({one.table.blocks[:5] for one in process.draft.drafter._sequences.values()}) == 1
+        assert len({one.table.blocks[:whole] for one in process.draft.drafter._sequences.values()}) == 1
     while process.engine.has_work:
         process.engine.step()
     process.assert_all_blocks_are_back()
