@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ MOST_CHUNKS = 20 * LONG
 
 
 @pytest.fixture
-def cluster(cable: Lab, tmp_path: Path) -> Iterator[slurm.Slurm]:
+def cluster(cable: Lab) -> Iterator[slurm.Slurm]:
     """Two hosts with a Slurm; jobs inherit what tiny models need."""
     if reason := slurm.reason_for_none():
         pytest.skip(reason)
@@ -36,7 +37,9 @@ def cluster(cable: Lab, tmp_path: Path) -> Iterator[slurm.Slurm]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {**PLAIN, TAG: tag, "PYTHONPATH": str(ROOT)}.items():
             environment.setenv(name, value)
-        with slurm.running(cable, tmp_path / "slurm") as running:
+        # Not below tmp_path: the path of a Unix socket has at most 107 bytes, and those of slurmstepd are long.
+        short = tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)
+        with short as directory, slurm.running(cable, Path(directory) / "s") as running:
             yield running
     eventually(lambda: not tagged(tag), 10, "no process of Slurm or its jobs is left")
 

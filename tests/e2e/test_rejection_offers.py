@@ -7,7 +7,6 @@ are decided on. Nothing of it may show in what is emitted: what the draft has sa
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence as Sequences
 
 import pytest
 
@@ -70,10 +69,12 @@ class Restless:
         pass
 
 
-def waits_for_odd_tokens(self: LinkSpeculator, pending: Sequences[Sequence]) -> bool:
+def waits_for_odd_tokens(self: LinkSpeculator, pending: list[Sequence]) -> list[int]:
     """Goes on waiting as long as it dislikes the last token that it has."""
-    found = [(self._lookup(sequence), self._most(sequence)) for sequence in pending]
-    return all(len(tokens) >= most or (tokens and tokens[-1] % 2 == 1) for tokens, most in found)
+    found = {sequence.sequence_id: (self._lookup(sequence), self._most(sequence)) for sequence in pending}
+    if all(len(tokens) >= most or (tokens and tokens[-1] % 2 == 1) for tokens, most in found.values()):
+        return []
+    return [sequence_id for sequence_id, (tokens, most) in found.items() if len(tokens) < most]
 
 
 def test_plans_waits_and_backups_that_change_at_will_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_plans_waits_and_backups_that_change_at_will_do_not_show(monkeypatch: py
     monkeypatch.setattr(
         JustInTime, "prefer_ngrams", lambda _, matches, most: [chance.random() < 0.5 for match in matches]
     )
-    monkeypatch.setattr(LinkSpeculator, "_enough", waits_for_odd_tokens)
+    monkeypatch.setattr(LinkSpeculator, "_lacking", waits_for_odd_tokens)
     speculation = {"backup": "auto", "budget": 9, "fan_out": "confidence", "recycle": 2}
     # Few at a time: now and then all of a batch miss, and somebody waits.
     case = Case(5, speculation, steps=None, planner=Restless, hits=(0.1, 0.9))
