@@ -48,17 +48,23 @@ def answer(client: Client, mode: Mode, params: SamplingParams) -> Generation:
     return generate(client, request, lambda text: None)
 
 
-def test_a_draft_that_samples_from_the_targets_distribution_is_always_accepted(client: Client) -> None:
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_draft_that_samples_from_the_targets_distribution_is_always_accepted(client: Client, mode: Mode) -> None:
     # min(1, p/q) is 1 for every token if q arrives as it was; top_k keeps all of p within the draft's top_m.
-    params = SamplingParams(temperature=1.0, top_k=16, seed=7)
-    plain = answer(client, "ar", params)
-    for mode in ("sd", "ssd"):
-        found = answer(client, mode, params)  # type: ignore[arg-type]
-        statistics = found.finished.statistics
+    # How many tokens a draft offers is a matter of its speed and of the planner's: so ask until there were enough.
+    offered = accepted = 0
+    for seed in range(7, 27):
+        params = SamplingParams(temperature=1.0, top_k=16, seed=seed)
+        found = answer(client, mode, params)
         assert len(found.token_ids) == LENGTH
-        assert statistics.num_draft_tokens > LENGTH / 2
-        assert statistics.num_accepted_tokens == statistics.num_draft_tokens
-        assert found.token_ids != plain.token_ids  # which shared noise would give
+        offered += found.finished.statistics.num_draft_tokens
+        accepted += found.finished.statistics.num_accepted_tokens
+        if seed == 7:
+            assert found.token_ids != answer(client, "ar", params).token_ids  # which shared noise would give
+        if offered >= LENGTH:
+            break
+    assert offered >= LENGTH
+    assert accepted == offered
 
 
 def test_greedy_text_is_that_of_plain_decoding(client: Client) -> None:
