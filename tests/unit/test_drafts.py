@@ -185,18 +185,47 @@ def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
     assert drafts.wait([MISSED.sequence_id])
 
 
-def test_one_long_pause_does_not_change_what_is_usual_and_a_slow_draft_does() -> None:
+def answers(patience: Patience, *silences: float) -> None:
+    """One answer, in as many signs."""
+    patience.ask()
+    for silence in silences:
+        patience.observe(silence)
+
+
+def test_a_burst_of_late_answers_does_not_change_what_is_usual() -> None:
     patience = Patience()
+    for _ in range(9):
+        answers(patience, 0.01)
+    patience.ask()
     before = patience.bound
-    patience.observe_late(5.0)
-    assert patience.bound == before
-    patience.observe(0.001)
-    patience.observe_late(5.0)
-    assert patience.bound <= before
+    for _ in range(4):
+        patience.observe_late(5.0)
+        assert patience.bound == before
+    for _ in range(9):
+        answers(patience, 0.01)
+        assert patience.bound <= before
+
+
+def test_what_a_slow_draft_takes_is_soon_usual() -> None:
+    patience = Patience()
     asked = 0
-    while patience.bound < 0.3:  # a draft whose steps take 300 ms
+    while patience.bound < 0.3:  # its steps take 300 ms
         patience.observe_late(0.3)
         asked += 1
     assert asked < 8
-    patience.observe_late(50.0)
-    assert patience.bound < 1.0
+    for _ in range(20):
+        patience.observe_late(50.0)
+    assert patience.bound < 1.1  # but nobody waits for ever
+    while patience.bound > 0.1:  # and it may become fast again
+        answers(patience, 0.01)
+        asked += 1
+    assert asked < 16
+
+
+def test_the_longest_silence_of_an_answer_is_what_counts() -> None:
+    """A draft that first computes for long and then speaks often is not late each time."""
+    patience = Patience()
+    for _ in range(9):
+        answers(patience, 0.2, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)
+    patience.ask()
+    assert patience.bound > 0.2
