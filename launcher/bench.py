@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from launcher.divergence import compare
 from launcher.prompts import Prompt
 from launcher.report import Batch, Generation, Output, rank_runs, summarise_batches
-from ssd_runtime.comm.messages import ChatMessage, Chunk, Finished, Generate
+from ssd_runtime.comm.messages_client import ChatMessage, Chunk, Finished, Generate
 from ssd_runtime.config import MODES, NUMERICS, Config, Mode, ModelConfig, Numerics
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.metrics import ratio

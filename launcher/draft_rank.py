@@ -8,8 +8,9 @@ import secrets
 from launcher import rendezvous
 from launcher.rank import Rank, forget_loading, link_timing
 from ssd_runtime import logs
-from ssd_runtime.comm.link import open_draft_link
-from ssd_runtime.comm.messages import Hello, Joined
+from ssd_runtime.comm.meeting import open_draft_link
+from ssd_runtime.comm.messages_draft import Hello
+from ssd_runtime.comm.messages_launcher import Joined
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.cores import crowded, listed
 from ssd_runtime.draft.drafter import Drafter

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launcher.addresses import is_own
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
-from ssd_runtime.comm.messages import Generate
+from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, RequestError
 

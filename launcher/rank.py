@@ -14,7 +14,7 @@ from typing import Any
 from launcher.announcer import Announcer
 from ssd_runtime import topology
 from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.messages import Progress
+from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.config import Config
 from ssd_runtime.cores import Claims
 from ssd_runtime.model.catalogue import resolve

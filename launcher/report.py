@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from ssd_runtime.comm.messages import Chunk, Finished
+from ssd_runtime.comm.messages_client import Chunk, Finished
 from ssd_runtime.metrics import percentiles, ratio
 from ssd_runtime.speculation.types import TokenLogprob
 

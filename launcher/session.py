@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from launcher.torchrun import Launch, Ranks
 from ssd_runtime import trace
-from ssd_runtime.comm.messages import Progress
+from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError, SsdError

@@ -14,8 +14,8 @@ from launcher.rank import Rank, Surroundings, forget_loading, link_timing
 from launcher.target_group import joined
 from ssd_runtime import topology
 from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.link import LinkHost, open_target_link
-from ssd_runtime.comm.messages import Ready
+from ssd_runtime.comm.meeting import LinkHost, open_target_link
+from ssd_runtime.comm.messages_launcher import Ready
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import Mode
 from ssd_runtime.draft.drafter import Drafter

@@ -20,7 +20,9 @@ import zmq
 
 from launcher import processes
 from launcher.nodes import Nodes
-from ssd_runtime.comm import codec, messages
+from ssd_runtime.comm import codec
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.topology import Group, Role
@@ -110,7 +112,7 @@ class Ranks:
             worker += ["--trace", str(self.launch.trace.resolve())]
         return torchrun + worker
 
-    def wait_ready(self, on_progress: Callable[[messages.Progress], None]) -> messages.Ready:
+    def wait_ready(self, on_progress: Callable[[Progress], None]) -> Ready:
         """Wait until the leader takes requests.
 
         Raises:
@@ -124,9 +126,9 @@ class Ranks:
         deadline = time.monotonic() + waited
         while time.monotonic() < deadline:
             for message in self._heard(POLL_S):
-                if isinstance(message, messages.Ready):
+                if isinstance(message, Ready):
                     return message
-                if isinstance(message, messages.Progress):
+                if isinstance(message, Progress):
                     on_progress(message)
             if self._ended():
                 self.raise_if_failed()
@@ -134,10 +136,10 @@ class Ranks:
             f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self.see_log()}"
         )
 
-    def joined(self) -> list[messages.Joined]:
+    def joined(self) -> list[Joined]:
         """Drafts of this torchrun that a target has taken in since the last call, ranks of a draft's own torchrun."""
         heard = [] if self._failure is not None else self._heard(0.0)
-        return [message for message in heard if isinstance(message, messages.Joined)]
+        return [message for message in heard if isinstance(message, Joined)]
 
     def raise_if_failed(self) -> None:
         """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
@@ -183,11 +185,11 @@ class Ranks:
         self._keep = True
         return f"log: {self.log_path}"
 
-    def _heard(self, timeout_s: float) -> Sequence[messages.Message]:
+    def _heard(self, timeout_s: float) -> Sequence[Message]:
         heard = []
         while self._announcements.poll(int(timeout_s * 1000)):
             message = codec.decode(self._announcements.recv())
-            if isinstance(message, messages.WorkerFailed):
+            if isinstance(message, WorkerFailed):
                 if message.kind == "config":
                     raise ConfigError(message.reason)
                 self._failure = SsdError(f"{message.reason}; {self.see_log()}")

@@ -21,7 +21,7 @@ from launcher.follower_rank import FollowerRank
 from launcher.rank import Surroundings
 from launcher.target_rank import TargetRank
 from ssd_runtime import logs, topology
-from ssd_runtime.comm.messages import WorkerFailed
+from ssd_runtime.comm.messages_launcher import WorkerFailed
 from ssd_runtime.config import load_config
 from ssd_runtime.cores import crowding
 from ssd_runtime.errors import ConfigError, SsdError

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import Admit, Finish, Message, Share
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages_draft import Admit, Finish, Share
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from launcher.scoring import BLOCK, CHUNK, Scorer
 from launcher.study.coupling import Rejection, Rule, reject
-from ssd_runtime.comm.messages import Role
 from ssd_runtime.config import Config, EngineConfig, ModelConfig
+from ssd_runtime.cores import Role
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.engine.speculator import NoSpeculation

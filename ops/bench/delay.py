@@ -26,7 +26,7 @@ from launcher.bench import generate
 from launcher.prompts import Prompt, read_prompts
 from launcher.report import Generation, summarise
 from ssd_runtime import topology
-from ssd_runtime.comm.messages import ChatMessage, Generate
+from ssd_runtime.comm.messages_client import ChatMessage, Generate
 from ssd_runtime.engine.client import Client
 from tests.cluster.hosts import Lab, Relay, joined_by_a_relay, reason_for_none
 from tests.cluster.runs import client_on, cores_apart

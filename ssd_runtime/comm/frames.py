@@ -26,8 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssd_runtime.comm.protocol import FrameShape as FrameShape
-from ssd_runtime.comm.protocol import ProtocolError as ProtocolError
+from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Proposal, Source, TreeFrame
 
 MAGIC = 0x5353_4431  # "SSD1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssd_runtime.comm.messages import Hello
+from ssd_runtime.comm.messages_draft import Hello
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, VocabularyDigest
 
 

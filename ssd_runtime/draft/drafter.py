@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.sequence import DraftedSequence, check_admission

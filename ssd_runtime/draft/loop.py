@@ -7,7 +7,8 @@ import time
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import DraftLink
-from ssd_runtime.comm.messages import Admit, Finish, Message, Refused, Share, Shutdown
+from ssd_runtime.comm.messages import Message, Refused, Shutdown
+from ssd_runtime.comm.messages_draft import Admit, Finish, Share
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame

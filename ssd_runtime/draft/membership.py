@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import DraftLink
-from ssd_runtime.comm.messages import Hello, LinkAddress, Refused, Shutdown, Welcome
+from ssd_runtime.comm.messages import Refused, Shutdown
+from ssd_runtime.comm.messages_draft import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.loop import DraftLoop

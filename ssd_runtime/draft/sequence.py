@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Refused, Shutdown, Status
+from ssd_runtime.comm.messages import Refused, Shutdown
+from ssd_runtime.comm.messages_client import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError, SsdError
 
 FAILURES: dict[str, type[SsdError]] = {"request": RequestError, "engine": SsdError, "busy": Overloaded}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Literal, Protocol
 
-from ssd_runtime.comm.messages import RequestStatistics
+from ssd_runtime.comm.messages_client import RequestStatistics
 from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.config import Mode
 from ssd_runtime.engine.sequence import Sequence
 

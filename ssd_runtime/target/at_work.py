@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from ssd_runtime.comm.messages import Message, Share
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages_draft import Share
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 from ssd_runtime.target.patience import Patience
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from typing import Protocol
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.handshake import check_hello
-from ssd_runtime.comm.link import LinkHost, LinkTiming, TargetLink, open_target_link
-from ssd_runtime.comm.messages import Hello, LinkAddress, Refused, Shutdown, Welcome
+from ssd_runtime.comm.link import LinkTiming, TargetLink
+from ssd_runtime.comm.meeting import LinkHost, open_target_link
+from ssd_runtime.comm.messages import Refused, Shutdown
+from ssd_runtime.comm.messages_draft import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.target.at_work import DraftRank

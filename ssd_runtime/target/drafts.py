@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from ssd_runtime.comm.messages import Finish, Message, Share
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages_draft import Finish, Share
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame

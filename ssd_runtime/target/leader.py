@@ -9,7 +9,8 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.messages import (
+from ssd_runtime.comm.messages import Message, Refused, Shutdown
+from ssd_runtime.comm.messages_client import (
     Cancel,
     Chunk,
     DraftState,
@@ -17,13 +18,10 @@ from ssd_runtime.comm.messages import (
     Finished,
     Generate,
     GetStatus,
-    Hello,
-    Message,
-    Refused,
-    Shutdown,
     Status,
     Usage,
 )
+from ssd_runtime.comm.messages_draft import Hello
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Sequence, add_up

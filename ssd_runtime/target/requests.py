@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ssd_runtime.comm.messages import Generate
+from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.errors import RequestError

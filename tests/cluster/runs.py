@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.bench import generate
 from launcher.report import Generation
-from ssd_runtime.comm.messages import Generate
+from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.engine.client import Client
 from tests.cluster.hosts import Host
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ssd_runtime import topology
-from ssd_runtime.comm.messages import Chunk, Finished, Generate
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.tokenizer import Tokenizer

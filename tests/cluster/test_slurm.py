@@ -15,7 +15,7 @@ import pytest
 
 from launcher.slurm import Form, Plan, render
 from ssd_runtime import topology
-from ssd_runtime.comm.messages import Chunk, Finished, Generate
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
 from ssd_runtime.config import load_config
 from tests.cluster import slurm
 from tests.cluster.hosts import Host, Lab

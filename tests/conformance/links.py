@@ -13,16 +13,10 @@ import torch
 
 from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.inproc import inproc_pair
-from ssd_runtime.comm.link import (
-    DraftLink,
-    FrameShape,
-    LinkHost,
-    LinkTiming,
-    TargetLink,
-    open_draft_link,
-    open_target_link,
-)
-from ssd_runtime.comm.messages import LinkAddress, Welcome
+from ssd_runtime.comm.link import DraftLink, LinkTiming, TargetLink
+from ssd_runtime.comm.meeting import LinkHost, open_draft_link, open_target_link
+from ssd_runtime.comm.messages_draft import LinkAddress, Welcome
+from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
 

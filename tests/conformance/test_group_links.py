@@ -15,7 +15,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from ssd_runtime.comm.link import LinkHost, LinkTiming, open_draft_link, open_target_link
+from ssd_runtime.comm.link import LinkTiming
+from ssd_runtime.comm.meeting import LinkHost, open_draft_link, open_target_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import (
     BRISK,
@@ -62,7 +63,7 @@ def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.Monke
         time.sleep(0.2)
         return object()
 
-    monkeypatch.setattr("ssd_runtime.comm.link.gloo_group", group)
+    monkeypatch.setattr("ssd_runtime.comm.meeting.gloo_group", group)
     with contextlib.closing(LinkHost("127.0.0.1")) as host, pytest.raises(PeerLost, match="nobody came"):
         open_target_link(host.next_address(SHAPE), LinkTiming(build=SOON))
     assert given[1] <= given[0] - 0.2 < SOON

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.link import GroupDraftLink, LinkTiming, open_draft_link
-from ssd_runtime.comm.messages import Hello, Refused, Welcome
+from ssd_runtime.comm.endpoint import GroupDraftLink
+from ssd_runtime.comm.link import LinkTiming
+from ssd_runtime.comm.meeting import open_draft_link
+from ssd_runtime.comm.messages import Refused
+from ssd_runtime.comm.messages_draft import Hello, Welcome
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.config import load_config
 from ssd_runtime.model.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime.comm.messages import Generate
+from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.engine.client import Client
 from tests.process.conftest import Start
 from tests.process.runs import TORCHRUN, Run, error_line, eventually, free_port

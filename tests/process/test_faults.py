@@ -13,8 +13,9 @@ import pytest
 import zmq
 
 from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.link import GroupDraftLink
-from ssd_runtime.comm.messages import Failed, Generate, Refused
+from ssd_runtime.comm.endpoint import GroupDraftLink
+from ssd_runtime.comm.messages import Refused
+from ssd_runtime.comm.messages_client import Failed, Generate
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import zmq
 
 from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages import Generate
+from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import PeerLost
 from tests.process.impostor import garbage, impostor

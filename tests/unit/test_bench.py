@@ -20,7 +20,7 @@ from launcher.prompts import Prompt
 from launcher.report import summarise
 from launcher.scoring import Scorer, logit_gap
 from launcher.screen import bench_verdict
-from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams

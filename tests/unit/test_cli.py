@@ -11,7 +11,7 @@ import pytest
 
 from launcher import cli, preflight
 from launcher.commands.bench import overrides_for
-from ssd_runtime.comm.messages import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob

@@ -16,7 +16,9 @@ import zmq
 
 from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES
 from ssd_runtime.comm.control import ControlPeer, ControlServer
-from ssd_runtime.comm.messages import Cancel, Heartbeat, Message, Refused, Shutdown, Welcome
+from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
+from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.comm.messages_draft import Welcome
 from ssd_runtime.errors import ConfigError, PeerLost
 
 SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
@@ -202,7 +204,7 @@ def test_the_last_words_of_a_server_are_read_before_it_is_lost() -> None:
 CHILD = """
 import sys
 from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages import Cancel
+from ssd_runtime.comm.messages_client import Cancel
 peer = ControlPeer(sys.argv[1], heartbeat_s=0.1)
 peer.send(Cancel("child"))
 while True:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.messages import Hello, LinkAddress, Message, Refused, Welcome
+from ssd_runtime.comm.messages import Message, Refused
+from ssd_runtime.comm.messages_draft import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.target.door import Door, Terms

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.frames import FrameShape, ProtocolError, TreeCodec
+from ssd_runtime.comm.frames import TreeCodec
+from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.proposal import ProposalRule, propose_oracle
 from ssd_runtime.speculation.types import Branch, Outcome, Proposal, TreeFrame
 

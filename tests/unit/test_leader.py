@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ssd_runtime.comm.messages import Cancel, ChatMessage, Chunk, Failed, Finished, Generate, Message
+from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer

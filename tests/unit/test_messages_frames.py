@@ -11,17 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.frames import (
-    HEADER,
-    MAX_TOKEN,
-    FrameCodec,
-    FrameShape,
-    Kind,
-    OutcomeCodec,
-    ProtocolError,
-    TreeCodec,
-    kind_of,
-)
+from ssd_runtime.comm.frames import HEADER, MAX_TOKEN, FrameCodec, Kind, OutcomeCodec, TreeCodec, kind_of
+from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
 
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)

@@ -8,7 +8,7 @@ import pytest
 
 from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.handshake import check_hello
-from ssd_runtime.comm.messages import Hello
+from ssd_runtime.comm.messages_draft import Hello
 from ssd_runtime.comm.protocol import CHUNK, PROTOCOL_VERSION, VocabularyDigest
 
 TOKENS = [f"t{i}" for i in range(3 * CHUNK + 100)]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.scheduler import Scheduler

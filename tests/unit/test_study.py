@@ -20,7 +20,7 @@ from launcher.study.coupling import Rejection, Rule, Variant, reject, variant_or
 from launcher.study.figures import POLICIES, Point
 from launcher.study.recording import Limits, Pass, Record, Text, write_texts
 from launcher.study.walk import Rate, expect, miss_rates, walk
-from ssd_runtime.comm.messages import Chunk, Finished, Generate
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.decoder import Decoder

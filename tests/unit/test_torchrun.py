@@ -10,7 +10,7 @@ import pytest
 
 from launcher.processes import family, is_alive
 from launcher.torchrun import Launch, Ranks, num_ranks
-from ssd_runtime.comm.messages import Joined, Progress
+from ssd_runtime.comm.messages_launcher import Joined, Progress
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.topology import Group
@@ -19,7 +19,7 @@ from tests.process.runs import eventually
 PRELUDE = """
 import sys, time, zmq
 from ssd_runtime.comm.codec import encode
-from ssd_runtime.comm.messages import Joined, Progress, Ready, WorkerFailed
+from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
 socket = zmq.Context().socket(zmq.PUSH)
 socket.connect(sys.argv[1])
 say = lambda message: socket.send(encode(message))

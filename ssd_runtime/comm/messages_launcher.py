@@ -1,0 +1,50 @@
+"""What the ranks tell the launcher that started them: how they come up, and why they end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ssd_runtime.cores import Role
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Worker -> launcher: a phase that takes long (0 to 1)."""
+
+    role: Role
+    rank: int
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Leader -> launcher: requests are taken at `address`."""
+
+    address: str
+    cores: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Draft of a torchrun of its own -> launcher: linked, and known to the target by this number.
+
+    Attributes:
+        cores: it is pinned to.
+        crowded: other drafts of its host are on these cores too.
+    """
+
+    rank: int
+    cores: tuple[int, ...]
+    crowded: bool = False
+
+
+@dataclass(frozen=True)
+class WorkerFailed:
+    """Worker -> launcher, last: "config" is the user's to mend (exit code 2), "runtime" is not (exit code 1)."""
+
+    role: Role
+    rank: int
+    kind: Literal["config", "runtime"]
+    reason: str
