@@ -106,7 +106,7 @@ def figure5(records: Sequence[Record], lookahead: int, budget: int) -> list[Poin
 
 def walks_of(records: Sequence[Record], lookahead: int, budget: int, policy: FanOutName) -> list[list[Round]]:
     """The rounds of every text under one policy, which learns from text to text."""
-    learning = fan_out_policy(policy, budget=budget)
+    learning = fan_out_policy(policy)
     return [list(walk(record, lookahead, learning, budget)) for record in records]
 
 

@@ -55,7 +55,7 @@ class Drafter:
         self._engine = engine
         self._speculation = speculation
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
-        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list, speculation.budget)
+        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
         self._rule = proposal_rule(speculation)
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
@@ -211,7 +211,13 @@ class Drafter:
         # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
         # enough left for the chain of every sequence.
         total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))
-        return share_budget([sequence.forks(total) for sequence in self._sequences.values()], total)
+        return share_budget([sequence.forks(total, self._allowed) for sequence in self._sequences.values()], total)
+
+    @property
+    def _allowed(self) -> int:
+        """B of one sequence at this draft: as configured, or as planned where that is more, because other drafts have
+        the other sequences."""
+        return min(max(self._plan.budget, self._speculation.budget), self._most_forks)
 
     @property
     def _most_forks(self) -> int:
@@ -229,8 +235,7 @@ class Drafter:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # No position gets more than all drafts of a sequence have for one on average; at one inside the speculation its
         # own token is left out.
-        budget = min(max(self._plan.budget, self._speculation.budget), self._most_forks)
-        wanted = [budget * sequence.share[1] for sequence, _ in nodes if sequence.tree.predraft]
+        wanted = [self._allowed * sequence.share[1] for sequence, _ in nodes if sequence.tree.predraft]
         count = 1 + max(wanted, default=0)
         logits_RV = process_rows(
             logits_RV[:, : self._vocab_size],

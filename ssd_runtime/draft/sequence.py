@@ -51,10 +51,15 @@ class DraftedSequence:
             return [Branch(self.sequence_id, self.tree.turn - 1, self.tree.outcome, ())]
         return found
 
-    def forks(self, budget: int) -> list[Fork]:
-        """This draft's part of what would be drafted for with the budgets of all drafts of the sequence."""
+    def forks(self, budget: int, allowed: int) -> list[Fork]:
+        """This draft's part of what would be drafted for with the budgets of all drafts of the sequence.
+
+        Args:
+            budget: of this draft, for all its sequences.
+            allowed: the same for one of them on average, at most.
+        """
         index, count = self.share
-        return self.tree.forks(budget * count)[index::count]
+        return self.tree.forks(budget * count, allowed * count)[index::count]
 
 
 def check_admission(request: Admit, max_model_len: int) -> None:

@@ -12,6 +12,19 @@ from ssd_runtime.speculation.sampled_confidence import SampledOutcomes
 from ssd_runtime.speculation.sampling import Ranking
 
 
+def least_chance(allowed: int) -> float:
+    """What an outcome must have of a chance to be drafted for: 1 / B^2, but never more than 2 % is asked.
+
+    A forward with fewer rows is a faster one, so an outcome has to be worth its row. How much that is, follows from how
+    many are allowed: who allows many means the improbable ones too.
+
+    Args:
+        allowed: B of the sequence, by all its drafts together: they divide its outcomes, and no draft has more rows for
+            it than with its own B alone. So D drafts of B / D prepare for what one of B does.
+    """
+    return min(0.02, max(1, allowed) ** -2.0)
+
+
 class ConfidenceFanOut:
     """The most probable outcomes by the draft's own margins.
 
@@ -22,9 +35,7 @@ class ConfidenceFanOut:
     where the draft is sure costs no fork, and one where many tokens are near each other gets many. The same noise on
     both sides keeps this as true at temperature 1 as at 0.
 
-    Args:
-        least: outcomes less probable than this are not drafted for, even when the budget has room: a forward with fewer
-            rows is a faster one.
+    Outcomes that hardly ever happen are not drafted for, even when the budget has room (`least_chance`).
     """
 
     EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -32,8 +43,7 @@ class ConfidenceFanOut:
     SCALES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # logits
     FLOOR = 1e-4  # of the weight of a candidate, so that none is impossible
 
-    def __init__(self, least: float = 0.02) -> None:
-        self._least = least
+    def __init__(self) -> None:
         self._agrees = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.PRIOR]
         self._likelihoods = [-abs(math.log(scale / 0.7)) for scale in self.SCALES]  # of what was seen, in logarithms
         self._keep = 0.5 ** (1.0 / 256.0)
@@ -43,34 +53,39 @@ class ConfidenceFanOut:
         ] = {}  # shares at this scale; a ranking is asked in every step
         self._sampled = SampledOutcomes()
 
-    def forks(self, verified: Verified, budget: int) -> list[Fork]:
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
+        least = least_chance(budget if allowed is None else allowed)
         outcomes: list[Fork] = []
         reach = 1.0  # chance that the first k tokens are accepted
         for k, ranking in enumerate(verified.rankings):
             if ranking is None:  # an n-gram's token, or one not forwarded yet: nothing is known from here on
                 break
             if ranking.sampled is None:
-                accepted_chance = self._add_chosen(outcomes, verified, k, ranking, reach)
+                accepted_chance = self._add_chosen(outcomes, verified, k, ranking, reach, least)
             else:
-                accepted_chance = self._add_sampled(outcomes, verified, k, ranking, reach)
+                accepted_chance = self._add_sampled(outcomes, verified, k, ranking, reach, least)
             reach *= accepted_chance
         outcomes.sort(key=lambda fork: -fork.gain)
         return outcomes[:budget]
 
-    def _add_chosen(self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float) -> float:
+    def _add_chosen(
+        self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float, least: float
+    ) -> float:
         """The outcomes at position k where the draft's first choice is its token; the chance that it is accepted."""
         accepted = verified.token(k)
-        accepted_chance = self._least
+        accepted_chance = least
         for rank, chance in enumerate(self.chances(ranking)):
             if ranking.tokens[rank] == accepted:
                 accepted_chance = chance
-            elif reach * chance >= self._least:
+            elif reach * chance >= least:
                 outcomes.append(Fork(k, ranking.tokens[rank], reach * chance))
             elif rank:
                 break  # later ranks are less likely still
         return accepted_chance
 
-    def _add_sampled(self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float) -> float:
+    def _add_sampled(
+        self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float, least: float
+    ) -> float:
         """The same where the draft's token was sampled. A token that was not (an n-gram's) has p for its chance."""
         token = verified.token(k)
         if token is not None and token == ranking.sampled:
@@ -79,9 +94,9 @@ class ConfidenceFanOut:
             reach *= 1.0 - accepted_chance
         else:
             candidates = self._sampled.bonus(ranking, verified.temperature)
-            accepted_chance = dict(candidates).get(token, self._least) if token is not None else 0.0
+            accepted_chance = dict(candidates).get(token, least) if token is not None else 0.0
         for candidate, chance in candidates:
-            if reach * chance >= self._least and candidate != token:
+            if reach * chance >= least and candidate != token:
                 outcomes.append(Fork(k, candidate, reach * chance))
         return accepted_chance
 

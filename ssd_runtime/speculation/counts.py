@@ -26,7 +26,7 @@ class CountedFanOut:
     def __init__(self, gains: Gains) -> None:
         self._gains = gains
 
-    def forks(self, verified: Verified, budget: int) -> list[Fork]:
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
         found: list[Fork] = []
         length = len(verified.speculation)
         for k, ranking in enumerate(verified.rankings):

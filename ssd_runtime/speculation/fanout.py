@@ -61,8 +61,13 @@ class Verified:
 class FanOut(Protocol):
     """A policy."""
 
-    def forks(self, verified: Verified, budget: int) -> list[Fork]:
-        """At most `budget` outcomes to draft for, the most gainful first; none that the speculation itself denies."""
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
+        """At most `budget` outcomes to draft for, the most gainful first; none that the speculation itself denies.
+
+        Args:
+            budget: what may be spent here, by all drafts of the sequence together; in a batch, that of all sequences.
+            allowed: B of this sequence alone, by all its drafts together; `budget` if not given.
+        """
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         """Learn from the outcome of the verification."""

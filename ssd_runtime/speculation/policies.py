@@ -12,16 +12,14 @@ from ssd_runtime.speculation.fanout import FanOut
 FanOutName = Literal["uniform", "geometric", "confidence", "list"]
 
 
-def fan_out_policy(name: FanOutName, counts: Sequence[int] = (), budget: int = 8) -> FanOut:
+def fan_out_policy(name: FanOutName, counts: Sequence[int] = ()) -> FanOut:
     """A new policy of that name.
 
     Args:
         counts: F_0..F_K, for `list` only.
-        budget: B. `confidence` leaves out what is less probable than 1 / B^2 (2 % at most): who allows many outcomes
-            means the improbable ones too.
     """
     if name == "confidence":
-        return ConfidenceFanOut(min(0.02, budget**-2.0))
+        return ConfidenceFanOut()
     if name == "list":
         return CountedFanOut(ListedGains(counts))
     return CountedFanOut(UniformGains() if name == "uniform" else GeometricGains())

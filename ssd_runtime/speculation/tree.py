@@ -173,11 +173,15 @@ class TokenTree:
 
     # -- growth --------------------------------------------------------------------------------------------------
 
-    def forks(self, budget: int) -> list[Fork]:
-        """Up to `budget` outcomes the policy would draft for, the most gainful first; none while a miss is open."""
+    def forks(self, budget: int, allowed: int | None = None) -> list[Fork]:
+        """Up to `budget` outcomes the policy would draft for, the most gainful first; none while a miss is open.
+
+        Args:
+            allowed: B of this sequence alone, if `budget` is that of a batch.
+        """
         if self.trunk is None or not self.predraft:
             return []
-        return self._fan_out.forks(self._verified(), budget)
+        return self._fan_out.forks(self._verified(), budget, allowed)
 
     def frontier(self, forks: Sequence[Fork], depth: int | None = None) -> list[Node]:
         """The nodes the next forward should run on, parents before children; empty when there is nothing to gain.

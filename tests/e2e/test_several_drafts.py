@@ -84,14 +84,25 @@ def run_to_turn(process: InProcess, sequences: list[Sequence], turn: int) -> Non
 # ---- more drafts, more hits ------------------------------------------------------------------------------------------
 
 
-def test_more_drafts_of_the_same_budget_hit_more_often() -> None:
-    one, two, three = (hits(n, 1, fan_out="uniform") for n in (1, 2, 3))
+# `confidence` leaves out the improbable though a budget of 8 has room for it. Several drafts must leave out less.
+@pytest.mark.parametrize(("fan_out", "budget"), [("uniform", 2), ("confidence", 8)])
+def test_more_drafts_of_the_same_budget_hit_more_often(fan_out: str, budget: int) -> None:
+    one, two, three = (hits(n, 1, fan_out=fan_out, budget=budget) for n in (1, 2, 3))
     assert one < two < three
 
 
-@pytest.mark.parametrize("count", [2, 5])
-def test_with_several_sequences_too(count: int) -> None:
-    assert hits(1, count, fan_out="uniform") < hits(2, count, fan_out="uniform")
+@pytest.mark.parametrize(
+    ("fan_out", "budget", "count", "most"), [("uniform", 2, 2, 2), ("uniform", 2, 5, 2), ("confidence", 8, 2, 3)]
+)
+def test_with_several_sequences_too(fan_out: str, budget: int, count: int, most: int) -> None:
+    """With three drafts for two sequences one of them has two."""
+    found = [hits(n, count, fan_out=fan_out, budget=budget) for n in range(1, most + 1)]
+    assert sorted(set(found)) == found
+
+
+def test_drafts_that_divide_a_budget_foresee_what_one_with_all_of_it_does() -> None:
+    whole, divided = hits(1, 1, fan_out="confidence", budget=24), hits(3, 1, fan_out="confidence", budget=8)
+    assert abs(whole - divided) <= 1
 
 
 def test_drafts_do_not_prepare_for_the_same_outcome_twice() -> None:

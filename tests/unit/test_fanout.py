@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.confidence import ConfidenceFanOut
+from ssd_runtime.speculation.confidence import ConfidenceFanOut, least_chance
 from ssd_runtime.speculation.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
 from ssd_runtime.speculation.estimates import AcceptanceEstimate, PowerLawEstimate
 from ssd_runtime.speculation.fanout import UNKNOWN, FanOut, Fork, Verified, share_budget
@@ -241,7 +241,7 @@ def test_confidence_forks_where_the_draft_is_torn_first() -> None:
 
 
 def test_confidence_leaves_out_what_hardly_ever_happens() -> None:
-    forks = ConfidenceFanOut(least=0.01).forks(Verified([10], [SURE]), 8)
+    forks = ConfidenceFanOut().forks(Verified([10], [SURE]), 10)
     assert forks == []  # a sure draft is right .99 of the time
 
 
@@ -250,9 +250,19 @@ def chance(policy: ConfidenceFanOut, ranking: Ranking, rank: int) -> float:
 
 
 def test_a_large_budget_means_the_improbable_too() -> None:
-    few, many = (fan_out_policy("confidence", budget=budget) for budget in (4, 24))
-    verified = Verified([20, 20], [TORN, TORN, TORN])
-    assert len(few.forks(verified, 24)) < len(many.forks(verified, 24))
+    """That of the sequence: however many others there are to spend that of a batch on."""
+    confidence, verified = ConfidenceFanOut(), Verified([20, 20], [TORN, TORN, TORN])
+    few, many = confidence.forks(verified, 24, allowed=4), confidence.forks(verified, 24, allowed=24)
+    assert len(few) < len(many) < 24
+    assert many[: len(few)] == few
+    assert confidence.forks(verified, 24) == many
+    for forks, allowed in ((few, 4), (many, 24)):
+        assert min(fork.gain for fork in forks) >= least_chance(allowed)
+
+
+@pytest.mark.parametrize(("allowed", "least"), [(0, 0.02), (7, 0.02), (8, 1 / 64), (24, 1 / 576)])
+def test_what_an_outcome_must_have_of_a_chance_follows_from_what_is_allowed(allowed: int, least: float) -> None:
+    assert least_chance(allowed) == pytest.approx(least)
 
 
 def test_confidence_learns_how_far_the_models_are_apart() -> None:

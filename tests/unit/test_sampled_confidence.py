@@ -48,7 +48,7 @@ def _rounds(temperature: float, apart: float) -> Iterator[Play]:
 
 def rates(name: str, plays: tuple[Play, ...]) -> tuple[float, float, float]:
     """Hits and outcomes prepared for, a round; hits that the policy expected. After some rounds to learn from."""
-    policy = fan_out_policy(name, budget=BUDGET)  # type: ignore[arg-type]
+    policy = fan_out_policy(name)  # type: ignore[arg-type]
     hits, prepared, expected = 0, 0, 0.0
     for index, (verified, k, bonus) in enumerate(plays):
         forks = policy.forks(verified, BUDGET)
@@ -100,6 +100,6 @@ def test_an_ngram_token_counts_by_its_rank() -> None:
     gains = []
     for token in (first, other):
         rankings = [Ranking(ranking.tokens, ranking.margins, ranking.tokens[5], ranking.proposal), ranking]
-        forks = ConfidenceFanOut(0.0).forks(Verified([token], rankings, 0.7), 20)
+        forks = ConfidenceFanOut().forks(Verified([token], rankings, 0.7), 20, allowed=10**6)
         gains.append(sum(fork.gain for fork in forks if fork.position == 1))
     assert gains[0] > 3 * gains[1]

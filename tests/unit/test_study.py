@@ -65,7 +65,7 @@ def test_a_walk_over_text_is_what_the_runtime_does(
     # A walk knows no time: after a miss it waits for the whole branch.
     monkeypatch.setattr(backup, "waiting_pays", lambda *costs: True)
     text, record = recorded(pair, temperature)
-    rounds = list(walk(record, K, fan_out_policy(policy, budget=B), B))
+    rounds = list(walk(record, K, fan_out_policy(policy), B))
     speculation = SpeculationConfig(lookahead=K, budget=B, recycle=0, fan_out=policy)
     process = in_process(*pair, EngineConfig(max_model_len=128), speculation, steps=4 * K)
     (sequence,) = process.run([request(PROMPT, lookahead=K, max_tokens=80, params=text.params)])

@@ -145,7 +145,7 @@ def test_a_hit_forwards_only_the_last_token_and_the_new_forks() -> None:
 class Sure:
     """A fan-out that is certain of the likeliest outcome."""
 
-    def forks(self, verified: Verified, budget: int) -> list[Fork]:
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
         last = len(verified.speculation)
         ranking = verified.rankings[last]
         return [] if ranking is None else [Fork(last, ranking.tokens[0], 0.9)]
