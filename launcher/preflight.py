@@ -1,4 +1,7 @@
-"""What can be told before ranks are started: models, vocabularies, the port, the prompt. Reads headers, no weights."""
+"""What can be told before ranks are started: models, vocabularies, the port, the prompt. Reads headers, no weights.
+
+Cheapest first: a port that is taken or a model that is not there is found before torch is imported.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,12 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
 def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
     """The cards of target and draft."""
     from ssd_runtime.model.catalogue import resolve
+
+    target_path, draft_path = resolve(config.target.model), resolve(config.draft.model)
     from ssd_runtime.model.load import inspect_model
 
-    target = inspect_model(resolve(config.target.model))
-    same = config.draft.model == config.target.model
-    return target, target if same else inspect_model(resolve(config.draft.model))
+    target = inspect_model(target_path)
+    return target, target if draft_path == target_path else inspect_model(draft_path)
 
 
 def check_shares(config: Config, target: ModelCard) -> None:
@@ -82,7 +86,8 @@ def check_devices(config: Config) -> None:
     topology.cores_by_role(config, count)  # raises for a named core that is not ours
     for rank in range(count):
         model = config.target if rank < config.target.tensor_parallel else config.draft
-        topology.device_for(model.device, rank)
+        if model.device != "cpu":
+            topology.device_for(model.device, rank)
 
 
 def check_request(request: Generate, config: Config) -> None:

@@ -172,7 +172,7 @@ def pin(cores: Iterable[int], threads: int) -> None:
 
     No cores means no pinning. Call before anything starts threads.
     """
-    import torch  # here, because commands that start ranks ask this module too and are to answer at once
+    import torch  # here and not above, for the reason given in topology.py
 
     wanted = set(cores)
     if wanted and hasattr(os, "sched_setaffinity"):

@@ -1,6 +1,7 @@
 """Which rank plays which role, on which device and which CPU cores. The one place where device choice lives.
 
-Knows no models and no links; answers questions, and moves a process to its place.
+Knows no models and no links; answers questions, and moves a process to its place. Commands that start ranks ask this
+module too and are to answer at once: torch, which takes seconds to import, is imported where a device is asked for.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import platform
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from ssd_runtime import hardware
 from ssd_runtime.config import Config, Device
 from ssd_runtime.cores import Claims, Role, allowed_cores, choose_cores, listed, pin, share_out
 from ssd_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Backend = Literal["gloo", "nccl"]
 
@@ -189,6 +191,8 @@ def settle(placement: Placement, claims: Claims) -> tuple[int, ...]:
         cores = hardware.near_cores(hardware.read(), placement.device.index, allowed_cores())
     pin(cores, placement.threads)
     if placement.device.type == "cuda":
+        import torch
+
         torch.cuda.set_device(placement.device)
     return cores
 
@@ -242,6 +246,8 @@ def device_for(kind: Device, local_rank: int, device_count: int | None = None) -
     Raises:
         ConfigError: no GPU for this rank.
     """
+    import torch
+
     if kind == "cpu":
         return torch.device("cpu")
     count = (torch.cuda.device_count() if torch.cuda.is_available() else 0) if device_count is None else device_count
@@ -267,11 +273,15 @@ def group_backend(target: Device) -> Backend:
 
 def link_device(backend: Backend, device: torch.device) -> torch.device:
     """Where the frames of a rank on `device` live."""
+    import torch
+
     return device if backend == "nccl" else torch.device("cpu")
 
 
 def describe() -> str:
     """What there is to run on, a few lines for people. Never fails: what cannot be found out is left out."""
+    import torch
+
     lines = [
         f"cpu      {_cpu_name()}, cores {listed(allowed_cores())}",
         f"torch    {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",

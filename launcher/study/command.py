@@ -73,10 +73,8 @@ def study(
     """
     from launcher import bench, preflight
     from launcher.prompts import read_prompts
-    from launcher.study import pictures
 
     if redraw or merge:
-        pictures.check_installed()
         click.echo(f"written: {_redraw(out, merge)}")
         return
     config = load_config(config_path, overrides)
@@ -87,6 +85,8 @@ def study(
     if max_tokens < config.speculation.lookahead + 3:
         least = config.speculation.lookahead + 3
         raise ConfigError(f"--max-tokens must be at least {least} with speculation.lookahead = {least - 3}")
+    from launcher.study import pictures  # with torch: after what can be told without
+
     pictures.check_installed()
     preflight.check_engine(config)
     _make_directory(out)
@@ -257,8 +257,9 @@ def _grow(study: Folder, run: Run, found: Mapping[str, Sequence[Point]]) -> Fold
 
 def _redraw(out: Path, others: Sequence[Path]) -> Path:
     """Pictures and page from the numbers that are there, and from those of other directories; returns the page."""
-    from launcher.study import folder
+    from launcher.study import folder, pictures
 
+    pictures.check_installed()
     study = folder.load(out)
     taken: list[str] = []
     for path in others:

@@ -1,6 +1,7 @@
 """The command line from outside: one clear line and the right exit code, and never a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,8 @@ def test_a_model_that_was_not_fetched_names_the_remedy(
 def test_a_damaged_model_file_is_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 20)
-    assert str(path) in fails(capsys, ["generate", "-p", "x", "--set", f"target.model={path}"])
+    models = ["--set", f"target.model={path}", "--set", f"draft.model={path}"]
+    assert str(path) in fails(capsys, ["generate", "-p", "x", *models])
 
 
 def test_vocabularies_that_differ_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +314,54 @@ def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
     assert overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]
 
 
-def test_help_needs_no_torch() -> None:
-    code = "import sys; from launcher.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, timeout=60)
+COMMANDS = (
+    ["generate", "-p", "x"],
+    ["bench"],
+    ["up"],
+    ["doctor"],
+    ["fetch"],
+    ["slurm", "render"],
+    ["study", "--out", "."],
+)
+MISTAKES = (
+    *([*command, "--set", "speculation.lokahead=3"] for command in COMMANDS),
+    *([*command, "--config", "/nope.toml"] for command in COMMANDS),
+    *([*command, "--set", "target.model=/nope"] for command in COMMANDS[:3]),
+    ["generate", "-p", ""],
+    ["generate", "-p", "x"],  # the default models, in an empty cache
+    ["generate", "-p", "x", "--set", "serve.host=192.0.2.1"],
+    ["generate", "-p", "x", "--set", "target.cores=[4095]"],
+    ["bench", "--modes", "fast"],
+    ["up", "--role", "draft"],
+    ["study", "--out", ".", "--figures", "7"],
+)
+
+
+def test_every_command_is_asked_for_a_mistake() -> None:
+    assert {command[0] for command in COMMANDS} == set(cli.ssd.commands)
+
+
+def test_help_and_mistakes_are_answered_without_torch(tmp_path: Path) -> None:
+    """Importing torch takes seconds, and whoever mistyped a key is not to wait for them."""
+    code = """
+import json, sys
+from launcher.cli import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    assert code == 2 * (arguments != ["--help"]), (arguments, code)
+    assert "torch" not in sys.modules, arguments
+"""
+    asked = json.dumps([["--help"], *MISTAKES])
+    done = subprocess.run(
+        [sys.executable, "-c", code, asked],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "SSD_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(MISTAKES)
+    assert all(line.startswith("ssd: error: ") for line in lines)
+    assert sum("did you mean 'lookahead'" in line for line in lines) == len(COMMANDS)
