@@ -11,6 +11,8 @@ from ssd_runtime.speculation.processors import processors_of
 from ssd_runtime.speculation.tree import TokenTree
 from ssd_runtime.speculation.types import Branch, SamplingParams
 
+EVERYBODY = 0.5  # an outcome of more than this chance is drafted for by every draft of its sequence
+
 
 class DraftedSequence:
     """What the draft keeps of one sequence. Committed tokens without a KV row yet are caught up in the next forward.
@@ -54,12 +56,17 @@ class DraftedSequence:
     def forks(self, budget: int, allowed: int) -> list[Fork]:
         """This draft's part of what would be drafted for with the budgets of all drafts of the sequence.
 
+        An outcome that is likelier than all others together is part of each: nobody knows which draft will be late.
+        That costs the least likely outcomes their places, and is not done where a draft has one place only.
+
         Args:
             budget: of this draft, for all its sequences.
             allowed: the same for one of them on average, at most.
         """
         index, count = self.share
-        return self.tree.forks(budget * count, allowed * count)[index::count]
+        forks = self.tree.forks(budget * count, allowed * count)
+        everybodys = [fork for fork in forks[:1] if fork.gain > EVERYBODY and budget > 1]
+        return everybodys + forks[len(everybodys) :][index::count]
 
 
 def check_admission(request: Admit, max_model_len: int) -> None:

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd_runtime.comm.messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.sequence import Request, Sequence
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.fanout import Fork, Verified
 from ssd_runtime.speculation.types import SamplingParams, Source
 from tests.engines import InProcess, in_process, random_steps, request
 from tests.tiny_models import tiny_decoder
@@ -113,6 +115,51 @@ def test_drafts_do_not_prepare_for_the_same_outcome_twice() -> None:
     prepared = [{(branch.turn, branch.outcome) for branch in draft.drafter.tree().branches} for draft in process.drafts]
     assert all(prepared)
     assert sum(map(len, prepared)) == len(set.union(*prepared))
+
+
+def rounds_of_twins(steps: tuple[int, int]) -> int:
+    """How many verifications a request takes with two drafts that foresee nearly everything, so fast each."""
+    process = serving(2, twins=True, fan_out="confidence", budget=4)
+    for draft, count in zip(process.drafts, steps, strict=True):
+        draft.steps = functools.partial(int, count)
+    (sequence,) = process.run(asked())
+    assert [sequence.tokens] == alone(1)
+    return sequence.turn
+
+
+def test_the_likeliest_branch_does_not_hang_on_one_slow_draft() -> None:
+    fast = rounds_of_twins((12, 12))
+    assert rounds_of_twins((1, 12)) <= 1.2 * fast
+    assert rounds_of_twins((12, 1)) <= 1.2 * fast
+    assert rounds_of_twins((1, 1)) > 2 * fast
+
+
+def test_what_is_likelier_than_all_the_rest_is_everybodys_and_the_rest_is_divided() -> None:
+    class Gains:
+        """A fan-out that gives these chances."""
+
+        def __init__(self, *gains: float) -> None:
+            self._forks = [Fork(0, token, gain) for token, gain in enumerate(gains)]
+
+        def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
+            return self._forks[:budget]
+
+        def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
+            pass
+
+    def parts(budget: int, *gains: float) -> list[list[int]]:
+        found = []
+        for index in range(2):
+            drafter = Drafter(decoder(1), ENGINE, SpeculationConfig(budget=budget))
+            drafter._fan_out = Gains(*gains)
+            drafter.admit(Admit(0, PROMPT, SamplingParams(), "ssd", 3, 20))
+            drafter.share(0, index, 2)
+            found.append([fork.token for fork in drafter._forks()[0]])
+        return found
+
+    assert parts(3, 0.6, 0.2, 0.1, 0.06, 0.04) == [[0, 1, 3], [0, 2, 4]]
+    assert parts(3, 0.5, 0.2, 0.1, 0.06, 0.04) == [[0, 2, 4], [1, 3]]
+    assert parts(1, 0.6, 0.2, 0.1) == [[0], [1]]  # with one place each there is nothing to give up
 
 
 # ---- who drafts for whom ---------------------------------------------------------------------------------------------
