@@ -31,7 +31,6 @@ def client(config: Path, models: Path) -> Iterator[Client]:
         f"draft.model={models / 'target'}",
         "speculation.coupling=rejection",
         "speculation.top_m=32",
-        "speculation.adapt=true",
     )
     with pytest.MonkeyPatch.context() as environment:
         for name, value in PLAIN.items():
@@ -51,7 +50,7 @@ def answer(client: Client, mode: Mode, params: SamplingParams) -> Generation:
 @pytest.mark.parametrize("mode", ["sd", "ssd"])
 def test_a_draft_that_samples_from_the_targets_distribution_is_always_accepted(client: Client, mode: Mode) -> None:
     # min(1, p/q) is 1 for every token if q arrives as it was; top_k keeps all of p within the draft's top_m.
-    # How many tokens a draft offers is a matter of its speed and of the planner's: so ask until there were enough.
+    # How many tokens a draft offers is a matter of its speed: so ask until there were enough.
     offered = accepted = 0
     for seed in range(7, 27):
         params = SamplingParams(temperature=1.0, top_k=16, seed=seed)
