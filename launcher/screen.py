@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def show_bench(report: dict[str, Any]) -> None:
     if "teams" not in report:
         out.print(cores_line(report["machine"]["cores"]), markup=False)
         return
-    for line in (*hit_rate_lines(report), *team_lines(report)):
+    for line in (*series_lines(report), *team_lines(report)):
         out.print(line, markup=False, soft_wrap=True)
 
 
@@ -93,9 +94,9 @@ def bench_table(report: dict[str, Any]) -> Table:
     """The runs of a benchmark, one a row; the best lookahead of each mode is marked."""
     several = any("@" in row["name"] for row in report["runs"])
     table = Table(caption="* the best lookahead of its mode" if several else None)
-    table.add_column("mode")
+    table.add_column("mode", no_wrap=True)
     if "teams" in report:
-        table.add_column("drafts x B", justify="right")
+        table.add_column("drafts x B", justify="right", no_wrap=True)
     heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
     for name in ("batch", *heads) if _batched(report) else heads:
         table.add_column(name, justify="right")
@@ -180,22 +181,31 @@ def team_lines(report: Mapping[str, Any]) -> list[str]:
     planned = report["workload"]["config"]["speculation"]["adapt"]
     most = "; these are the most, speculation.adapt plans each round" if planned else ""
     lines = [f"budgets {how}: {', '.join(map(team_text, report['teams']))}{most}"]
+    if report["budget_divided"] and len({team["drafts"] * team["budget"] for team in report["teams"]}) > 1:
+        drafts = [team["drafts"] for team in report["teams"]]
+        asked = report["workload"]["config"]["speculation"]["budget"]
+        listed, whole = ", ".join(map(str, drafts)), math.lcm(*drafts)
+        fitting = whole * max(1, round(asked / whole))
+        lines.append(
+            f"these are not equal in all: {asked} cannot be divided by {listed}; speculation.budget={fitting} can"
+        )
     lines += [f"d{team['drafts']}: {cores_line(team['cores'])}" for team in report["teams"]]
     if crowded := ", ".join(f"d{team['drafts']}" for team in report["teams"] if team["shares_cores"]):
         lines.append(f"ranks of {crowded} share cores: their drafts hit less often than on cores of their own")
     return lines
 
 
-def hit_rate_lines(report: Mapping[str, Any]) -> list[str]:
-    """The hit rate over the number of drafts, a line for each lookahead and batch of mode ssd."""
+def series_lines(report: Mapping[str, Any]) -> list[str]:
+    """Hit rate and speed over the number of drafts, a line of each for each lookahead and batch of mode ssd."""
     series: dict[str, list[str]] = {}
     for row in report["runs"]:
         if row["mode"] == "ssd" and "drafts" in row:
             name = row["name"].replace(f" d{row['drafts']}", "")
-            plural = "s" if row["drafts"] > 1 else ""
+            drafts = f"with {row['drafts']} draft{'s' if row['drafts'] > 1 else ''}"
             rate = "-" if row["hit_rate"] is None else f"{100 * row['hit_rate']:.1f}%"
-            series.setdefault(name, []).append(f"{rate} with {row['drafts']} draft{plural}")
-    return [f"hit rate of {name}: {', '.join(rates)}" for name, rates in series.items()]
+            series.setdefault(f"hit rate of {name}", []).append(f"{rate} {drafts}")
+            series.setdefault(f"tokens/s of {name}", []).append(f"{number(row['tokens_per_second'], 1)} {drafts}")
+    return [f"{what}: {', '.join(values)}" for what, values in series.items()]
 
 
 def cores_line(cores: Mapping[str, Iterable[int]]) -> str:

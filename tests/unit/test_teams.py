@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from launcher.bench import Measured, Workload, measure, plan_runs
-from launcher.screen import bench_table, bench_verdict, hit_rate_lines, team_lines
+from launcher.screen import WIDTH_OF_A_FILE, bench_table, bench_verdict, series_lines, team_lines
 from launcher.teams import Team, report_on, runs_by_team, teams_of
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.types import SamplingParams
@@ -28,7 +28,7 @@ def report(broken: str | None = None, divide: bool = False, batches: tuple[int, 
     cores = {"d1": {"target": [0], "draft": [1]}, "d2": {"target": [0], "draft 1": [1], "draft 2": [last]}}
     machines = {name: {"cores": cores[name]} for name in measured}
     found = report_on(teams, measured, machines, PROMPTS)
-    config = {"speculation": {"adapt": True}}
+    config = {"speculation": {"adapt": True, "budget": 8}}
     return found | {"budget_divided": divide, "workload": {"config": config}}
 
 
@@ -67,11 +67,13 @@ def test_each_draft_has_the_budget_of_one_alone_or_a_part_of_it(divide: bool, bu
     assert teams[1].overrides == ("deployment.drafts=2", f"speculation.budget={budgets[1][1]}")
 
 
-def test_the_page_says_budgets_and_hit_rates() -> None:
+def test_the_page_says_budgets_hit_rates_and_speeds() -> None:
     found = report(batches=(1, 2))
-    assert hit_rate_lines(found) == [
+    assert series_lines(found) == [
         "hit rate of ssd: 50.0% with 1 draft, 50.0% with 2 drafts",
+        "tokens/s of ssd: 400.0 with 1 draft, 400.0 with 2 drafts",
         "hit rate of ssd x2: 50.0% with 1 draft, 50.0% with 2 drafts",
+        "tokens/s of ssd x2: 800.0 with 1 draft, 800.0 with 2 drafts",
     ]
     most = "; these are the most, speculation.adapt plans each round"
     assert team_lines(found) == [
@@ -83,11 +85,39 @@ def test_the_page_says_budgets_and_hit_rates() -> None:
         team_lines(report(last=1))[-1]
         == "ranks of d2 share cores: their drafts hit less often than on cores of their own"
     )
-    assert team_lines(report(divide=True))[0].startswith("budgets divided among the drafts: 1 x 8 = 8, 2 x 4 = 8;")
     page = StringIO()
-    Console(file=page, width=150).print(bench_table(found))
+    Console(file=page, width=WIDTH_OF_A_FILE).print(bench_table(found))
     assert "drafts x B" in page.getvalue()
     assert "2 x 8 = 16" in page.getvalue()
+    assert "ssd x2 d2" in page.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (
+            8,
+            [
+                "1 x 8 = 8, 3 x 2 = 6",
+                "these are not equal in all: 8 cannot be divided by 1, 3; speculation.budget=9 can",
+            ],
+        ),
+        (
+            1,
+            [
+                "1 x 1 = 1, 3 x 1 = 3",
+                "these are not equal in all: 1 cannot be divided by 1, 3; speculation.budget=3 can",
+            ],
+        ),
+        (9, ["1 x 9 = 9, 3 x 3 = 9"]),
+    ],
+)
+def test_it_is_said_where_a_budget_cannot_be_divided_evenly(budget: int, said: list[str]) -> None:
+    teams = teams_of("1,3", budget, divide=True)
+    about = [{"drafts": one.drafts, "budget": one.budget, "cores": {}, "shares_cores": False} for one in teams]
+    config = {"speculation": {"adapt": False, "budget": budget}}
+    lines = team_lines({"teams": about, "budget_divided": True, "workload": {"config": config}})
+    assert lines[: -len(teams)] == [f"budgets divided among the drafts: {said[0]}", *said[1:]]
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,x", "2,,3", "-1"])
