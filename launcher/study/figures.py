@@ -68,11 +68,16 @@ def figure3(records: Sequence[Record], lookahead: int) -> list[Point]:
                 points.append(_point("3", f"shared noise, after a {after}", temperature, fan_out, rate))
             if temperature > 0:
                 expected = _expected(some, 1.0, [fan_out] * (lookahead + 1))
-                after_hit = [(one.rounds_after_hit - one.hits_after_hit, one.rounds_after_hit) for one in expected]
-                after_miss = [(one.rounds_after_miss - one.hits_after_miss, one.rounds_after_miss) for one in expected]
+                after_hit = [_misses(one.hits_after_hit, one.rounds_after_hit) for one in expected]
+                after_miss = [_misses(one.hits_after_miss, one.rounds_after_miss) for one in expected]
                 points.append(_point("3", "rejection, after a hit", temperature, fan_out, Rate.over(after_hit)))
                 points.append(_point("3", "rejection, after a miss", temperature, fan_out, Rate.over(after_miss)))
     return points
+
+
+def _misses(hits: float, rounds: float) -> tuple[float, float]:
+    """(misses, rounds); sums of chances may be a rounding error apart where all are hits."""
+    return max(0.0, rounds - hits), rounds
 
 
 def figure4(records: Sequence[Record], lookahead: int, budget: int) -> list[Point]:
