@@ -93,7 +93,8 @@ class SpeculationConfig:
             batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
-        backup: what speculates after a miss; "auto": the draft or an n-gram, whichever promises more tokens per second.
+        backup: what speculates after a miss; "auto": the draft, an n-gram or nothing, whichever promises more tokens
+            per second by measured times.
         coupling: how draft and target randomness relate. "shared-noise" is exact and drafter-invariant: the tokens are
             the same in every mode. "rejection" is the scheme of the papers: the draft samples tokens of its own, the
             target accepts them with probability min(1, p/q); exact in distribution only.

@@ -178,6 +178,7 @@ def in_process(
     steps: Callable[[], int] | int = 3,
     planner: Planner | None = None,
     num_drafts: int = 1,
+    make_rank: Callable[[Drafter, FrameShape, Callable[[], int]], SteppedDraft] = SteppedDraft,
 ) -> InProcess:
     """Build one. `steps` is how many drafting steps fit into one verification; K and B are fixed without a planner."""
     engine, speculation = engine or EngineConfig(max_model_len=256), speculation or SpeculationConfig()
@@ -185,7 +186,7 @@ def in_process(
         engine.max_num_seqs, max(1, speculation.lookahead), speculation.budget, speculation.sent_probabilities
     )
     count = steps if callable(steps) else lambda: steps
-    rank = SteppedDraft(Drafter(draft, engine, speculation), shape, count)
+    rank = make_rank(Drafter(draft, engine, speculation), shape, count)
     comings = Comings()
     comings.waiting.append(rank)
     drafts = Drafts(comings, deadline=5.0)  # type: ignore[arg-type]

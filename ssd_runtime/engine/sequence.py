@@ -15,7 +15,7 @@ from ssd_runtime.comm.messages_client import RequestStatistics
 from ssd_runtime.config import Mode
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt
-from ssd_runtime.speculation.backup import NgramIndex
+from ssd_runtime.speculation.ngrams import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.processors import LogitsProcessors
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation, TokenLogprob

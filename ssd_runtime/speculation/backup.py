@@ -1,4 +1,4 @@
-"""What speculates after a miss: an n-gram match, or the draft just in time; and how long it is worth waiting for.
+"""What speculates after a miss: the draft just in time, an n-gram match or nothing; and how long a wait is worth it.
 
 Knows no ranks, no I/O.
 """
@@ -6,46 +6,10 @@ Knows no ranks, no I/O.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ssd_runtime.speculation.pace import Pace, expected_tokens
 from ssd_runtime.speculation.types import Source
-
-
-def ngram_match_oracle(tokens: Sequence[int], count: int, longest: int = 4, shortest: int = 2) -> tuple[int, ...]:
-    """`NgramIndex.match` by definition: scan the text for the latest earlier occurrence of its own longest suffix."""
-    for n in range(longest, shortest - 1, -1):
-        suffix = tuple(tokens[-n:])
-        for end in range(len(tokens) - 1, n - 1, -1):
-            if len(suffix) == n and tuple(tokens[end - n : end]) == suffix:
-                return tuple(tokens[end : end + count])
-    return ()
-
-
-class NgramIndex:
-    """Finds what followed the latest earlier occurrence of a sequence's longest suffix.
-
-    Args:
-        longest, shortest: lengths of suffix tried, the longest first.
-    """
-
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        self._sizes = range(longest, shortest - 1, -1)
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._indexed = 0
-
-    def match(self, tokens: Sequence[int], count: int) -> tuple[int, ...]:
-        """Up to `count` tokens that followed the match, or () without one. `tokens` only ever grows between calls."""
-        # An n-gram is indexed once something follows it; the suffix itself must not match itself.
-        for end in range(max(self._indexed, 1), len(tokens)):
-            for n in self._sizes:
-                if n <= end:
-                    self._ends[tuple(tokens[end - n : end])] = end
-        self._indexed = len(tokens)
-        for n in self._sizes:
-            followed = self._ends.get(tuple(tokens[-n:])) if n <= len(tokens) else None
-            if followed is not None:
-                return tuple(tokens[followed : followed + count])
-        return ()
 
 
 # A verification that could be spared also spares the draft: on one machine they share the memory's bandwidth. With
@@ -93,31 +57,78 @@ class JustInTime:
         expected = sum(expected_tokens(length, acceptance) for length in lengths)
         return not waiting_pays(added, expected, token, round_seconds)
 
-    def prefer_ngrams(self, matches: Sequence[int], most: Sequence[int]) -> list[bool]:
-        """Backup `auto`: for each missed sequence, whether its n-gram is verified rather than the draft waited for.
 
-        All that wait, wait together: for every number of drafted tokens, each sequence takes what promises more, and
-        the number with the most tokens per second wins (Theorem 7 with T_b measured; with many sequences the draft's
-        steps grow longer while n-grams stay free, which is Theorem 17's crossover).
+@dataclass(frozen=True)
+class Missed:
+    """A sequence after a miss.
 
-        Args:
-            matches: length of the n-gram match of each sequence, 0 without one.
-            most: the longest speculation of each.
+    Attributes:
+        ngram, ngram_rate: length of its n-gram match, 0 without one; the chance that each of its tokens is right.
+        draft: the most tokens that can be waited for; 0 where nobody may wait or could answer.
+    """
+
+    ngram: int
+    ngram_rate: float
+    draft: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a sequence after a miss.
+
+    Attributes:
+        waits: whether the draft is waited for.
+        ngram: how many tokens of its match are verified where no draft has answered; 0 for none.
+    """
+
+    waits: bool
+    ngram: int
+
+
+class AutoBackup:
+    """The backup `auto`: draft, n-gram or none, for each missed sequence.
+
+    Time has a price: the tokens a second that this engine has had from its rounds, hits and all. A choice is worth the
+    tokens it promises less the price of the seconds it takes, of waiting and of the verification's further rows (the
+    best long-run average is where every choice is the best at the price of that average; Charnov's marginal value
+    theorem). That a miss's own round is slow is no reason to make it slower: what comes after it is fast.
+
+    Args:
+        pace: what was measured.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+
+    def choose(self, missed: Sequence[Missed], sequences: int) -> list[Choice]:
+        """Of all sequences that missed, in a batch of so many.
+
+        All that wait, wait together: for every number of drafted tokens each takes what is worth more, and the number
+        with the greatest sum less the price of the wait is chosen.
         """
         pace = self._pace
-        verify, step = pace.verify_seconds.value, pace.step_seconds.value
-        if verify is None or step is None:
-            return [False] * len(matches)
-        draft, ngram = (pace.acceptance[source].rate for source in (Source.DRAFT, Source.NGRAM))
-        per_token = pace.token_seconds.value or step
-        step = pace.step.at(len(matches)) if pace.step.known else step
-        found = [expected_tokens(length, ngram) for length in matches]
-        best_rate, chosen = sum(found) / verify, [True] * len(matches)  # nobody waits
-        for drafted in range(1, max(most, default=0) + 1):
-            just_in_time = [expected_tokens(min(drafted, limit), draft) for limit in most]
-            tokens = sum(map(max, found, just_in_time))
-            rate = tokens / (verify + step + (drafted - 1) * min(step, per_token))
-            if rate > best_rate:
-                best_rate = rate
-                chosen = [own >= awaited for own, awaited in zip(found, just_in_time, strict=True)]
-        return chosen
+        if not pace.verification.known or not pace.step.known or pace.rate is None:
+            return [Choice(False, one.ngram) for one in missed]
+        second = sequences * pace.rate
+        row = second * pace.verification.slope
+        acceptance = pace.acceptance[Source.DRAFT].rate
+        ngrams = [_worth(one.ngram, one.ngram_rate, row) for one in missed]
+        best, chosen = sum(worth for worth, _ in ngrams), [False] * len(missed)
+        step = pace.step.at(len(missed))
+        further = step * min(1.0, pace.steps_per_token.value or 1.0)
+        for drafted in range(1, max((one.draft for one in missed), default=0) + 1):
+            waits = pace.unfinished_seconds + step + (drafted - 1) * further
+            drafts = [_worth(min(drafted, one.draft), acceptance, row)[0] for one in missed]
+            total = sum(max(own[0], draft) for own, draft in zip(ngrams, drafts, strict=True)) - second * waits
+            if total > best:
+                best, chosen = total, [draft > own[0] for own, draft in zip(ngrams, drafts, strict=True)]
+        return [Choice(waits, length) for waits, (_, length) in zip(chosen, ngrams, strict=True)]
+
+
+def _worth(length: int, rate: float, row: float) -> tuple[float, int]:
+    """What up to `length` speculated tokens promise less the price of their rows, and how many of them pay."""
+    best, tokens = (0.0, 0), 0.0
+    for count in range(1, length + 1):
+        tokens += rate**count
+        best = max(best, (tokens - count * row, count), key=lambda one: one[0])
+    return best

@@ -50,13 +50,17 @@ class Line:
 
     def at(self, rows: float) -> float:
         """Seconds for so many rows. Only when `known`."""
+        return self._y / self._weight + self.slope * (rows - self._x / self._weight)
+
+    @property
+    def slope(self) -> float:
+        """Seconds for one more row. Only when `known`."""
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x**2
         if spread < 1e-3 * max(1.0, mean_x):
-            return mean_y
+            return 0.0
         slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / spread)
-        slope = min(slope, mean_y / mean_x)
-        return mean_y + slope * (rows - mean_x)
+        return min(slope, mean_y / mean_x)
 
 
 class Pace:
@@ -68,14 +72,15 @@ class Pace:
         step_seconds, token_seconds, verify_seconds: moving averages; a token is one that came out of a round, so its
             time counts what was drafted in vain.
         steps_per_token: drafting steps over tokens of a sequence.
-        acceptance: of draft tokens, by source.
+        acceptance: of the tokens of a source; n-grams have records of their own (ngrams.py).
     """
 
     def __init__(self) -> None:
         self.step, self.verification = Line(), Line()
         self.step_seconds, self.token_seconds, self.verify_seconds = Smoothed(), Smoothed(), Smoothed()
         self.steps_per_token = Smoothed(0.95)
-        self.acceptance = {Source.DRAFT: AcceptanceEstimate(), Source.NGRAM: AcceptanceEstimate(prior=0.4)}
+        self.acceptance = {Source.DRAFT: AcceptanceEstimate()}
+        self._round_tokens, self._round_seconds, self._busy_seconds = (Smoothed(0.95) for _ in range(3))
         self._drafting: list[float] = []  # steps heard of since the last round
 
     def drafted(self, seconds: float, rows: int) -> None:
@@ -94,10 +99,28 @@ class Pace:
             emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
             self.token_seconds.observe(sum(self._drafting) / emitted)
             self.steps_per_token.observe(len(self._drafting) / emitted)
-            self._drafting.clear()
+        self._busy_seconds.observe(sum(self._drafting) / drafts)
+        self._drafting.clear()
         for speculation, outcome in zip(speculations, outcomes, strict=True):
             if speculation.source in self.acceptance:
                 self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
+
+    def ended(self, tokens: float, seconds: float) -> None:
+        """A round has ended that brought so many tokens a sequence in so many seconds, waiting and verification."""
+        self._round_tokens.observe(tokens)
+        self._round_seconds.observe(seconds)
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second of one sequence over the last rounds; None before the first."""
+        tokens, seconds = self._round_tokens.value, self._round_seconds.value
+        return tokens / seconds if tokens and seconds else None
+
+    @property
+    def unfinished_seconds(self) -> float:
+        """What is left, on average, of the step that a draft is at when it is asked for something else."""
+        busy, seconds, step = self._busy_seconds.value, self._round_seconds.value, self.step_seconds.value
+        return min(1.0, busy / seconds) * step / 2 if busy and seconds and step else 0.0
 
 
 def expected_tokens(length: float, acceptance: float) -> float:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
-from ssd_runtime.speculation.backup import JustInTime
+from ssd_runtime.speculation.backup import AutoBackup, Choice, JustInTime, Missed
 from ssd_runtime.speculation.cache import SpeculationCache
+from ssd_runtime.speculation.ngrams import Match, NgramRecord
 from ssd_runtime.speculation.pace import Pace
 from ssd_runtime.speculation.planner import Planner, Round
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
@@ -46,6 +47,10 @@ class LinkSpeculator:
         self._cache = SpeculationCache()
         self._pace = pace
         self._just_in_time = JustInTime(pace)
+        self._auto = AutoBackup(pace)
+        self._ngrams_of_all = NgramRecord()
+        self._ngrams: dict[int, NgramRecord] = {}  # by sequence; backup `auto` only
+        self._choices: dict[int, Choice] = {}  # of the round in hand, by sequence; backup `auto` only
         self._planner = planner
         self._plan: Plan | None = None  # of the round in hand
         self._proposed: Proposals | None = None
@@ -57,10 +62,13 @@ class LinkSpeculator:
     def admit(self, sequences: Sequences[Sequence]) -> None:
         for sequence in sequences:
             self._cache.admit(sequence.sequence_id)
+            if self._backup == "auto":
+                self._ngrams[sequence.sequence_id] = NgramRecord(self._ngrams_of_all)
         self.drafts.admit(sequences)
 
     def finish(self, sequence: Sequence) -> None:
         self._cache.finish(sequence.sequence_id)
+        self._ngrams.pop(sequence.sequence_id, None)
         self.drafts.finish(sequence)
 
     def check(self) -> None:
@@ -78,7 +86,9 @@ class LinkSpeculator:
         found = [self._lookup(sequence) for sequence in batch]
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         waiting = time.monotonic()
-        pending = [one for one in self._pending(batch, hits) if self.drafts.draft_for(one.sequence_id)]
+        missed = [sequence for sequence, hit in zip(batch, hits, strict=True) if hit is False]
+        self._choices = self._choose(missed, len(batch), may_wait=True not in hits) if self._backup == "auto" else {}
+        pending = self._pending(batch, missed, may_wait=True not in hits)
         if pending:
             self._wait_for(pending, round)
             found = [self._lookup(sequence) for sequence in batch]
@@ -93,19 +103,27 @@ class LinkSpeculator:
         self._propose_seconds = time.monotonic() - start
         return self._proposed
 
-    def _pending(self, batch: Sequences[Sequence], hits: Sequences[bool | None]) -> list[Sequence]:
+    def _pending(self, batch: Sequences[Sequence], missed: list[Sequence], may_wait: bool) -> list[Sequence]:
         """Who waits for the draft. A miss never holds up a hit: in SSD only where nobody could go on at once."""
         if batch[0].request.mode == "sd":
-            return [sequence for sequence in batch if self._most(sequence)]
-        if True in hits or self._backup not in ("draft", "auto"):
-            return []
-        missed = [sequence for sequence, hit in zip(batch, hits, strict=True) if hit is False]
-        if self._backup == "draft":
-            return missed
-        most = [self._most(sequence) for sequence in missed]
-        matches = [len(self._ngram(sequence)) for sequence in missed]
-        prefer = self._just_in_time.prefer_ngrams(matches, most)
-        return [sequence for sequence, ngram in zip(missed, prefer, strict=True) if not ngram]
+            waiting = [sequence for sequence in batch if self._most(sequence)]
+        elif self._backup == "auto":
+            waiting = [sequence for sequence in missed if self._choices[sequence.sequence_id].waits]
+        else:
+            waiting = missed if may_wait and self._backup == "draft" else []
+        return [sequence for sequence in waiting if self.drafts.draft_for(sequence.sequence_id)]
+
+    def _choose(self, missed: list[Sequence], sequences: int, may_wait: bool) -> dict[int, Choice]:
+        """Backup `auto`: learn what became of earlier matches, and weigh this round's."""
+        found = []
+        for sequence in missed:
+            record, match = self._ngrams[sequence.sequence_id], self._ngram(sequence)
+            record.learn(sequence.tokens)
+            record.expect(match, len(sequence.tokens))
+            drafted = self._most(sequence) if may_wait and self.drafts.draft_for(sequence.sequence_id) else 0
+            found.append(Missed(len(match.tokens), record.rate(match.suffix), drafted))
+        choices = self._auto.choose(found, sequences)
+        return {sequence.sequence_id: choice for sequence, choice in zip(missed, choices, strict=True)}
 
     def observe(
         self,
@@ -119,6 +137,7 @@ class LinkSpeculator:
             tokens = sum(outcome.num_accepted + 1 for outcome in outcomes)
             seconds = self._propose_seconds + verify_seconds
             asked = sum(hit is not None for hit in hits)
+            self._pace.ended(tokens / len(outcomes), seconds)
             self._planner.observe(Round(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked))
 
     def _most(self, sequence: Sequence) -> int:
@@ -170,12 +189,13 @@ class LinkSpeculator:
             proposals = self._cache.proposals(sequence.sequence_id, sequence.turn - 1, sequence.outcome)
             return Speculation(tokens, Source.DRAFT, proposals[: len(tokens)])
         if self._backup in ("ngram", "auto") or not self.drafts.draft_for(sequence.sequence_id):
-            match = self._ngram(sequence)
+            choice = self._choices.get(sequence.sequence_id)
+            match = self._ngram(sequence).tokens[: choice.ngram if choice else None]
             if match:
                 return Speculation(match, Source.NGRAM)
         return Speculation()
 
-    def _ngram(self, sequence: Sequence) -> tuple[int, ...]:
+    def _ngram(self, sequence: Sequence) -> Match:
         return sequence.ngrams.match(sequence.tokens, self._most(sequence))
 
     def _row(self, sequence: Sequence, speculation: Speculation) -> OutcomeRow:

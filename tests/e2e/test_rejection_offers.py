@@ -11,7 +11,7 @@ import random
 import pytest
 
 from ssd_runtime.engine.sequence import Sequence
-from ssd_runtime.speculation.backup import JustInTime
+from ssd_runtime.speculation.backup import AutoBackup, Choice
 from ssd_runtime.speculation.planner import Round
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from ssd_runtime.target.link_speculator import LinkSpeculator
@@ -80,7 +80,11 @@ def waits_for_odd_tokens(self: LinkSpeculator, pending: list[Sequence]) -> list[
 def test_plans_waits_and_backups_that_change_at_will_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(4)
     monkeypatch.setattr(
-        JustInTime, "prefer_ngrams", lambda _, matches, most: [chance.random() < 0.5 for match in matches]
+        AutoBackup,
+        "choose",
+        lambda _, missed, sequences: [
+            Choice(one.draft > 0 and chance.random() < 0.5, chance.randint(0, one.ngram)) for one in missed
+        ],
     )
     monkeypatch.setattr(LinkSpeculator, "_lacking", waits_for_odd_tokens)
     speculation = {"backup": "auto", "budget": 9, "fan_out": "confidence", "recycle": 2}

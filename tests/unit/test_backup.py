@@ -1,12 +1,15 @@
-"""What speculates after a miss: n-grams against a scan of the text, and waiting against counting tokens."""
+"""What speculates after a miss: waiting against counting tokens, and `auto` against trying every choice."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.backup import PATIENCE, JustInTime, NgramIndex, ngram_match_oracle, waiting_pays
+from ssd_runtime.speculation.backup import PATIENCE, AutoBackup, Choice, JustInTime, Missed, waiting_pays
+from ssd_runtime.speculation.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.pace import Pace, expected_tokens
 from ssd_runtime.speculation.types import Outcome, Source, Speculation
 
@@ -15,38 +18,6 @@ def worth_waiting(length: int, acceptance: float, token_seconds: float, round_se
     """Of one sequence that has so many tokens already."""
     added = acceptance ** (length + 1)
     return waiting_pays(added, expected_tokens(length, acceptance), token_seconds, round_seconds)
-
-
-@given(
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=80),
-    cuts=st.lists(st.integers(1, 80), max_size=8),
-    count=st.integers(0, 6),
-    sizes=st.tuples(st.integers(1, 4), st.integers(0, 3)).map(lambda pair: (pair[0] + pair[1], pair[0])),
-)
-def test_the_index_finds_what_a_scan_finds_however_the_text_grows(
-    tokens: list[int], cuts: list[int], count: int, sizes: tuple[int, int]
-) -> None:
-    index = NgramIndex(*sizes)
-    for cut in sorted({min(cut, len(tokens)) for cut in cuts} | {len(tokens)}):
-        assert index.match(tokens[:cut], count) == ngram_match_oracle(tokens[:cut], count, *sizes)
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("", ""),
-        ("a", ""),
-        ("ab", ""),
-        ("abXab", "Xab"),
-        ("abXabYab", "Yab"),  # the latest occurrence
-        ("xabcPabcQxabc", "PabcQ"),  # the longest suffix before a later short one
-        ("aaaa", "a"),  # an occurrence may overlap the suffix
-    ],
-)
-def test_matches_by_example(text: str, match: str) -> None:
-    tokens = [ord(letter) for letter in text]
-    for found in (NgramIndex().match(tokens, 5), ngram_match_oracle(tokens, 5)):
-        assert "".join(map(chr, found)) == match
 
 
 @given(
@@ -85,68 +56,106 @@ def test_a_draft_slower_than_the_target_is_not_waited_for() -> None:
     assert not worth_waiting(0, 0.99, 0.050, 0.040)
 
 
-def paced(*, draft: float, ngram: float, step_ms: float, verify_ms: float = 30.0, a_row_ms: float = 0.0) -> JustInTime:
-    """A draft and n-grams that are right so often, and forwards that take so long."""
+def paced(
+    *, draft: float = 0.8, step_ms: float, verify_ms: float = 30.0, step_row_ms: float = 0.0, row_ms: float = 0.0
+) -> Pace:
+    """A draft that is right so often, forwards that take so long, and rounds of two tokens a sequence."""
     pace = Pace()
-    for source, rate in ((Source.DRAFT, draft), (Source.NGRAM, ngram)):
-        for accepted in ([True] * round(10 * rate) + [False] * round(10 * (1 - rate))) * 80:
-            pace.acceptance[source].observe_one(accepted)
+    for accepted in ([True] * round(10 * draft) + [False] * round(10 * (1 - draft))) * 80:
+        pace.acceptance[Source.DRAFT].observe_one(accepted)
     for rows in (1, 2, 4, 8):
-        pace.drafted((step_ms + a_row_ms * rows) / 1e3, rows)
-    pace.verified([Speculation((1, 1))], [Outcome(2, 1)], verify_ms / 1e3)
-    return JustInTime(pace)
+        pace.drafted((step_ms + step_row_ms * rows) / 1e3, rows)
+        seconds = (verify_ms + row_ms * rows) / 1e3
+        pace.verified([Speculation((1,) * (rows - 1))], [Outcome(0, 1)], seconds)
+        pace.ended(2.0, seconds)
+    pace.acceptance[Source.DRAFT] = AcceptanceEstimate(prior=draft)
+    return pace
 
 
-def test_auto_takes_the_ngram_where_it_promises_as_much_and_the_draft_where_there_is_none() -> None:
-    just_in_time = paced(draft=0.8, ngram=0.8, step_ms=3.0)
-    assert just_in_time.prefer_ngrams([6], [6]) == [True]
-    assert just_in_time.prefer_ngrams([0], [6]) == [False]
-    assert just_in_time.prefer_ngrams([6, 0], [6, 6]) == [True, False]  # each its own
+def choices(pace: Pace, *missed: tuple[int, float, int], sequences: int = 0) -> list[Choice]:
+    """Of sequences given as (length of the match, its rate, most drafted)."""
+    return AutoBackup(pace).choose([Missed(*one) for one in missed], sequences or len(missed))
 
 
-def test_auto_waits_for_the_draft_where_ngrams_are_poor() -> None:
-    assert paced(draft=0.9, ngram=0.1, step_ms=3.0).prefer_ngrams([6, 6], [6, 6]) == [False, False]
+def test_auto_takes_a_sure_ngram_and_the_draft_where_there_is_none() -> None:
+    pace = paced(draft=0.8, step_ms=1.0)
+    assert choices(pace, (6, 0.9, 6)) == [Choice(waits=False, ngram=6)]
+    assert choices(pace, (0, 0.0, 6)) == [Choice(waits=True, ngram=0)]
+    assert choices(pace, (6, 0.9, 6), (0, 0.0, 6)) == [Choice(False, 6), Choice(True, 0)]  # each its own
+    assert choices(pace, (6, 0.1, 6), (6, 0.1, 6)) == [Choice(True, 6), Choice(True, 6)]
 
 
-def test_auto_does_not_wait_for_a_draft_that_is_slower_than_the_target() -> None:
-    just_in_time = paced(draft=0.9, ngram=0.3, step_ms=60.0)
-    assert just_in_time.prefer_ngrams([0, 3], [6, 6]) == [True, True]
+def test_auto_does_not_wait_for_a_slow_draft_nor_where_nobody_can_be_waited_for() -> None:
+    assert choices(paced(step_ms=60.0), (0, 0.0, 6), (3, 0.3, 6)) == [Choice(False, 0), Choice(False, 3)]
+    assert choices(paced(step_ms=1.0), (0, 0.0, 0), (3, 0.3, 0)) == [Choice(False, 0), Choice(False, 3)]
+
+
+def test_auto_verifies_no_row_that_costs_more_than_it_promises() -> None:
+    """Two tokens take 32 ms: one that is half likely is worth 8 ms, the next one 4, and so on."""
+    for row_ms, tokens in ((0.0, 6), (0.3, 5), (1.5, 3), (3.0, 2), (20.0, 0)):
+        assert choices(paced(step_ms=60.0, row_ms=row_ms), (6, 0.5, 6)) == [Choice(False, tokens)]
+    # A row holds up all of the batch.
+    assert choices(paced(step_ms=60.0, row_ms=0.3), (6, 0.5, 6), sequences=8) == [Choice(False, 2)]
 
 
 def test_auto_waits_in_small_batches_and_not_in_large_ones() -> None:
     """Theorem 17: a step for all takes longer, a match does not; there is one batch size where it turns."""
-    just_in_time = paced(draft=0.9, ngram=0.5, step_ms=1.0, a_row_ms=1.5)
-    waits = [not any(just_in_time.prefer_ngrams([6] * size, [6] * size)) for size in range(1, 20)]
+    pace = paced(draft=0.9, step_ms=1.0, step_row_ms=1.5)
+    waits = [all(one.waits for one in choices(pace, *[(6, 0.5, 6)] * size)) for size in range(1, 20)]
     assert waits[0]
     assert not waits[-1]
     assert waits == sorted(waits, reverse=True)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
-    sizes=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, max_size=8),
+    missed=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 3)), min_size=1, max_size=3
+    ),
     draft=st.sampled_from([0.2, 0.6, 0.9]),
-    ngram=st.sampled_from([0.1, 0.5, 0.9]),
-    step_ms=st.sampled_from([1.0, 10.0, 50.0]),
+    step_ms=st.sampled_from([0.3, 2.0, 8.0, 40.0]),
+    row_ms=st.sampled_from([0.0, 1.0, 4.0]),
+    others=st.integers(0, 4),
 )
-def test_auto_answers_for_every_sequence_and_alike_for_like_ones(
-    sizes: list[tuple[int, int]], draft: float, ngram: float, step_ms: float
+def test_auto_chooses_what_trying_everything_finds_best(
+    missed: list[tuple[int, float, int]], draft: float, step_ms: float, row_ms: float, others: int
 ) -> None:
-    matches, most = [min(match, limit) for match, limit in sizes], [limit for _, limit in sizes]
-    prefer = paced(draft=draft, ngram=ngram, step_ms=step_ms).prefer_ngrams(matches, most)
-    assert len(prefer) == len(sizes)
-    if all(match == 0 for match in matches):
-        assert len(set(prefer)) == 1  # without matches all wait or nobody does
+    pace = paced(draft=draft, step_ms=step_ms, row_ms=row_ms)
+    sequences = len(missed) + (others if not any(most for _, _, most in missed) else 0)
+    assert pace.rate is not None
+    price = sequences * pace.rate
+
+    def worth(takes: tuple[tuple[bool, int], ...]) -> float:
+        """Of (drafted rather than the match, how many tokens) of each sequence."""
+        steps = max((count for drafted, count in takes if drafted), default=0)
+        total = -price * (pace.unfinished_seconds + steps * pace.step.at(len(missed))) if steps else 0.0
+        for (drafted, count), (_, ngram, _) in zip(takes, missed, strict=True):
+            total += expected_tokens(count, draft if drafted else ngram) - 1 - price * pace.verification.slope * count
+        return total
+
+    options = [
+        [(False, count) for count in range(match + 1)] + [(True, count) for count in range(1, most + 1)]
+        for match, _, most in missed
+    ]
+    best = max(itertools.product(*options), key=worth)
+    found = choices(pace, *missed, sequences=sequences)
+    drafted = [
+        [(True, count) for count in range(1, most + 1)] if one.waits else [(False, one.ngram)]
+        for one, (_, _, most) in zip(found, missed, strict=True)
+    ]
+    assert max(map(worth, itertools.product(*drafted))) == pytest.approx(worth(best))
 
 
-def test_nothing_measured_yet_means_waiting_for_all() -> None:
+def test_nothing_measured_yet_means_ngrams_and_no_wait() -> None:
+    """The first round measures; until then the draft prepares for the next."""
+    assert choices(Pace(), (6, 0.4, 6), (0, 0.0, 6)) == [Choice(False, 6), Choice(False, 0)]
     just_in_time = JustInTime(Pace())
-    assert just_in_time.prefer_ngrams([6], [6]) == [False]
     assert not just_in_time.enough([0, 6], [6, 6])
     assert just_in_time.enough([6, 3], [6, 3])
 
 
 def test_a_batch_weighs_what_all_would_gain_against_what_all_would_wait() -> None:
     """One sequence with a long way to go waits less when others are ready and wait with it."""
-    just_in_time = paced(draft=0.8, ngram=0.5, step_ms=7.0)
+    just_in_time = JustInTime(paced(draft=0.8, step_ms=7.0))
     assert not just_in_time.enough([1], [6])
     assert just_in_time.enough([1, 6, 6, 6, 6], [6, 6, 6, 6, 6])
