@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from ssd_runtime.speculation.pace import Pace, expected_tokens
 from ssd_runtime.speculation.types import Source
 
-
 # A verification that could be spared also spares the draft: on one machine they share the memory's bandwidth. With
 # equal expected speed the longer speculation was measurably the faster one, hence a tenth in favour of waiting.
 PATIENCE = 1.1
