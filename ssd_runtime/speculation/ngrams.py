@@ -69,13 +69,14 @@ class NgramRecord:
 
     Args:
         of_all: the record that stands for what was not seen here, and learns too.
-        prior: the rate assumed before anything was seen; for a record without `of_all`.
+        prior: the rate assumed before anything was seen; for a record without `of_all`. A little hopeful: where
+            a text repeats itself there is more to gain than there is to lose where it does not.
         weight: how many tokens either of these counts for.
         memory: tokens after which an observation has lost half its weight.
     """
 
     def __init__(
-        self, of_all: NgramRecord | None = None, prior: float = 0.4, weight: float = 8.0, memory: float = 64.0
+        self, of_all: NgramRecord | None = None, prior: float = 0.6, weight: float = 8.0, memory: float = 64.0
     ) -> None:
         self._of_all, self._prior, self._weight = of_all, prior, weight
         self._keep = 0.5 ** (1.0 / memory)
