@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launcher import layout, nccl, preflight
 from launcher.layout import Seat
@@ -17,9 +16,8 @@ from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError, SsdError
-
-if TYPE_CHECKING:
-    from ssd_runtime.model.load import ModelCard
+from ssd_runtime.model.card import ModelCard, inspect_model
+from ssd_runtime.model.catalogue import resolve
 
 GIB = 2**30
 
@@ -161,9 +159,6 @@ def _front_door(config: Config) -> str:
 
 
 def _card(model: ModelConfig) -> ModelCard:
-    from ssd_runtime.model.catalogue import resolve
-    from ssd_runtime.model.load import inspect_model
-
     return inspect_model(resolve(model.model))
 
 

@@ -1,25 +1,25 @@
 """What can be told before ranks are started: models, vocabularies, the port, the prompt. Reads headers, no weights.
 
-Cheapest first: a port that is taken or a model that is not there is found before torch is imported.
+Never imports torch, which takes seconds, unless a device is a GPU: torch is asked whether there is one.
 """
 
 from __future__ import annotations
 
 import socket
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from launcher.addresses import is_own
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
+from ssd_runtime import topology
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, RequestError
-
-if TYPE_CHECKING:
-    from ssd_runtime.model.load import ModelCard
-    from ssd_runtime.model.tokenizer import Tokenizer
-    from ssd_runtime.topology import Group
+from ssd_runtime.model.card import ModelCard, inspect_model
+from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.speculation.limits import check_processors
+from ssd_runtime.topology import Group
 
 
 def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None = None) -> None:
@@ -46,21 +46,15 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
 
 def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
     """The cards of target and draft."""
-    from ssd_runtime.model.catalogue import resolve
-
     target_path, draft_path = resolve(config.target.model), resolve(config.draft.model)
-    from ssd_runtime.model.load import inspect_model
-
     target = inspect_model(target_path)
     return target, target if draft_path == target_path else inspect_model(draft_path)
 
 
 def check_shares(config: Config, target: ModelCard) -> None:
     """Raise ConfigError for a target that does not divide among target.tensor_parallel ranks."""
-    from ssd_runtime.model.parallel import check_divides
-
     if config.target.tensor_parallel > 1:
-        check_divides(target.arch, config.target.tensor_parallel, f"target model {config.target.model}")
+        target.arch.check_divides(config.target.tensor_parallel, f"target model {config.target.model}")
 
 
 def check_port(config: Config) -> None:
@@ -80,8 +74,6 @@ def check_port(config: Config) -> None:
 
 def check_devices(config: Config) -> None:
     """Raise ConfigError for GPUs and cores that this host does not have."""
-    from ssd_runtime import topology
-
     count = num_ranks(config)
     topology.cores_by_role(config, count)  # raises for a named core that is not ours
     for rank in range(count):
@@ -92,16 +84,10 @@ def check_devices(config: Config) -> None:
 
 def check_request(request: Generate, config: Config) -> None:
     """Raise RequestError or ConfigError for a request that the engine of `config` would refuse."""
-    from ssd_runtime.model.catalogue import resolve
-    from ssd_runtime.model.tokenizer import Tokenizer
-
     check_not_empty(request)
     check_stop(request)
     params = request.params
     if params.logit_bias or params.allowed_tokens is not None or params.banned_tokens:
-        from ssd_runtime.model.load import inspect_model
-        from ssd_runtime.speculation.processors import check_processors
-
         card = inspect_model(resolve(config.target.model))
         check_processors(params, card.arch.vocab_size, card.eos_token_ids)
     length = count_tokens(request, Tokenizer.from_model(resolve(config.target.model)))

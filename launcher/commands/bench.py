@@ -67,7 +67,7 @@ def bench_command(
     **sampling: Any,
 ) -> None:
     """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
-    from launcher import bench, preflight, screen, teams
+    from launcher import bench, screen, teams
     from launcher.prompts import read_prompts
 
     config = load_config(config_path, overrides)
@@ -84,6 +84,8 @@ def bench_command(
     request = engine.request_for(longest, False, max_tokens, (), None, params)
     engines = _engines(overrides, runs, numerics, compared)
     if connect is None:
+        from launcher import preflight  # with the libraries of model files: after what can be told without
+
         for one in engines:  # all before the first, which takes minutes
             preflight.check_devices(load_config(config_path, one.overrides))
     measured: dict[str, list[bench.Measured]] = {}

@@ -23,10 +23,10 @@ def doctor(
     config_path: Path | None, overrides: tuple[str, ...], nnodes: int, nproc_per_node: str | None, role: Role | None
 ) -> int:
     """Say whether this machine can run the configuration, or so many nodes like it, and print which rank goes where."""
-    from launcher import doctor as physician
+    config = load_config(config_path, overrides)
+    from launcher import doctor as physician  # with the libraries of model files: after what can be told without
     from launcher import screen
 
-    config = load_config(config_path, overrides)
     findings = list(physician.examine(config, physician.seats_of(config, nnodes, nproc_per_node, role)))
     screen.console().print(screen.findings_table(findings))
     failed = [finding.subject for finding in findings if not finding.ok]

@@ -47,8 +47,6 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Answer one prompt."""
-    from launcher import answers, bench, preflight
-
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are part of the JSON: give --json too")
     if mode is not None:
@@ -56,6 +54,8 @@ def generate(
     if lookahead is not None:
         overrides = (*overrides, f"speculation.lookahead={lookahead}")
     config = load_config(config_path, overrides)
+    from launcher import answers, bench, preflight  # with the libraries of model files: after what can be told without
+
     if prompt == "-":
         prompt = sys.stdin.read()
     request = engine.request_for(prompt, raw, max_tokens, stop, mode, sampling_params(sampling, max_tokens))

@@ -71,7 +71,7 @@ def study(
     A directory is one study, which grows run by run: figures of the same pair, K and B join those that are there. Write
     remarks into REMARKS.md beside them; the page has them too.
     """
-    from launcher import bench, preflight
+    from launcher import bench
     from launcher.prompts import read_prompts
 
     if redraw or merge:
@@ -85,6 +85,7 @@ def study(
     if max_tokens < config.speculation.lookahead + 3:
         least = config.speculation.lookahead + 3
         raise ConfigError(f"--max-tokens must be at least {least} with speculation.lookahead = {least - 3}")
+    from launcher import preflight
     from launcher.study import pictures  # with torch: after what can be told without
 
     pictures.check_installed()

@@ -8,6 +8,7 @@ from typing import Literal
 from ssd_runtime.errors import ConfigError
 
 _SIZES = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size")
+_RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64)  # worth naming in a remedy
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,19 @@ class Architecture:
                 f"{who}: its sliding window of {self.sliding_window} tokens is not supported on longer texts; "
                 f"set engine.max_model_len to at most {self.sliding_window}, not {length}"
             )
+
+    def check_divides(self, ranks: int, who: str) -> None:
+        """Raise ConfigError unless the model divides among so many ranks (model/parallel.py says how)."""
+        if self._divides(ranks):
+            return
+        possible = ", ".join(str(other) for other in _RANKS if self._divides(other))
+        parts = (
+            f"{self.num_heads} heads, {self.num_kv_heads} key-value heads and {self.intermediate_size} inner features"
+        )
+        raise ConfigError(
+            f"{who}: {parts} do not divide among target.tensor_parallel = {ranks} ranks; possible are {possible}"
+        )
+
+    def _divides(self, ranks: int) -> bool:
+        few, many = sorted((self.num_kv_heads, ranks))
+        return ranks >= 1 and not (self.num_heads % ranks or self.intermediate_size % ranks or many % few)

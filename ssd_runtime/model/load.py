@@ -1,74 +1,22 @@
-"""From a path to a `ModelCard` (headers only) or a `Decoder` (weights too). Knows no configuration of runs."""
+"""From a path to a `Decoder`. Knows no configuration of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ssd_runtime.config import Dtype
-from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.card import open_weights
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
-from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan, check_divides
+from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.model.vocabulary import Vocabulary
-from ssd_runtime.model.weights_gguf import GgufWeights
-from ssd_runtime.model.weights_hf import HfWeights
 
 Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What a model file says of itself."""
-
-    path: str
-    format: Literal["hf", "gguf"]
-    arch: Architecture
-    eos_token_ids: tuple[int, ...]
-    vocabulary: Vocabulary
-
-
-def open_weights(path: str) -> WeightSource:
-    """Open a Hugging Face directory or a GGUF file and check it whole, reading headers only.
-
-    Raises:
-        ConfigError: missing, truncated, damaged or unsupported; one line with the remedy.
-    """
-    if not Path(path).exists():
-        remedy = "pass a Hugging Face directory, a GGUF file or the name of an embedded model"
-        raise ConfigError(f"model {path} does not exist; {remedy}")
-    return HfWeights(path) if Path(path).is_dir() else GgufWeights(path)
-
-
-def inspect_model(path: str) -> ModelCard:
-    """Read and check headers and tokenizer, no weights.
-
-    Raises:
-        ConfigError: as `open_weights`; or a tokenizer that is missing, damaged or another model's.
-    """
-    source = open_weights(path)
-    tokenizer = Tokenizer.from_model(path)
-    if tokenizer.vocab_size > source.architecture.vocab_size:
-        raise ConfigError(
-            f"model {path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding table only "
-            f"{source.architecture.vocab_size}; the tokenizer belongs to another model"
-        )
-    return ModelCard(
-        path=path,
-        format="hf" if Path(path).is_dir() else "gguf",
-        arch=source.architecture,
-        eos_token_ids=tokenizer.eos_token_ids,
-        vocabulary=tokenizer.vocabulary(),
-    )
 
 
 def load_decoder(
@@ -110,7 +58,7 @@ def decoder_from_weights(
     """
     shard = None
     if group.size > 1:
-        check_divides(source.architecture, group.size, f"model {source.path}")
+        source.architecture.check_divides(group.size, f"model {source.path}")
         shard = Shard(ShardPlan(source.architecture, group.rank, group.size), group)
         source = ShardedWeights(source, shard.plan)
     return _Loader(source, dtype, device, progress or (lambda part: None), calibration, shard).run()

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.source import WHOLE, Part, WeightSource
 from ssd_runtime.speculation.choice import Choice
 from ssd_runtime.speculation.slices import report
 
 _COLUMN_PARALLEL = ("gate_proj", "up_proj")
-_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64)  # worth naming in a remedy
 
 
 class Collective(Protocol):
@@ -93,7 +91,7 @@ class ShardPlan:
     size: int
 
     def __post_init__(self) -> None:
-        check_divides(self.arch, self.size, f"a model of {self.arch.num_heads} heads")
+        self.arch.check_divides(self.size, f"a model of {self.arch.num_heads} heads")
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -157,22 +155,6 @@ class ShardPlan:
 
     def _features(self, heads: tuple[int, int]) -> tuple[int, int]:
         return heads[0] * self.arch.head_dim, heads[1] * self.arch.head_dim
-
-
-def check_divides(arch: Architecture, size: int, who: str) -> None:
-    """Raise ConfigError unless the model divides among `size` ranks; `who` begins the message."""
-    if _divides(arch, size):
-        return
-    possible = ", ".join(str(other) for other in _SIZES if _divides(arch, other))
-    parts = f"{arch.num_heads} heads, {arch.num_kv_heads} key-value heads and {arch.intermediate_size} inner features"
-    raise ConfigError(
-        f"{who}: {parts} do not divide among target.tensor_parallel = {size} ranks; possible are {possible}"
-    )
-
-
-def _divides(arch: Architecture, size: int) -> bool:
-    few, many = sorted((arch.num_kv_heads, size))
-    return size >= 1 and not (arch.num_heads % size or arch.intermediate_size % size or many % few)
 
 
 class ShardedWeights:

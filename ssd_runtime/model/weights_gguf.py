@@ -5,18 +5,19 @@ Names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_map
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
-from torch import Tensor
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture, RopeScaling
 from ssd_runtime.model.gguf_file import GgufFile, open_gguf
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 _NAMES = {
@@ -60,6 +61,8 @@ class GgufWeights:
 
     def _dequantize(self, name: str, part: Part = WHOLE) -> Tensor:
         """Only the blocks that hold the part are touched; the file is mapped."""
+        import torch  # here and not above, for the reason given in card.py
+
         entry, raw = self.file.tensors[name], self.file.raw(name)
         flat = len(entry.shape) == 1  # one row in the file
         columns = (part.rows if flat else part.columns) or (0, entry.shape[-1])

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture, RopeScaling
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}

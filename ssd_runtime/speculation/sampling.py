@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops
-from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
 from ssd_runtime.speculation.types import Proposal, SamplingParams
 
@@ -63,20 +62,6 @@ class Draw:
     def key(self) -> int:
         """Of its noise."""
         return noise_key(self.params.seed, self.position)
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raise RequestError, naming the parameter, unless every value is one the sampler honours."""
-    if not 0.0 <= params.temperature <= 100.0:
-        raise RequestError(f"temperature must be between 0 and 100, not {params.temperature}")
-    if params.top_k < 0:
-        raise RequestError(f"top_k must be 0 (off) or more, not {params.top_k}")
-    if not 0.0 < params.top_p <= 1.0:
-        raise RequestError(f"top_p must be above 0 and at most 1, not {params.top_p}")
-    if not 0.0 <= params.min_p <= 1.0:
-        raise RequestError(f"min_p must be between 0 and 1, not {params.min_p}")
-    if not -(1 << 63) <= params.seed < 1 << 64:
-        raise RequestError(f"seed must fit in 64 bits, not {params.seed}")
 
 
 def process_logits(logits_V: Tensor, params: SamplingParams) -> Tensor:

@@ -16,6 +16,8 @@ from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestS
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
+from tests.tiny_models import write_hf
+from tests.unit.test_model_files import gguf_file
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
@@ -85,10 +87,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model seems to be there; other paths are looked at for real."""
-    from ssd_runtime.model import load
-
-    real = load.inspect_model
-    monkeypatch.setattr(load, "inspect_model", lambda path: real(path) if path != "/" else None)
+    real = preflight.inspect_model
+    monkeypatch.setattr(preflight, "inspect_model", lambda path: real(path) if path != "/" else None)
     monkeypatch.setattr("ssd_runtime.model.catalogue.CATALOGUE", _embedded_is_here())
 
 
@@ -351,17 +351,51 @@ for arguments in json.loads(sys.argv[1]):
     assert code == 2 * (arguments != ["--help"]), (arguments, code)
     assert "torch" not in sys.modules, arguments
 """
-    asked = json.dumps([["--help"], *MISTAKES])
+    lines = run_apart(code, [["--help"], *MISTAKES], tmp_path)
+    assert len(lines) == len(MISTAKES)
+    assert all(line.startswith("ssd: error: ") for line in lines)
+    assert sum("did you mean 'lookahead'" in line for line in lines) == len(COMMANDS)
+
+
+STARTS = (
+    ["generate", "-p", "x"],
+    ["generate", "-p", "x", "--raw", "--logit-bias", "5=1", "--set", "target.tensor_parallel=2"],
+    ["generate", "-p", "x", "--mode", "ar"],
+    ["bench", "--limit", "1", "--modes", "ar,ssd"],
+    ["up"],
+    ["up", "--role", "draft", "--target", "127.0.0.1:9"],
+)
+
+
+def test_ranks_are_started_without_torch(tmp_path: Path) -> None:
+    """The ranks import it; a launcher that did so too, before them, would make everybody wait twice."""
+    code = """
+import json, sys
+from launcher import cli, torchrun
+from ssd_runtime.errors import SsdError
+def start(ranks):
+    assert "torch" not in sys.modules, ranks.launch
+    raise SsdError("ready to start")
+torchrun.Ranks.start = start
+for arguments in json.loads(sys.argv[1]):
+    cli.main(arguments)
+"""
+    target = write_hf(tmp_path / "target")
+    draft = gguf_file(tmp_path / "draft.gguf")
+    models = ["--set", f"target.model={target}", "--set", f"draft.model={draft}", "--set", "serve.port=0"]
+    lines = run_apart(code, [[*arguments, *models] for arguments in STARTS], tmp_path)
+    assert lines == ["ssd: error: ready to start"] * len(STARTS)
+
+
+def run_apart(code: str, asked: Sequence[Sequence[str]], cache: Path) -> list[str]:
+    """Run `code` in a fresh interpreter without fetched models; returns the lines of its standard error."""
     done = subprocess.run(
-        [sys.executable, "-c", code, asked],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "SSD_CACHE": str(tmp_path)},
+        [sys.executable, "-c", code, json.dumps(asked)],
+        cwd=cache,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "SSD_CACHE": str(cache)},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(MISTAKES)
-    assert all(line.startswith("ssd: error: ") for line in lines)
-    assert sum("did you mean 'lookahead'" in line for line in lines) == len(COMMANDS)
+    return done.stderr.splitlines()

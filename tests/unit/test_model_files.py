@@ -15,7 +15,8 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model import catalogue
 from ssd_runtime.model import fetch as fetching
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.load import inspect_model, load_decoder
+from ssd_runtime.model.card import inspect_model
+from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.source import expected_tensors
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture, tiny_tokenizer, write_gguf
 

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.load import decoder_from_weights, load_decoder, open_weights
+from ssd_runtime.model.card import open_weights
+from ssd_runtime.model.load import decoder_from_weights, load_decoder
 from tests.tiny_models import CPU, PagedRun, RandomWeights, random_weight, tiny_architecture, tiny_decoder, write_gguf
 
 SIZES = {

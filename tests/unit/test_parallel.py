@@ -18,7 +18,8 @@ from torch import Tensor
 from cuda_ext import ops
 from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.load import decoder_from_weights, open_weights
+from ssd_runtime.model.card import open_weights
+from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.model.parallel import ShardedWeights, ShardPlan
 from ssd_runtime.model.source import WHOLE, Part, WeightSource, expected_tensors
 from tests.target_ranks import on_every_rank

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.errors import RequestError
+from ssd_runtime.speculation.limits import check_processors
 from ssd_runtime.speculation.processors import (
     History,
-    check_processors,
     process_history,
     process_rows,
     processors_of,

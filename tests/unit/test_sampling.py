@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation import sampling
+from ssd_runtime.speculation.limits import check_sampling
 from ssd_runtime.speculation.sampling import (
     Draw,
-    check_sampling,
     choose_tokens,
     process_logits,
     rank_tokens,
