@@ -23,6 +23,7 @@ from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES, decode, encode
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.heap import give_back
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class ControlServer(_Socket):
         # heartbeat meets a peer that left while its queue here was full, as a flood makes it. `poll` drains floods.
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._nonsense = 0
+        self._flooded = False  # more came than is read at once, and not all was read so far
         try:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
@@ -99,15 +101,17 @@ class ControlServer(_Socket):
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
         """What has arrived, in order; waits at most `timeout_s` for the first. Nonsense is answered by Refused."""
-        if timeout_s > 0 and not self._socket.poll(_milliseconds(timeout_s)):
-            return []
         arrived: list[tuple[bytes, Message]] = []
+        read = 0
+        if timeout_s > 0:
+            self._socket.poll(_milliseconds(timeout_s))
         until = time.monotonic() + DRAIN_S
         while len(arrived) < BATCH and time.monotonic() < until:
             try:
                 identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            read += 1
             try:
                 message = _decode_parts(parts)
             except ProtocolError as error:
@@ -118,7 +122,16 @@ class ControlServer(_Socket):
                 continue
             if not isinstance(message, Heartbeat):
                 arrived.append((identity, message))
+        self._tidy_up(read)
         return arrived
+
+    def _tidy_up(self, read: int) -> None:
+        """Once a flood is over, give back the memory in which it waited to be read."""
+        if read >= BATCH:
+            self._flooded = True
+        elif self._flooded and not read:
+            self._flooded = False
+            give_back()
 
     def send(self, identity: bytes, message: Message) -> bool:
         """Send without waiting; False if this peer is gone or has stopped reading."""

@@ -48,7 +48,8 @@ def main() -> int:
             done.append((time.monotonic(), name))
             FAULTS[name](engine, chance)
             sizes += engine.sizes_while_linked()
-            print(f"{time.monotonic() - start:6.1f} s  {name:<28} {engine.summary()}", flush=True)
+            memory = f"target {engine.size().resident / 2**20:.0f} MiB"
+            print(f"{time.monotonic() - start:6.1f} s  {name:<28} {engine.summary()}; {memory}", flush=True)
         engine.run_until(start + options.seconds)
         engine.recover()
         sizes.append(engine.size())

@@ -13,7 +13,7 @@ import zmq
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import PeerLost
+from ssd_runtime.errors import Overloaded, PeerLost
 from tests.process.impostor import garbage, impostor
 from tests.soak.engine import Engine
 
@@ -87,8 +87,16 @@ def flood_with_requests(engine: Engine, chance: random.Random) -> None:
 def leave_in_mid_stream(engine: Engine, chance: random.Random) -> None:
     """A client that asks for much and goes after the first words."""
     with contextlib.closing(Client(engine.address, 60.0)) as client:
-        request = Generate(f"left-{time.monotonic_ns()}", prompt="lazy dog", max_tokens=2000, ignore_eos=True)
-        next(client.generate(request))
+        until = time.monotonic() + 60.0
+        while True:
+            request = Generate(f"left-{time.monotonic_ns()}", prompt="lazy dog", max_tokens=2000, ignore_eos=True)
+            try:
+                next(client.generate(request))
+            except Overloaded:  # a flood was just before
+                assert time.monotonic() < until
+                engine.run_until(time.monotonic() + 0.1)
+            else:
+                return
 
 
 FAULTS: dict[str, Callable[[Engine, random.Random], None]] = {

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import zmq
 
-from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES
+from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES, encode
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel
 from ssd_runtime.comm.messages_draft import Welcome
 from ssd_runtime.errors import ConfigError, PeerLost
+from tests.process.runs import eventually
 
 SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
 
@@ -176,6 +178,29 @@ def test_heartbeats_are_not_shown_to_the_caller(server: ControlServer, peer: Con
     assert receive(server) == (identity, Cancel("next"))
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_a_flood_leaves_no_memory_behind(server: ControlServer) -> None:
+    def resident_mib() -> float:
+        return float(psutil.Process().memory_info().rss) / 2**20
+
+    count, message = 40_000, encode(Cancel("r" * 500))
+    before = resident_mib()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as flooder:
+        flooder.setsockopt(zmq.SNDHWM, 0)
+        flooder.connect(server.address)
+        for _ in range(count):
+            flooder.send(message)
+        arrived = 0
+        while arrived < count:
+            some = server.poll(5.0)
+            assert some
+            arrived += len(some)
+        full = resident_mib()
+        assert not server.poll(0.0)
+    assert full > before + 30.0
+    assert resident_mib() < before + 10.0
+
+
 def test_a_peer_that_left_is_noticed(server: ControlServer) -> None:
     with ControlPeer(server.address) as peer:
         identity = meet(server, peer)
@@ -257,7 +282,7 @@ def test_two_servers_on_one_host_do_not_share_peers(server: ControlServer, peer:
 
 
 def test_closing_is_quick_may_be_repeated_and_leaves_no_thread() -> None:
-    tasks = len(os.listdir("/proc/self/task"))
+    threads = set(os.listdir("/proc/self/task"))
     server = ControlServer("127.0.0.1", 0)
     peer = ControlPeer(server.address)
     meet(server, peer)
@@ -266,6 +291,5 @@ def test_closing_is_quick_may_be_repeated_and_leaves_no_thread() -> None:
         peer.close()
         server.close()
     assert time.monotonic() - start < 2
-    assert len(os.listdir("/proc/self/task")) == tasks
-    assert threading.active_count() >= 1
-    assert zmq.zmq_version_info() >= (4, 2)
+    # One that was joined is listed for a moment longer.
+    eventually(lambda: set(os.listdir("/proc/self/task")) <= threads, 5.0, "its threads are gone")
