@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ ENGINES = ("tests/cluster/", "tests/process/")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # A shell starts what runs in its background with SIGINT ignored, and the programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
