@@ -14,6 +14,7 @@ from launcher.torchrun import num_ranks
 from ssd_runtime import topology
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
+from ssd_runtime.engine.stop_strings import check_stop_strings
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
@@ -86,6 +87,7 @@ def check_request(request: Generate, config: Config) -> None:
     """Raise RequestError or ConfigError for a request that the engine of `config` would refuse."""
     check_not_empty(request)
     check_stop(request)
+    check_stop_strings(request.stop, config.serve.max_stop_strings, config.serve.max_stop_bytes)
     params = request.params
     if params.logit_bias or params.allowed_tokens is not None or params.banned_tokens:
         card = inspect_model(resolve(config.target.model))

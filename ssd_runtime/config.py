@@ -168,11 +168,15 @@ class ServeConfig:
         announce: with host 0.0.0.0, which of the node's addresses clients and drafts are told; empty finds one.
         max_queued_requests: while so many wait beyond those there is a place for, further ones are refused at once.
             Each output of a request with several counts.
+        max_stop_strings: most stop strings of a request.
+        max_stop_bytes: most bytes of UTF-8 of each.
     """
 
     host: str = "127.0.0.1"
     port: int = 0
     max_queued_requests: int = 1024
+    max_stop_strings: int = 16
+    max_stop_bytes: int = 1024
     announce: str = ""
 
     @property
@@ -300,6 +304,8 @@ def _validate(config: Config) -> None:
         at_least("engine", key, least)
     at_least("deployment", "drafts", 1)
     at_least("serve", "max_queued_requests", 1)
+    at_least("serve", "max_stop_strings", 0)
+    at_least("serve", "max_stop_bytes", 1)
     at_least("speculation", "lookahead", 0)
     at_least("speculation", "budget", 1)
     at_least("speculation", "recycle", 0)

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from ssd_runtime.comm.messages_client import RequestStatistics
 from ssd_runtime.config import Mode
+from ssd_runtime.engine.stop_strings import StopStrings
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.speculation.ngrams import NgramIndex
@@ -72,32 +73,6 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class StopStrings:
-    """Lets text through up to the first stop string; holds back what may become one."""
-
-    def __init__(self, stop: Tokens[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that is now certain, and whether a stop string was met."""
-        if not self._stop:
-            return text, False
-        self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            certain, self._held = self._held[: min(found)], ""
-            return certain, True
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        cut = len(self._held) - keep
-        certain, self._held = self._held[:cut], self._held[cut:]
-        return certain, False
-
-    def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
 
 
 class Measurements:

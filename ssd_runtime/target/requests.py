@@ -7,6 +7,7 @@ from dataclasses import replace
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.stop_strings import check_stop_strings
 from ssd_runtime.errors import RequestError
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
@@ -34,6 +35,8 @@ class RequestReader:
         """
         if not 1 <= message.n <= MOST_OUTPUTS:
             raise RequestError(f"n must be between 1 and {MOST_OUTPUTS}, not {message.n}")
+        serve = self._config.serve
+        check_stop_strings(message.stop, serve.max_stop_strings, serve.max_stop_bytes)
         speculation = self._config.speculation
         first = Request(
             request_id=message.request_id,

@@ -58,6 +58,8 @@ def test_an_override_is_parsed_as_toml_or_taken_as_a_word(override: str, section
         ("target.cores=1", "must be a list"),
         ("target.cores=['a']", "must be int"),
         ("serve.max_queued_requests=0", "must be at least 1, not 0"),
+        ("serve.max_stop_strings=-1", "at least 0"),
+        ("serve.max_stop_bytes=0", "at least 1"),
         ("serve.port=70000", "between 0 and 65535"),
         ("timeouts.load=0", "at least 0.01"),
         ("lookahead=3", "expected section.key=value"),

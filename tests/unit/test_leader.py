@@ -210,6 +210,26 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
     assert f"the prompt has {length} characters, more than engine.max_model_len = 64 tokens can hold" in failed.reason
 
 
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [
+        (("x",) * 17, "17 stop strings are given and serve.max_stop_strings is 16"),
+        (("x" * 1025,), "a stop string is longer than serve.max_stop_bytes = 1024"),
+    ],
+)
+def test_more_stop_strings_than_are_allowed_are_refused_before_any_work(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...], reason: str
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizer, "encode", lambda *given, **named: pytest.fail("tokenized"))
+        (failed,) = serve(process, tokenizer, [replace(ASKED, stop=stop)])
+    assert failed.kind == "request"
+    assert reason in failed.reason
+    wider = Config(serve=ServeConfig(max_stop_strings=17, max_stop_bytes=1025))
+    *_, finished = serve(process, tokenizer, [replace(ASKED, stop=stop)], config=wider)
+    assert isinstance(finished, Finished)
+
+
 def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokenizer: Tokenizer) -> None:
     stop = Stop()
     socket = Socket(stop, process)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.engine.sequence import Delta, Request, Sequence, StopStrings
+from ssd_runtime.engine.sequence import Delta, Request, Sequence
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Source, Speculation
@@ -177,33 +177,6 @@ def test_the_earliest_stop_string_wins() -> None:
 def test_stop_strings_may_meet_the_first_token() -> None:
     one = sequence(stop=(">",))
     assert commit(one, ">") == Delta("", (ord(">"),), "stop")
-
-
-def first_stop(text: str, stop: tuple[str, ...]) -> str:
-    """What may be shown of a text that grows letter by letter."""
-    for end in range(len(text) + 1):
-        hits = [at for s in stop if (at := text[:end].find(s)) >= 0]
-        if hits:
-            return text[: min(hits)]
-    return text
-
-
-@given(
-    text=st.text("ab\n", max_size=30),
-    stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3).map(tuple),
-)
-def test_stop_strings_let_through_exactly_what_comes_before_the_first(text: str, stop: tuple[str, ...]) -> None:
-    filtered, shown = StopStrings(stop), ""
-    for end, letter in enumerate(text, 1):
-        certain, stopped = filtered.push(letter)
-        shown += certain
-        assert first_stop(text[:end], stop).startswith(shown)
-        held = len(first_stop(text[:end], stop)) - len(shown)
-        assert held < max(map(len, stop), default=1)  # no more is held back than may become a stop string
-        if stopped:
-            assert first_stop(text, stop) == shown != text[:end]
-            return
-    assert shown + filtered.flush() == first_stop(text, stop) == text
 
 
 @given(
