@@ -1,4 +1,4 @@
-"""Text to tokens and back, and the chat template, from a model's own files. Knows no weights.
+"""Text to tokens and back, and conversations to text, from a model's own files. Knows no weights.
 
 In both kinds of tokenizer read here (byte-level BPE, SentencePiece with byte fallback) a token's bytes do not depend on
 its neighbours, so text can be streamed exactly: `Detokenizer`.
@@ -7,26 +7,24 @@ its neighbours, so text can be streamed exactly: `Detokenizer`.
 from __future__ import annotations
 
 import codecs
-import datetime
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model.gguf_file import open_gguf
+from ssd_runtime.model.chat_template import LONGEST_TEMPLATE, ChatTemplate
+from ssd_runtime.model.gguf_file import GgufFile, open_gguf
+from ssd_runtime.model.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
 from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
 from ssd_runtime.model.vocabulary import Vocabulary
 from ssd_runtime.model.weights_hf import read_json
 
 _CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>")
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_MOST_ID = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,17 @@ class _Parts:
     """What differs between the formats.
 
     Attributes:
-        bos_token_id: put in front by `encode`; None for the library's own post-processing.
-        template: source of the chat template.
+        special_tokens: text by name, for the chat template.
+        templates: sources of chat templates by name.
+        front, behind: put around a plain text by `encode`; nothing where the library's own post-processing does it.
     """
 
     tokenizer: tokenizers.Tokenizer
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
-    add_bos: bool
-    template: str | None
+    special_tokens: Mapping[str, str]
+    templates: Mapping[str, str]
+    front: tuple[int, ...] = ()
+    behind: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -50,7 +50,7 @@ class Tokenizer:
 
     Attributes:
         eos_token_ids: every id that ends an answer, sorted.
-        bos_token_id: the id texts begin with, None if the model has none.
+        special_tokens: text by name ("bos_token"), as the model's files name them.
         vocab_size: ids the tokenizer knows; the model's table may be larger.
         longest_token: no token stands for more characters of a text.
     """
@@ -58,10 +58,10 @@ class Tokenizer:
     def __init__(self, path: str, parts: _Parts) -> None:
         self._path = path
         self._tokenizer = parts.tokenizer
-        self._add_bos = parts.add_bos
-        self._template = parts.template
+        self._front, self._behind = parts.front, parts.behind
+        self._chat_template = ChatTemplate(parts.templates, parts.special_tokens, f"model {path}")
         self.eos_token_ids = parts.eos_token_ids
-        self.bos_token_id = parts.bos_token_id
+        self.special_tokens = parts.special_tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._tokens = [""] * self.vocab_size
@@ -78,11 +78,20 @@ class Tokenizer:
         return cls(path, _hf_parts(Path(path)) if Path(path).is_dir() else _gguf_parts(path))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids; `add_special` puts in front (and behind) what the model expects around a plain text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
-        if add_special and self._add_bos and self.bos_token_id is not None:
-            return [self.bos_token_id, *ids]
-        return ids
+        """Token ids; `add_special` puts in front (and behind) what the model expects around a plain text.
+
+        Raises:
+            RequestError: the tokenizer cannot read this text.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
+                raise
+            half = any("\ud800" <= character <= "\udfff" for character in text)
+            reason = "it holds half of a surrogate pair, which is no character" if half else brief(error)
+            raise RequestError(f"the model's tokenizer cannot read this text: {reason}") from None
+        return [*self._front, *ids, *self._behind] if add_special else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of a whole sequence; ids of the table's padding are nothing."""
@@ -95,21 +104,9 @@ class Tokenizer:
 
         Raises:
             ConfigError: the model has no chat template, or one that does not parse.
-            RequestError: the template refuses the messages.
+            RequestError: the template refuses the messages, or fails on them.
         """
-        if self._template is None:
-            raise ConfigError(f"model {self._path} has no chat template; use a plain prompt")
-        try:
-            template = _environment().from_string(self._template)
-        except jinja2.TemplateError as error:
-            who = f"model {self._path}"
-            raise ConfigError(f"{who}: its chat template does not parse ({error}); use a plain prompt") from None
-        eos = self._tokens[self.eos_token_ids[0]] if self.eos_token_ids else ""
-        bos = self._tokens[self.bos_token_id] if self.bos_token_id is not None else ""
-        try:
-            return template.render(messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from None
+        return self._chat_template.render(messages)
 
     def vocabulary(self) -> Vocabulary:
         """For the comparison with another model's."""
@@ -152,17 +149,31 @@ class Detokenizer:
 def _gguf_parts(path: str) -> _Parts:
     file = open_gguf(path)
     tokenizer = tokenizer_from_gguf(file)
-    named = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in (*_GGUF_ENDS, "bos_token_id")}
-    bos = named.pop("bos_token_id")
+    tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
+    special = special_ids_gguf(file, len(tokens))
+    template = file.metadata.get("tokenizer.chat_template")
     pre_adds_bos = file.metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3")
-    default = pre_adds_bos or file.metadata.get("tokenizer.ggml.model") == "llama"
+    adds_bos = pre_adds_bos or file.metadata.get("tokenizer.ggml.model") == "llama"
     return _Parts(
         tokenizer=tokenizer,
-        eos_token_ids=_end_ids(tokenizer, (value for value in named.values() if value is not None)),
-        bos_token_id=bos,
-        add_bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", default)),
-        template=file.metadata.get("tokenizer.chat_template"),
+        eos_token_ids=_end_ids(tokenizer, (gguf_token_id(file, key, len(tokens)) for key in _GGUF_ENDS)),
+        special_tokens={name: tokens[token_id] for name, token_id in special.items()},
+        templates={"default": template} if isinstance(template, str) else {},
+        front=_added(file, "bos", special, default=adds_bos),
+        behind=_added(file, "eos", special, default=False),
     )
+
+
+def _added(file: GgufFile, name: str, special: Mapping[str, int], default: bool) -> tuple[int, ...]:
+    """The token of that name, if the file, or else the kind of its tokenizer, puts it around a text."""
+    asked = file.metadata.get(f"tokenizer.ggml.add_{name}_token")
+    token = special.get(f"{name}_token")
+    if token is None and asked:
+        raise ConfigError(
+            f"model {file.path}: tokenizer.ggml.add_{name}_token is set and tokenizer.ggml.{name}_token_id names no "
+            "token; convert the model again, with its tokenizer"
+        )
+    return (token,) if token is not None and (default if asked is None else asked) else ()
 
 
 def _hf_parts(directory: Path) -> _Parts:
@@ -175,46 +186,62 @@ def _hf_parts(directory: Path) -> _Parts:
         raise ConfigError(f"{path} cannot be read ({brief(error)}); fetch the model again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config, generation, extra = (
-        read_json(directory / name) if (directory / name).exists() else {}
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+    config, generation, extra, special_map = (
+        read_json(directory / name) if (directory / name).exists() else {} for name in names
     )
-    ends: list[int | None] = [*_as_list(generation.get("eos_token_id")), *_as_list(config.get("eos_token_id"))]
-    ends += [tokenizer.token_to_id(token) for token in (_token_text(extra.get("eos_token")),) if token]
-    bos_text = _token_text(extra.get("bos_token"))
-    bos = tokenizer.token_to_id(bos_text) if bos_text else config.get("bos_token_id")
+    who = f"model {directory}"
+    byte_level = _decoder_kind(tokenizer, str(directory)) == "byte-level"
+    special = special_tokens_hf(config, extra, special_map, byte_level, who)
+    ends: list[int | None] = [*_config_ends(generation, who), *_config_ends(config, who)]
+    if "eos_token" in special:
+        ends.append(tokenizer.token_to_id(special["eos_token"]))
     return _Parts(
         tokenizer=tokenizer,
         eos_token_ids=_end_ids(tokenizer, ends),
-        bos_token_id=bos,
-        add_bos=False,  # the post-processor in tokenizer.json does it
-        template=_hf_template(directory, extra),
+        special_tokens=special,
+        templates=_hf_templates(directory, extra),
     )
 
 
-def _hf_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
+def _hf_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """By name; files come before what tokenizer_config.json has, all of it."""
+    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (directory / "chat_template.jinja").exists():
+        files.setdefault("default", directory / "chat_template.jinja")
+    if files:
+        return {name: _read_template(path) for name, path in files.items()}
     template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    templates = template if isinstance(template, dict) else {} if template is None else {"default": template}
+    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+        raise ConfigError(f"model {directory}: chat_template in tokenizer_config.json is not text; fetch it again")
+    return templates
+
+
+def _read_template(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(LONGEST_TEMPLATE + 1)  # what is longer is refused
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; fetch the model again") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); fetch the model again") from None
 
 
 def _end_ids(tokenizer: tokenizers.Tokenizer, ids: Iterable[int | None]) -> tuple[int, ...]:
     chat_ends = (tokenizer.token_to_id(token) for token in _CHAT_ENDS)
-    return tuple(sorted({int(token_id) for token_id in (*ids, *chat_ends) if token_id is not None}))
+    return tuple(sorted({token_id for token_id in (*ids, *chat_ends) if token_id is not None}))
 
 
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _token_text(value: Any) -> str | None:
-    """A token of tokenizer_config.json: a string, or an object with its content."""
-    return value.get("content") if isinstance(value, dict) else value
+def _config_ends(config: Mapping[str, Any], who: str) -> list[int]:
+    """`eos_token_id` of config.json or generation_config.json: an id, several or none."""
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and 0 <= token_id <= _MOST_ID for token_id in ids):
+        raise ConfigError(f"{who}: eos_token_id is {value!r:.40}, not the id of a token; fetch the model again")
+    return ids
 
 
 def _decoder_kind(tokenizer: tokenizers.Tokenizer, path: str) -> Literal["byte-level", "sentencepiece"]:
@@ -224,22 +251,6 @@ def _decoder_kind(tokenizer: tokenizers.Tokenizer, path: str) -> Literal["byte-l
     if b"ByteFallback" in decoder or b"Metaspace" in decoder:
         return "sentencepiece"
     raise ConfigError(f"model {path}: this kind of tokenizer is not supported (neither byte-level nor SentencePiece)")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """As transformers renders chat templates (utils/chat_template_utils.py)."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
 
 
 def _byte_table() -> dict[str, int]:

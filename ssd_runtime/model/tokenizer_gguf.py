@@ -60,7 +60,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     return tokenizer
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The message of a foreign error as the part of one line."""
     return " ".join(str(error).split())[:200]
 

@@ -27,6 +27,7 @@ from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Sequence, add_up
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
+from ssd_runtime.model.tokenizer_gguf import brief
 from ssd_runtime.speculation.types import TokenLogprob
 from ssd_runtime.target.door import Door
 from ssd_runtime.target.link_speculator import LinkSpeculator
@@ -191,6 +192,11 @@ class Leader:
             sequences = [self._engine.add(request, Detokenizer(self._tokenizer)) for request in requests]
         except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
             self._server.send(identity, Failed(message.request_id, "request", str(error)))
+        except Exception as error:  # whatever it is, it is the failure of this request
+            log.exception("a request could not be begun")
+            self._engine.cancel({message.request_id})  # those of its outputs that wait already
+            reason = f"the request could not be begun: {brief(error) or type(error).__name__}"
+            self._server.send(identity, Failed(message.request_id, "engine", reason))
         else:
             self._clients[message.request_id] = _Client(identity, message.stream, list(map(_Output, sequences)))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,6 +231,66 @@ def test_more_stop_strings_than_are_allowed_are_refused_before_any_work(
     wider = Config(serve=ServeConfig(max_stop_strings=17, max_stop_bytes=1025))
     *_, finished = serve(process, tokenizer, [replace(ASKED, stop=stop)], config=wider)
     assert isinstance(finished, Finished)
+
+
+TEMPLATES = {
+    "does not parse": "{% for",
+    "fails": "{{ messages[0].content + 1 }}",
+    "recursive": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "huge": "{{ 'x' * 99999999999 }}",
+    "no text": "\ud800",
+    "too long": "{{ 'x ' * 999 }}",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_fails_is_the_failure_of_its_request_alone(
+    process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("ssd_runtime.model.chat_template.MOST_SECONDS", 0.05)
+    path = write_hf(tmp_path / "tiny")
+    (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
+    tokenizer = Tokenizer.from_model(path)
+    honest = replace(ASKED, request_id="honest")
+    chat = replace(ASKED, prompt=None, messages=(ChatMessage("user", "hi"),))
+    sent = serve(
+        process, tokenizer, [honest, chat, replace(chat, request_id="again")], [replace(ASKED, request_id="late")]
+    )
+    failed = [message for message in sent if isinstance(message, Failed)]
+    assert [(message.request_id, message.kind) for message in failed] == [("r", "request"), ("again", "request")]
+    assert all(message.reason and "\n" not in message.reason for message in failed)
+    alone = tokens_of(serve(process, tokenizer, [ASKED]))
+    for request_id in ("honest", "late"):
+        assert tokens_of([m for m in sent if isinstance(m, Chunk) and m.request_id == request_id]) == alone
+
+
+@pytest.mark.parametrize("where", ["encode", "third add"])
+@pytest.mark.parametrize("error", [ValueError("what\nis it"), RecursionError(), MemoryError(), OverflowError("x")])
+def test_whatever_is_raised_before_a_request_runs_is_its_failure(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    plain = tokens_of(serve(process, tokenizer, [ASKED]))
+    add, added = process.engine.add, itertools.count(1)
+
+    def raising(*given: Any, **named: Any) -> Any:
+        raise error
+
+    def third_raising(*given: Any) -> Any:
+        return raising() if next(added) == 3 else add(*given)
+
+    with monkeypatch.context() as patched:
+        if where == "encode":
+            patched.setattr(tokenizer, "encode", raising)
+        else:
+            patched.setattr(process.engine, "add", third_raising)
+        (failed,) = serve(process, tokenizer, [replace(ASKED, n=4)])
+    assert (failed.request_id, failed.kind) == ("r", "engine")
+    assert failed.reason.startswith("the request could not be begun: ")
+    assert "\n" not in failed.reason
+    assert not process.engine.has_work  # nothing of it is left behind
+    assert tokens_of(serve(process, tokenizer, [ASKED])) == plain
 
 
 def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokenizer: Tokenizer) -> None:

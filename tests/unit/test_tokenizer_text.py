@@ -157,11 +157,10 @@ def test_end_tokens_come_from_every_file_that_names_them(tmp_path: Path) -> None
         original,
         config={"eos_token_id": 5},
         generation_config={"eos_token_id": [6, 7]},
-        tokenizer_config={"eos_token": {"content": "<|endoftext|>"}, "bos_token": "a"},
+        tokenizer_config={"eos_token": {"content": "<|endoftext|>"}},
     )
     tokenizer = Tokenizer.from_model(path)
     assert tokenizer.eos_token_ids == (5, 6, 7, 298, 299)
-    assert tokenizer.bos_token_id == original.token_to_id("a")
     path = gguf_of(tmp_path / "model.gguf", original, "gpt-2", **{"ggml.eot_token_id": 9})
     assert Tokenizer.from_model(path).eos_token_ids == (9, 298, 299)
 
@@ -184,7 +183,7 @@ def test_chat_renders_as_transformers_does(smollm2_path: str) -> None:
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer())
     messages = [{"role": "user", "content": "hi\n{{ 7 * 7 }}"}, {"role": "assistant", "content": "<b>"}]
     messages += [{"role": "user", "content": "bye"}]
-    template = Tokenizer.from_model(smollm2_path)._template
+    template = Tokenizer.from_model(smollm2_path)._chat_template._templates["default"]
     expected = reference.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True
     )
@@ -219,7 +218,7 @@ def test_chat_refusals_are_clear(tmp_path: Path) -> None:
     path = hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={"chat_template": TEMPLATE})
     with pytest.raises(RequestError, match="tools are not known"):
         Tokenizer.from_model(path).chat([{"role": "tool", "content": "x"}])
-    with pytest.raises(RequestError, match="refuses"):
+    with pytest.raises(RequestError, match="the conversation is empty"):
         Tokenizer.from_model(path).chat([])
     hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={"chat_template": "{% for"})
     with pytest.raises(ConfigError, match="does not parse"):
