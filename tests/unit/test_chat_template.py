@@ -343,6 +343,74 @@ def test_any_template_that_does_not_compile_is_one_line_about_the_model(template
     assert "\n" not in str(caught.value)
 
 
+LEAVES = """
+{% set x = messages %}
+{% set x = 'é<' %}
+{% set ns.x = ns.x * 2 %}
+{% break %}
+{% continue %}
+{{ f(1) }}{{ caller() if caller }}
+{{ loop([1]) }}
+{{ loop.index }}{{ loop.last }}{{ loop.length }}
+{{ x }}
+{{ x.y.z }}
+{{ x[1:] }}{{ x[-1:0:-1] ~ ns.x }}
+{{ x * 2 + x }}
+{{ '%s' % x }}{{ '{}'.format(x) }}
+{{ x() }}
+{{ x | join('-') }}
+{{ x | tojson(indent=2) }}{{ x | upper }}{{ x | replace('r', 'ss') | trim }}
+{{ x.__class__ }}
+{{ x is string }}{{ x | batch(2) | list }}{{ range(3) | list }}{{ dict(a=x) }}
+{{ (x | map(attribute='role') | list) ~ x }}{{ messages | selectattr('role', 'in', ['user']) | first }}
+{{- ' a' -}}
+  {#- c #}
+\ud800
+{{
+"""
+BLOCKS = """
+{% for x in messages %}|{% endfor %}
+{% for x in 'ab' if x %}|{% else %}e{% endfor %}
+{% for x in [[1], [2]] recursive %}|{% endfor %}
+{% if x %}|{% endif %}
+{% if not x %}|{% else %}e{% endif %}
+{% macro f(x) %}|{% endmacro %}
+{% set x %}|{% endset %}
+{% generation %}|{% endgeneration %}
+{% call f(2) %}|{% endcall %}
+{% filter upper %}|{% endfilter %}
+{% autoescape true %}|{% endautoescape %}
+{% with x = 3 %}|{% endwith %}
+"""
+TEMPLATES = st.recursive(
+    st.sampled_from(LEAVES.strip("\n").splitlines()),
+    lambda inner: st.builds(
+        lambda block, body: block.replace("|", "".join(body)),
+        st.sampled_from(BLOCKS.strip().splitlines()),
+        st.lists(inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=st.lists(TEMPLATES, max_size=4))
+def test_any_template_renders_as_in_transformers_or_fails_its_request(pieces: list[str]) -> None:
+    template, messages = "{% set ns = namespace(x=1) %}\n" + "\n".join(pieces), CONVERSATIONS["several turns"]
+    try:
+        expected = PLAIN.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # noqa: BLE001 (whatever it is there, here it is one of two, in one line)
+        with pytest.raises((ConfigError, RequestError), match=r"\A.+\Z"):
+            ChatTemplate({"default": template}, {}, "model m").render(messages)
+    else:
+        assert ChatTemplate({"default": template}, {}, "model m").render(messages) == expected
+
+
+PLAIN = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer())
+
+
 def test_a_template_is_compiled_once_and_its_budget_is_each_conversations_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MOST_MADE", 99)
     compiled: list[str] = []

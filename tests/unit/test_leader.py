@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from dataclasses import replace
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ssd_runtime.comm.messages import Message
 from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
+from ssd_runtime.errors import RequestError
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.target.leader import Leader, Stop
+from ssd_runtime.target.requests import RequestReader
 from tests.engines import InProcess, in_process
 from tests.tiny_models import tiny_decoder, write_hf
 
@@ -291,6 +296,20 @@ def test_whatever_is_raised_before_a_request_runs_is_its_failure(
     assert "\n" not in failed.reason
     assert not process.engine.has_work  # nothing of it is left behind
     assert tokens_of(serve(process, tokenizer, [ASKED])) == plain
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(), max_size=20), max_size=4),
+    stop=st.lists(st.text(st.characters(), max_size=3), max_size=3).map(tuple),
+)
+def test_any_text_is_read_or_refused(tokenizer: Tokenizer, texts: list[str], stop: tuple[str, ...]) -> None:
+    """Halves of surrogate pairs are among the characters."""
+    messages = tuple(ChatMessage(text, text) for text in texts)
+    for given_text in ({"prompt": "".join(texts)}, {"prompt": None, "messages": messages}):
+        asked = replace(ASKED, stop=stop, **given_text)  # type: ignore[arg-type]
+        with contextlib.suppress(RequestError):
+            assert RequestReader(Config(), tokenizer).read(asked)
 
 
 def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokenizer: Tokenizer) -> None:
