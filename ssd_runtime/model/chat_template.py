@@ -98,8 +98,10 @@ class ChatTemplate:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What templates find, as in transformers; and a budget: each turn of a loop and each call looks at the clock, what
-    operators, calls and filters make is weighed."""
+    """What templates find, as in transformers, and their budget.
+
+    Each turn of a loop and each call looks at the clock; what operators, calls, filters and blocks make is weighed.
+    """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
