@@ -223,6 +223,8 @@ def samples(draw) -> tuple[Tensor, list[Draw], int, int]:
     logits = random(len(draws), len(draws), vocabulary + 3)[:, 1 : vocabulary + 1] * spread
     if draw(st.booleans()):
         logits[:, vocabulary // 3 :: 5] = -torch.inf
+    if draws and draw(st.booleans()):
+        logits[-1, vocabulary // 2] = draw(st.sampled_from([torch.nan, torch.inf]))
     return logits.to(draw(DTYPES)), draws, draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([0, 1, 64128]))
 
 
@@ -252,7 +254,7 @@ def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int, int]) ->
     tokens, scores = (result.cpu() for result in kernels.ops.sample_shared_noise(*moved))
     expected_tokens, expected_scores = reference.sample_shared_noise(*arguments)
     same(tokens, expected_tokens)
-    torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 # ---- a whole round

@@ -124,7 +124,7 @@ struct Kernels {
   void (*rope_write)(const RopeArgs&);
   // Attention of the key-value heads [begin, end).
   void (*paged_attention)(const AttentionArgs&, int64_t begin, int64_t end);
-  // z = logits / temperature in float32; returns the largest.
+  // z = logits / temperature in float32; returns the largest, NaN if one is NaN.
   float (*scale_logits)(const void* logits, Dtype dtype, int64_t count, float temperature, float* z);
   // The largest of each run of `run` values (a multiple of 16) of z; returns how many runs.
   int64_t (*run_maxima)(const float* z, int64_t count, int64_t run, float* maxima);

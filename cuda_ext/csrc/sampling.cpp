@@ -22,7 +22,7 @@ float kth_largest(const Kernels& kernels, const float* z, int64_t count, int64_t
     bound = buffer[k - 1];
   }
   const int64_t left = kernels.values_from(z, count, bound, buffer);
-  if (left < k) return kNone;  // NaN among the logits
+  if (left < k) return kNone;
   std::nth_element(buffer, buffer + k - 1, buffer + left, std::greater<float>());
   return buffer[k - 1];
 }
@@ -56,11 +56,13 @@ float nucleus_floor(const Kernels& kernels, const float* z, int64_t count, float
 
 void rank_row(const Kernels& kernels, const void* logits, Dtype dtype, int64_t count, const Draw& draw, float* z,
               float* buffer, Ranking& ranking) {
-  if (draw.temperature == 0.0) {
-    kernels.scale_logits(logits, dtype, count, 1.0f, z);
-    return kernels.rank_greedy(z, count, ranking);
+  const bool greedy = draw.temperature == 0.0;
+  const float most = kernels.scale_logits(logits, dtype, count, greedy ? 1.0f : static_cast<float>(draw.temperature), z);
+  if (!(most < std::numeric_limits<float>::infinity())) {
+    std::fill(ranking.scores, ranking.scores + ranking.count, std::numeric_limits<double>::quiet_NaN());
+    return;
   }
-  const float most = kernels.scale_logits(logits, dtype, count, static_cast<float>(draw.temperature), z);
+  if (greedy) return kernels.rank_greedy(z, count, ranking);
   float floor = kNone;
   if (draw.top_k > 0 && draw.top_k < count) floor = kth_largest(kernels, z, count, draw.top_k, buffer);
   if (draw.top_p < 1.0)

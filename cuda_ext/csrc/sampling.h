@@ -10,7 +10,7 @@ struct Draw {
   int64_t top_k, key;
 };
 
-// Ranks one row of logits; z and buffer hold `count` floats each.
+// Ranks one row of logits; z and buffer hold `count` floats each. A row with a NaN or +inf gets NaN for its scores.
 void rank_row(const Kernels& kernels, const void* logits, Dtype dtype, int64_t count, const Draw& draw, float* z,
               float* buffer, Ranking& ranking);
 

@@ -31,7 +31,7 @@ def sample_shared_noise(
             of the token; top-k, top-p and min-p look at the slice alone.
 
     Returns: tokens (int64) and their noised scores (float64), both [R, count]; -1 and -inf where processors leave
-    fewer. Column 0 is the token chosen.
+    fewer, -1 and NaN all along a row that has a NaN or +inf (after the temperature). Column 0 is the token chosen.
     """
     chosen_RF = torch.full((logits_RV.shape[0], count), -1, dtype=torch.int64, device=logits_RV.device)
     scores_RF = torch.full_like(chosen_RF, -torch.inf, dtype=torch.float64)
@@ -43,6 +43,9 @@ def sample_shared_noise(
             z_V = logits_V.float() / float(temperature_R[row])
             floor = _processors_floor(z_V, int(top_k_R[row]), float(top_p_R[row]), float(min_p_R[row]))
             score_V = z_V.masked_fill(z_V < floor, -torch.inf).double() + _gumbel_noise(key_R[row], tokens_V)
+        if logits_V.numel() and not bool(score_V.max() < torch.inf):
+            scores_RF[row] = torch.nan
+            continue
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
         order = order[score_V[order] > -torch.inf]
         chosen_RF[row, : order.numel()] = tokens_V[order]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.types import SamplingParams
 
 MOST_BIAS = 100.0  # as OpenAI's
+MOST_REPETITION = 100.0  # and its inverse the least: with less or more, float32 logits might no longer be finite
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -27,8 +27,11 @@ def check_sampling(params: SamplingParams) -> None:
 
 def check_processors(params: SamplingParams, vocab_size: int, end_tokens: Sequence[int] = ()) -> None:
     """Raise RequestError, naming the parameter, unless all of them can be honoured in a vocabulary of that size."""
-    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0.0):
-        raise RequestError(f"repetition_penalty must be above 0 (1 is off), not {params.repetition_penalty}")
+    if not 1.0 / MOST_REPETITION <= params.repetition_penalty <= MOST_REPETITION:
+        raise RequestError(
+            f"repetition_penalty must be between {1.0 / MOST_REPETITION} and {MOST_REPETITION:g} (1 is off), "
+            f"not {params.repetition_penalty}"
+        )
     for name, penalty in (("presence", params.presence_penalty), ("frequency", params.frequency_penalty)):
         if not -2.0 <= penalty <= 2.0:
             raise RequestError(f"{name}_penalty must be between -2 and 2, not {penalty}")

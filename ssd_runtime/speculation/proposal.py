@@ -9,6 +9,7 @@ from; the target verifies against exactly these. Knows no models and no ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,9 @@ def _propose(
     support_S, weights_S = tokens_SM.tolist(), q_SM.tolist()
     rankings = []
     for row, (tokens, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+        if not math.isfinite(scores[0]):  # nothing to choose, as in sampling.py
+            rankings.append(Ranking((), ()))
+            continue
         left = sum(score > -torch.inf for score in scores[:count])  # processors may leave fewer
         margins = tuple((scores[0] - score) * temperatures[row] for score in scores[:left])
         ranking = Ranking(tuple(tokens[:left]), margins)

@@ -17,13 +17,14 @@ support only and noise only where it can win. Knows no models and no ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ssd_runtime.speculation.noise import MAX_NOISE, Stream, extend_text, gumbel_noise, text_key, uniform_noise
-from ssd_runtime.speculation.types import Outcome, Proposal, Speculation
+from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Proposal, Speculation
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winner
 
@@ -75,7 +76,8 @@ def verify_by_rejection(z_LV: Sequence[Tensor] | Tensor, speculation: Speculatio
 
     Args:
         z_LV: processed logits after the bonus token and after each speculated one, len(speculation.tokens) + 1 rows;
-            excluded tokens are -inf. Rows behind a rejection are not looked at.
+            excluded tokens are -inf. Rows behind a rejection are not looked at; at one that is looked at and leaves
+            nothing to choose (NaN, +inf, nothing but -inf) the bonus token is NO_TOKEN.
         speculation: its tokens, and what they were sampled from.
         seed: of the request.
         text: hash of the tokens before the first speculated one (noise.extend_text).
@@ -86,6 +88,8 @@ def verify_by_rejection(z_LV: Sequence[Tensor] | Tensor, speculation: Speculatio
     for k, (token, proposal) in enumerate(zip(tokens, proposals, strict=True)):
         z_V = z_LV[k].double()
         norm = torch.logsumexp(z_V, dim=0)
+        if not math.isfinite(norm):
+            return Outcome(k, NO_TOKEN)
         support_M = torch.tensor(proposal.tokens, device=z_V.device)
         q_M = torch.tensor(proposal.weights, dtype=torch.float64, device=z_V.device)
         q_M = q_M / q_M.sum()
@@ -103,9 +107,11 @@ def verify_by_rejection(z_LV: Sequence[Tensor] | Tensor, speculation: Speculatio
 
 
 def _draw(z_V: Tensor, seed: int, text: int) -> int:
-    """`draw_oracle` of softmax(z), with noise only for tokens that could win; z is float64."""
+    """`draw_oracle` of softmax(z), with noise only for tokens that could win; z is float64. NO_TOKEN if z is none."""
     key = text_key(seed, text, Stream.CHOICE)
     head = z_V.topk(min(_HEAD, z_V.numel()))
     bound = float((head.values + gumbel_noise(key, head.indices)).max())
+    if not math.isfinite(bound):  # to topk, NaN is the greatest of all
+        return NO_TOKEN
     tokens = (z_V >= bound - MAX_NOISE - 1e-9 * (abs(bound) + MAX_NOISE)).nonzero().squeeze(1)
     return int(tokens[(z_V[tokens] + gumbel_noise(key, tokens)).argmax()])

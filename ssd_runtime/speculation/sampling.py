@@ -7,6 +7,8 @@ logits, so the draft's best token is its best guess of what the target will choo
 definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance, or is
 the compiled operator.
 
+A row that has a NaN or +inf among its logits, or nothing but -inf, leaves nothing to choose: its ranking is empty.
+
 Processors in order: those of processors.py, which come first and elsewhere, then temperature, top-k, top-p, min-p
 (each on what the one before left).
 """
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from cuda_ext import ops
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
-from ssd_runtime.speculation.types import Proposal, SamplingParams
+from ssd_runtime.speculation.types import NO_TOKEN, Proposal, SamplingParams
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
 _NUCLEUS = 1024  # most nucleus sets are smaller than this; sorting the whole vocabulary is the slow way out
@@ -102,6 +104,9 @@ def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> 
     tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
     for logits_V, draw in zip(logits_RV, draws, strict=True):
         score_V = process_logits(logits_V, draw.params).double()
+        if not math.isfinite(score_V.max()):
+            ranked.append(Ranking((), ()))
+            continue
         if draw.params.temperature > 0.0:
             score_V = score_V + gumbel_noise(draw.key, tokens_V)
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
@@ -118,7 +123,8 @@ def _ranking(tokens: Tensor, scores: Tensor, draw: Draw) -> Ranking:
 
 
 def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
-    """The `count` tokens most likely to be chosen at each row (fewer where processors leave fewer).
+    """The `count` tokens most likely to be chosen at each row: fewer where processors leave fewer, none of logits that
+    are not numbers.
 
     Args:
         logits_RV: logits of R rows, any float dtype.
@@ -163,18 +169,22 @@ def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list
 
 
 def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The token chosen at each row: the first of `rank_tokens`."""
-    return [ranking.tokens[0] for ranking in rank_tokens(logits_RV, draws, 1)]
+    """The token chosen at each row: the first of `rank_tokens`, NO_TOKEN where there is none."""
+    return [ranking.tokens[0] if ranking.tokens else NO_TOKEN for ranking in rank_tokens(logits_RV, draws, 1)]
 
 
 def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
     """Ties go to the lower token id in the first place (argmax), as in the oracle."""
-    first_R = logits_RV.argmax(dim=-1).tolist()
+    most_R, first_R = (found.tolist() for found in logits_RV.max(dim=-1))  # NaN is the greatest of all
     if count == 1:
-        return [Ranking((first,), (0.0,)) for first in first_R]
+        pairs = zip(most_R, first_R, strict=True)
+        return [Ranking((first,), (0.0,)) if math.isfinite(most) else Ranking((), ()) for most, first in pairs]
     best = logits_RV.topk(count, dim=-1)
     rankings = []
     for first, tokens, values in zip(first_R, best.indices.tolist(), best.values.tolist(), strict=True):
+        if not math.isfinite(values[0]):
+            rankings.append(Ranking((), ()))
+            continue
         rest = [(token, value) for token, value in zip(tokens, values, strict=True) if token != first]
         rest = [(token, value) for token, value in rest if value > -torch.inf][: count - 1]
         margins = (values[0] - value for _, value in rest)
@@ -190,6 +200,8 @@ def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> Ranking:
 def _best_noised(z_V: Tensor, key: int, count: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
     """The `count` tokens (fewer where fewer are left) with the best noised scores, and these in float64, best first."""
     head = z_V.topk(min(max(_HEAD, count), z_V.numel()))
+    if not math.isfinite(head.values[0]):  # to topk, NaN is the greatest of all
+        return head.indices[:0], head.values[:0].double()
     head_score = head.values.double() + gumbel_noise(key, head.indices + first_token)
     # Whatever is below this bound even with the largest noise cannot be among the first `count`.
     bound = float(head_score.topk(min(count, len(head_score))).values[-1])
@@ -222,7 +234,8 @@ def best_of_columns(logits_RL: Tensor, draws: Sequence[Draw], first_token: int) 
 
     Returns:
         Tokens (int64) and their scores, noised where the temperature is not 0 (float64); lower tokens win ties, and
-        nothing to choose from is -1 with -inf or NaN. On the device of the logits.
+        nothing to choose from is -1: with -inf where all is excluded, with NaN where a logit is NaN or +inf. On the
+        device of the logits.
     """
     plain = [Draw(SamplingParams(draw.params.temperature, seed=draw.params.seed), draw.position) for draw in draws]
     if logits_RL.shape[1] and ops.compiled_for(logits_RL.device):
@@ -237,8 +250,10 @@ def best_of_columns(logits_RL: Tensor, draws: Sequence[Draw], first_token: int) 
 def _best_of_row(logits_L: Tensor, draw: Draw, first_token: int) -> tuple[int, float]:
     if len(logits_L) == 0:
         return -1, -math.inf
+    most, column = logits_L.max(dim=0)
+    if most == -math.inf:
+        return -1, -math.inf
     if draw.params.temperature == 0.0:
-        column = int(logits_L.argmax())
-        return column + first_token, float(logits_L[column])
+        return (int(column) + first_token, float(most)) if math.isfinite(most) else (-1, math.nan)
     tokens, scores = _best_noised(process_logits(logits_L, draw.params), draw.key, 1, first_token)
-    return (int(tokens[0]), float(scores[0])) if len(tokens) else (-1, math.nan)  # there is a NaN among them
+    return (int(tokens[0]), float(scores[0])) if len(tokens) else (-1, math.nan)

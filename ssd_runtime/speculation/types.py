@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+# Noise is between -3.2 and 22.9, so at this temperature it decides between logits that differ by less than 3e-4 only,
+# and logits over it are far from the end of float32. vLLM draws the line at the same place.
+GREEDY_UP_TO = 1e-5
+NO_TOKEN = -1  # where a token should have been chosen: the logits are NaN or infinite, or nothing is left of them
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a token is chosen from the target's logits.
 
     Attributes:
-        temperature: 0 is greedy (no noise).
+        temperature: 0 is greedy (no noise); what is above 0 and at most `GREEDY_UP_TO` becomes 0.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
         min_p: keep tokens at least min_p times as probable as the best; 0 keeps all.
@@ -39,6 +44,11 @@ class SamplingParams:
     allowed_tokens: tuple[int, ...] | None = None
     banned_tokens: tuple[int, ...] = ()
     min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        # Here, so that no reader meets a temperature that its arithmetic cannot bear.
+        if 0.0 < self.temperature <= GREEDY_UP_TO:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Outcome:
 
     Attributes:
         num_accepted: k, draft tokens accepted.
-        bonus_token: t*, the token the target itself chose next.
+        bonus_token: t*, the token the target itself chose next; NO_TOKEN where it could choose none.
     """
 
     num_accepted: int

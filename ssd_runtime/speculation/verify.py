@@ -54,7 +54,7 @@ class Claim:
 
 
 def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
-    """The outcome (k, t*) of verifying one speculation under shared noise.
+    """The outcome (k, t*) of verifying one speculation under shared noise; t* is NO_TOKEN where the target has none.
 
     Args:
         chosen: the target's own tokens after the bonus token and after each speculated one; len(speculation) + 1.

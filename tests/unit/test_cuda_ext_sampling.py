@@ -75,6 +75,21 @@ def test_excluded_tokens_are_never_chosen(backend):
     assert sample(backend, logits, draws, 3) == [(33,), ()]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 15, 16, 37])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_with_a_logit_that_is_no_number_has_no_tokens_and_no_scores(backend, dtype, place, value):
+    logits = torch.zeros(3, 38, dtype=dtype)
+    logits[0, place] = logits[1, place] = value
+    ones, off = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    temperature = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    tokens, scores = backend.sample_shared_noise(logits, temperature, off, ones, ones * 0, off, off, 2)
+    assert tokens[:2].tolist() == [[-1, -1]] * 2
+    assert bool(scores[:2].isnan().all())
+    assert bool((tokens[2] >= 0).all())
+
+
 def test_scores_equal_those_of_plain_torch():
     seeds, off = torch.tensor([5, -7]), torch.zeros(2, dtype=torch.int64)
     ones = off.double() + 1

@@ -262,7 +262,8 @@ SSD_DEVICE unsigned long long total_mass(const SampleRow<Element>& row, SampleSh
   return total;
 }
 
-// This thread's best token after (score, token) in the ranking, among z >= floor; -1 where there is none.
+// This thread's best token after (score, token) in the ranking, among z >= floor; -1 where there is none. NaN counts as
+// +inf, which is before everything: a row that has either shows it in its first place.
 template <class Element>
 SSD_DEVICE void best_after(const SampleRow<Element>& row, float floor, double& score, int64_t& token) {
   const double last_score = score;
@@ -270,7 +271,8 @@ SSD_DEVICE void best_after(const SampleRow<Element>& row, float floor, double& s
   score = -INFINITY;
   token = -1;
   for (int64_t candidate = threadIdx.x; candidate < row.vocabulary; candidate += blockDim.x) {
-    const float z = row.z(candidate);
+    float z = row.z(candidate);
+    if (!(z < INFINITY)) z = INFINITY;
     if (!(z >= floor) || !(z > -INFINITY)) continue;
     double noised = z;
     if (row.temperature != 0.0f) {
@@ -325,12 +327,12 @@ SSD_KERNEL SSD_BOUNDS(kMaxThreads) sample_shared_noise_kernel(SampleArgs args) {
   for (int64_t place = 0; place < args.count; ++place) {
     reduce_best(shared, score, token < 0 ? INT64_MAX : token);
     const double best_score = shared.scores[0];
-    const bool found = best_score > -INFINITY;
+    const bool found = best_score > -INFINITY && best_score < INFINITY;
     const int64_t best_token = found ? shared.tokens[0] : -1;
     __syncthreads();
     if (threadIdx.x == 0) {
       args.tokens[index * args.count + place] = found ? args.first_token + best_token : -1;
-      args.scores[index * args.count + place] = best_score;
+      args.scores[index * args.count + place] = best_score < INFINITY ? best_score : NAN;
     }
     if (found && token == best_token) best_after(row, floor, score, token);
   }
