@@ -30,6 +30,10 @@ class Overloaded(SsdError):
     exit_code = 75
 
 
+class DeviceFault(SsdError):
+    """A kernel has met what it could not refuse: what is in the device's memory is not to be trusted any more."""
+
+
 class PeerLost(SsdError):
     """A peer that is dead, silent past its deadline, or talking nonsense.
 

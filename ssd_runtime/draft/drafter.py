@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from ssd_runtime.speculation.fanout import Fork, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows
 from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.sampling import Draw, rank_tokens
+from ssd_runtime.speculation.sampling import Draw, Ranking, rank_tokens
 from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
-from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
+from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Proposal, SamplingParams, Source, TreeFrame
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,20 @@ class Drafter:
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
         self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
         self._rule = proposal_rule(speculation)
+        self._kv = decoder.new_kv(draft_blocks(engine, speculation) * engine.block_size)
+        self._round = 0
+        self._told_of_blind_rows = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every sequence and the plan: another target, or the same one after a pause, tells anew.
+
+        Whatever state an exception has left, there is nothing of it afterwards.
+        """
+        engine, speculation = self._engine, self._speculation
         self.allocator = BlockAllocator(draft_blocks(engine, speculation))
         self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
-        self._kv = decoder.new_kv(self.allocator.num_blocks * engine.block_size)
         self._sequences: dict[int, DraftedSequence] = {}
-        self._round = 0
         self._plan = Plan(speculation.lookahead, speculation.budget)
         self._last_step: DraftStep | None = None
 
@@ -107,12 +119,6 @@ class Drafter:
         if sequence_id not in self._sequences:
             raise ProtocolError(f"a share of sequence {sequence_id}, which this draft does not have")
         self._sequences[sequence_id].share = (index, count)
-
-    def reset(self) -> None:
-        """Forget every sequence and the plan: another target, or the same one after a pause, tells anew."""
-        self._plan = Plan(self._speculation.lookahead, self._speculation.budget)
-        for sequence_id in list(self._sequences):
-            self.finish(sequence_id)
 
     @property
     def num_sequences(self) -> int:
@@ -191,7 +197,7 @@ class Drafter:
                 start = sequence.table.length
                 sequence.table.reserve(start + catch_up)
                 sequence.table.length += catch_up
-                rows.add_trunk(sequence.tokens[start : start + catch_up], start)
+                rows.add_trunk([self._known(token) for token in sequence.tokens[start : start + catch_up]], start)
             if not sequence.missing:
                 self._add_frontier(rows, sequence, frontier)
                 nodes += [(sequence, node) for node in frontier]
@@ -224,11 +230,17 @@ class Drafter:
         """Most outcomes to draft for at a time."""
         return self._speculation.budget * self._engine.max_num_seqs
 
+    def _known(self, token: int) -> int:
+        """A token of this model: the target's table may be the longer one, and any guess will do behind its padding."""
+        return token if 0 <= token < self._decoder.arch.vocab_size else 0
+
     def _add_frontier(self, rows: RowBuilder, sequence: DraftedSequence, frontier: Sequence[Node]) -> None:
         prefix = sequence.tree.root.position
         for node in frontier:
             node.slot = self._scratch.take()
-            rows.add_branch_row(node.token, node.position, prefix, [above.slot for above in node.ancestors()])
+            rows.add_branch_row(
+                self._known(node.token), node.position, prefix, [above.slot for above in node.ancestors()]
+            )
             rows.want_logits()
 
     def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[DraftedSequence, Node]]) -> None:
@@ -247,7 +259,15 @@ class Drafter:
             texts = [node.text for _, node in nodes]
             rankings = propose_tokens(logits_RV.contiguous(), draws, texts, count, self._rule)
         for (sequence, node), ranking in zip(nodes, rankings, strict=True):
-            sequence.tree.record(node, ranking)
+            sequence.tree.record(node, ranking if ranking.tokens else self._blind(sequence.params))
+
+    def _blind(self, params: SamplingParams) -> Ranking:
+        """For a row whose logits leave nothing to choose: any guess is as good as another."""
+        if not self._told_of_blind_rows:
+            log.warning("logits of this draft are NaN or infinite; it guesses blindly there (said once)")
+            self._told_of_blind_rows = True
+        samples = self._rule is not None and self._rule.top_m > 1 and params.temperature > 0.0
+        return Ranking((0,), (0.0,), 0, Proposal((0,), (1.0,))) if samples else Ranking((0,), (0.0,))
 
     def tree(self) -> TreeFrame:
         """All branches that are ready, of all sequences. The step that grew them is reported once."""

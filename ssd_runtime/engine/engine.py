@@ -1,17 +1,22 @@
 """The engine: one target model, many requests, one decode path for AR, SD and SSD. Knows no sockets and no ranks.
 
-`step` is one round. How it speculates is the business of the speculators it is given, one a mode.
+`step` is one round. How it speculates is the business of the speculators it is given, one a mode. Whatever goes wrong
+inside a round fails the sequences concerned; only a lost rank of the target, or memory that cannot be trusted, ends the
+engine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
+from torch import AcceleratorError, Tensor
 
 from ssd_runtime.config import Coupling, EngineConfig, Mode
 from ssd_runtime.engine.numerics import FreshTokens, Rounding, share_unit, spare_slots
@@ -20,7 +25,7 @@ from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
 from ssd_runtime.engine.speculator import Proposals, Speculator
 from ssd_runtime.engine.verification import verified
-from ssd_runtime.errors import RequestError
+from ssd_runtime.errors import DeviceFault, PeerLost, RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
@@ -31,13 +36,20 @@ from ssd_runtime.speculation.types import Outcome, Speculation
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Progressed:
-    """A sequence got tokens in this round, or ended."""
+    """A sequence got tokens in this round, or ended.
+
+    Attributes:
+        failure: why it failed, if it did: the delta is then its last one.
+    """
 
     sequence: Sequence
     delta: Delta
+    failure: str | None = None
 
 
 class Engine:
@@ -79,6 +91,7 @@ class Engine:
         self._next_id = 0
         self._round = 0
         self._last_verify: dict[int, tuple[int, float]] = {}  # sequence -> start of its last verification, its seconds
+        self._failed: list[Progressed] = []  # in this round, by what befell them
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -158,7 +171,12 @@ class Engine:
     # -- one round -----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Progressed]:
-        """Admit, prefill a chunk, verify one speculation of every running sequence."""
+        """Admit, prefill a chunk, verify one speculation of every running sequence.
+
+        Raises:
+            PeerLost: a rank of the target is gone.
+            DeviceFault: the KV rows cannot be trusted any more.
+        """
         self._admit()
         self.watch.lap("admit")
         progressed = self._prefill_chunk()
@@ -167,22 +185,44 @@ class Engine:
         for mode, speculator in self._speculators.items():
             members = [sequence for sequence in batch if sequence.request.mode == mode and not sequence.finish_reason]
             if members:
-                progressed += self._verify_round(members, speculator)
+                with self._contained(members, "verifying"):
+                    progressed += self._verify_round(members, speculator)
         for item in progressed:
-            if item.delta.finish_reason:
+            if item.delta.finish_reason and item.sequence in self.scheduler.running:
                 self._end(item.sequence, running=True)
-        return progressed
+        failed, self._failed = self._failed, []
+        return progressed + failed
+
+    @contextlib.contextmanager
+    def _contained(self, concerned: Sequences[Sequence], doing: str) -> Iterator[None]:
+        """What goes wrong in it fails these sequences and nobody else, unless it befalls the target as a whole."""
+        try:
+            yield
+        except (PeerLost, DeviceFault, AcceleratorError):  # a device that has failed fails whatever comes next
+            raise
+        except Exception as error:
+            ending = [sequence for sequence in concerned if sequence in self.scheduler.running]
+            log.exception("%s failed in round %d; %d sequences end with it", doing, self._round, len(ending))
+            for sequence in ending:
+                sequence.fail(f"{doing} failed: {type(error).__name__}: {error}".splitlines()[0])
+                self._end(sequence, running=True)
+                self._failed.append(Progressed(sequence, Delta("", (), sequence.finish_reason), sequence.failure))
 
     def _admit(self) -> None:
         admitted = self.scheduler.admit()
         for mode, speculator in self._speculators.items():
             if members := [sequence for sequence in admitted if sequence.request.mode == mode]:
-                speculator.admit(members)
+                with self._contained(members, "admitting"):
+                    speculator.admit(members)
 
     def _prefill_chunk(self) -> list[Progressed]:
         sequence = self.scheduler.prefilling()
-        if sequence is None:
-            return []
+        if sequence is not None:
+            with self._contained([sequence], "computing the prompt"):
+                return self._prefill(sequence)
+        return []
+
+    def _prefill(self, sequence: Sequence) -> list[Progressed]:
         start_ns = time.monotonic_ns()
         self.scheduler.share_prompt(sequence)
         start = sequence.table.length
@@ -219,30 +259,47 @@ class Engine:
         self.watch.end(self._round, held_up=held_up)
         start_ns = time.monotonic_ns()
         self._measure_last_round(batch, proposals, start_ns)
-        fresh = self._fresh(batch, proposals.speculations)
-        outcomes, logits_RV = verified(
-            self._coupling,
-            batch,
-            proposals.speculations,
-            partial(self._rounding.forward, fresh, self._kv),
-            partial(self._rounding.choose, fresh, self._kv),
-        )
+        found = self._verified(batch, proposals.speculations)
         verified_ns = time.monotonic_ns()
         self.watch.begin()
         raise_faults(self._kv)
-        progressed, first = [], 0
-        for sequence, speculation, outcome in zip(batch, proposals.speculations, outcomes, strict=True):
-            # The bonus token has no row yet; rejected rows go back.
-            sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
-            rows = slice(first, first + 1 + len(speculation.tokens))
-            progressed.append(_commit(sequence, outcome, speculation, None if logits_RV is None else logits_RV[rows]))
-            first = rows.stop
-            sequence.measured.verify_ms.append((verified_ns - start_ns) / 1e6)
-            self._last_verify[sequence.sequence_id] = (start_ns, (verified_ns - start_ns) / 1e6)
-        speculator.observe(proposals.speculations, outcomes, (verified_ns - start_ns) / 1e9)
+        progressed = []
+        for sequence, outcome, speculation, logits_LV in found:
+            with self._contained([sequence], "committing"):
+                # The bonus token has no row yet; rejected rows go back.
+                sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
+                progressed.append(_commit(sequence, outcome, speculation, logits_LV))
+                sequence.measured.verify_ms.append((verified_ns - start_ns) / 1e6)
+                self._last_verify[sequence.sequence_id] = (start_ns, (verified_ns - start_ns) / 1e6)
+        came = [(speculation, outcome) for sequence, outcome, speculation, _ in found if not sequence.failure]
+        outcomes = [outcome for _, outcome in came]
+        if came:
+            speculator.observe([speculation for speculation, _ in came], outcomes, (verified_ns - start_ns) / 1e9)
         self._trace_round(proposals, outcomes, propose_ns, start_ns, verified_ns)
         self.watch.lap("commit")
         return progressed
+
+    def _verified(
+        self, batch: Sequences[Sequence], speculations: Sequences[Speculation]
+    ) -> list[tuple[Sequence, Outcome, Speculation, Tensor | None]]:
+        """The outcome of every sequence that has one, and the logits of its rows if they are wanted.
+
+        If it cannot be had of all together, of each alone: one may be to blame for what befell all.
+        """
+        with self._contained(batch if len(batch) == 1 else (), "verifying"):
+            fresh = self._fresh(batch, speculations)
+            outcomes, logits_RV = verified(
+                self._coupling,
+                batch,
+                speculations,
+                partial(self._rounding.forward, fresh, self._kv),
+                partial(self._rounding.choose, fresh, self._kv),
+            )
+            lengths = [1 + len(speculation.tokens) for speculation in speculations]
+            logits = [None] * len(batch) if logits_RV is None else logits_RV.split(lengths)
+            return list(zip(batch, outcomes, speculations, logits, strict=True))
+        alone = zip(batch, speculations, strict=True) if len(batch) > 1 else ()
+        return [one for sequence, speculation in alone for one in self._verified([sequence], [speculation])]
 
     def _fresh(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> list[FreshTokens]:
         """1 + len(speculation) rows a sequence, their places in its table reserved."""
@@ -261,7 +318,8 @@ class Engine:
         self._last_verify.pop(sequence.sequence_id, None)
         self.scheduler.remove(sequence)
         if running:
-            self._speculators[sequence.request.mode].finish(sequence)
+            with self._contained((), "telling the draft of an end"):
+                self._speculators[sequence.request.mode].finish(sequence)
 
     def _measure_last_round(self, batch: Sequences[Sequence], proposals: Proposals, start_ns: int) -> None:
         """A round lasts from the start of one verification to the start of the next: the last one ends now."""
@@ -300,5 +358,8 @@ def _commit(sequence: Sequence, outcome: Outcome, speculation: Speculation, logi
     delta = sequence.commit(outcome, speculation)
     if sequence.request.logprobs is not None and logits_LV is not None:
         count = len(delta.token_ids)
-        delta = replace(delta, logprobs=token_logprobs(logits_LV[:count], delta.token_ids, sequence.request.logprobs))
-    return Progressed(sequence, delta)
+        logprobs = token_logprobs(logits_LV[:count], delta.token_ids, sequence.request.logprobs)
+        if not all(math.isfinite(one.logprob) for one in logprobs):  # a NaN where tokens are excluded
+            raise ValueError("the log-probabilities are no numbers")
+        delta = replace(delta, logprobs=logprobs)
+    return Progressed(sequence, delta, sequence.failure)

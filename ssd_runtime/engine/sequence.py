@@ -19,7 +19,7 @@ from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.speculation.ngrams import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.processors import LogitsProcessors
-from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation, TokenLogprob
+from ssd_runtime.speculation.types import NO_TOKEN, Outcome, SamplingParams, Speculation, TokenLogprob
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -159,6 +159,7 @@ class Sequence:
         tokens: prompt and output. The last one has no KV row yet: it is the first row of the next forward.
         turn: verifications so far; -1 until the prefill has chosen the first token.
         outcome: of the last verification (of the prefill: no draft token, the first token).
+        failure: why it failed, if it did; it has ended with the tokens that came before.
         processors: what the sampling parameters ask for beyond sampling; None if nothing.
         prompt: what of its rows other sequences may hold too, in multiples of `share_unit`.
     """
@@ -183,6 +184,7 @@ class Sequence:
         self.turn = -1
         self.outcome: Outcome | None = None
         self.finish_reason: FinishReason | None = None
+        self.failure: str | None = None
         self.measured = Measurements()
         self.ngrams = NgramIndex()
         self._text = text
@@ -213,11 +215,20 @@ class Sequence:
         return self._hashed[1]
 
     def commit(self, outcome: Outcome, speculation: Speculation) -> Delta:
-        """Append what a verification decided, token by token, and stop exactly where the request says."""
+        """Append what a verification decided, token by token, and stop exactly where the request says.
+
+        Where there should be a token and is none, the sequence fails: behind the same text in every mode.
+        """
         run = (*speculation.tokens[: outcome.num_accepted], outcome.bonus_token)
         emitted: list[int] = []
         text = ""
         for token in run:
+            if token == NO_TOKEN:
+                self.fail(
+                    f"no token can be chosen at position {len(self.tokens)}: "
+                    "the model's logits there are NaN or infinite, or leave nothing"
+                )
+                break
             emitted.append(token)
             piece, reason = self._emit(token)
             text += piece
@@ -235,6 +246,10 @@ class Sequence:
         self.turn += 1
         self.outcome = outcome
         return Delta(text, tuple(emitted), self.finish_reason)
+
+    def fail(self, reason: str) -> None:
+        """It ends here, and `reason` is told to whoever asked."""
+        self.failure, self.finish_reason = reason, "abort"
 
     def _emit(self, token: int) -> tuple[str, FinishReason | None]:
         self.tokens.append(token)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cuda_ext import ops
+from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv.blocks import BlockAllocator
 
 
@@ -25,7 +27,8 @@ class BlockTable:
 
     Attributes:
         block_size: as given.
-        slots: int64 [max_length]; entry p is the slot of position p, valid for p < `capacity`.
+        slots: int64 [max_length]; entry p is the slot of position p, valid for p < `capacity`. Made when it is first
+            needed: whoever waits for admission takes nothing of the device.
         length: rows that hold a token of the sequence.
     """
 
@@ -33,9 +36,13 @@ class BlockTable:
         self._allocator = allocator
         self.block_size = block_size
         self._blocks: list[int] = []
-        padded = -(-max_length // block_size) * block_size
-        self.slots = torch.zeros(padded, dtype=torch.int64, device=device)
+        self._padded = -(-max_length // block_size) * block_size
+        self._device = device
         self.length = 0
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        return torch.zeros(self._padded, dtype=torch.int64, device=self._device)
 
     @property
     def capacity(self) -> int:
@@ -51,7 +58,7 @@ class BlockTable:
             block = self._allocator.allocate()
             start = block * self.block_size
             self.slots[self.capacity : self.capacity + self.block_size] = torch.arange(
-                start, start + self.block_size, device=self.slots.device
+                start, start + self.block_size, device=self._device
             )
             self._blocks.append(block)
 
@@ -133,13 +140,17 @@ def copy_branch(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[
 
 
 def raise_faults(kv: Tensor) -> None:
-    """Raise RuntimeError where a kernel on kv's device has met a slot outside the pool since the last call.
+    """Raise DeviceFault where a kernel on kv's device has met a slot outside the pool since the last call.
 
     Device kernels leave such a row alone and record it, since a launch cannot look at values. Waits for the device, so
     it belongs where results have just been read. CPU kernels check before they write: nothing to do there.
     """
-    if kv.device.type != "cpu":
+    if kv.device.type == "cpu":
+        return
+    try:
         ops.raise_faults(kv)
+    except RuntimeError as fault:
+        raise DeviceFault(str(fault)) from None
 
 
 def copy_branch_oracle(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[int]) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequences
 from typing import Protocol
 
 from ssd_runtime.comm.messages_draft import Admit
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
+from ssd_runtime.errors import DeviceFault
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame
 from ssd_runtime.target.admission import admission
+
+log = logging.getLogger(__name__)
 
 
 class ColocatedSpeculator:
@@ -31,11 +36,24 @@ class ColocatedSpeculator:
         return self._load()
 
     def admit(self, sequences: Sequences[Sequence]) -> None:
-        for sequence in sequences:
-            self._drafter.admit(admission(sequence, "sd"))
+        with self._going_on_without():
+            for sequence in sequences:
+                self._drafter.admit(admission(sequence, "sd"))
 
     def finish(self, sequence: Sequence) -> None:
-        self._drafter.finish(sequence.sequence_id)
+        with self._going_on_without():
+            self._drafter.finish(sequence.sequence_id)
+
+    @contextlib.contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """No token depends on the draft: if it fails, it forgets its sequences, and these are decoded without it."""
+        try:
+            yield
+        except DeviceFault:  # of the device, which the target is on too
+            raise
+        except Exception:
+            log.exception("the draft failed; %d sequences go on without it", self._drafter.num_sequences)
+            self._drafter.reset()
 
     def observe(
         self, speculations: Sequences[Speculation], outcomes: Sequences[Outcome], verify_seconds: float
@@ -44,9 +62,16 @@ class ColocatedSpeculator:
 
     def propose(self, batch: Sequences[Sequence], round: int) -> Proposals:
         start = time.monotonic()
+        steps: list[tuple[float, int]] = []
+        speculations = [Speculation()] * len(batch)
+        with self._going_on_without():
+            speculations = self._speculate(batch, round, steps)
+        return Proposals(tuple(speculations), (None,) * len(batch), time.monotonic() - start, tuple(steps))
+
+    def _speculate(self, batch: Sequences[Sequence], round: int, steps: list[tuple[float, int]]) -> list[Speculation]:
+        """What the draft proposes; its steps are added to `steps`."""
         asked = [_outcome_row(sequence, Source.PENDING, 0) for sequence in batch]
         self._drafter.advance(OutcomeFrame(round, 0, tuple(asked)))
-        steps: list[tuple[float, int]] = []
         while (step := self._drafter.grow()) is not None:
             steps.append(((step.end_ns - step.start_ns) / 1e6, step.rows))
         drafted = {branch.sequence_id: branch for branch in self._drafter.tree().branches}
@@ -62,7 +87,7 @@ class ColocatedSpeculator:
             for sequence, speculation in zip(batch, speculations, strict=True)
         ]
         self._drafter.advance(OutcomeFrame(round, 0, tuple(verified)))
-        return Proposals(tuple(speculations), (None,) * len(batch), time.monotonic() - start, tuple(steps))
+        return speculations
 
 
 class LocalDrafter(Protocol):
@@ -71,6 +96,11 @@ class LocalDrafter(Protocol):
     def admit(self, request: Admit) -> None: ...
 
     def finish(self, sequence_id: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+    @property
+    def num_sequences(self) -> int: ...
 
     def advance(self, frame: OutcomeFrame) -> bool: ...
 

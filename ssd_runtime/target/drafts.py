@@ -49,7 +49,7 @@ class Drafts:
 
     def __init__(self, entrance: Entrance, deadline: float) -> None:
         self._entrance = entrance
-        self._deadline = deadline
+        self.deadline = deadline
         self._at_work: list[AtWork] = []
         self._sequences: dict[int, Sequence] = {}
         self._assignment: dict[int, tuple[AtWork, ...]] = {}
@@ -62,6 +62,11 @@ class Drafts:
     def count(self) -> int:
         """How many are there."""
         return len(self._at_work)
+
+    @property
+    def changes(self) -> int:
+        """How often one has come or gone."""
+        return self.num_linked + self.num_lost
 
     def draft_for(self, sequence_id: int) -> bool:
         """Whether a draft is at work on the sequence."""
@@ -81,7 +86,7 @@ class Drafts:
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence is over. What that means for the others waits until `settle`: another may begin in its place."""
-        del self._sequences[sequence.sequence_id]
+        self._sequences.pop(sequence.sequence_id, None)  # absent if it failed while it was admitted
         self._settled = False
         self._each(lambda one: self._control(one, self._forget(one, [sequence.sequence_id])))
 
@@ -170,8 +175,8 @@ class Drafts:
             if one.suspect and one.asked is not None:  # late: it was given up too early
                 one.patience.observe_late(now - one.asked)
             self._hear(one, trees)
-        elif one.asked is not None and now - one.asked > self._deadline:
-            raise PeerLost("draft", one.draft.rank, -1, f"no answer within {self._deadline:g} s")
+        elif one.asked is not None and now - one.asked > self.deadline:
+            raise PeerLost("draft", one.draft.rank, -1, f"no answer within {self.deadline:g} s")
         one.look_after(now)
 
     def _hear(self, one: AtWork, trees: list[TreeFrame]) -> None:

@@ -258,12 +258,23 @@ class Leader:
         output.token_ids += delta.token_ids
         output.logprobs += delta.logprobs
         output.ended = delta.finish_reason is not None
-        if all(one.ended for one in client.outputs):
+        if progressed.failure is not None:
+            self._fail(client, output, progressed.failure)
+        elif all(one.ended for one in client.outputs):
             del self._clients[request_id]
             self._finish(client)
         elif client.stream and not self._send_chunk(client, output):
             log.info("the client of request %s is gone; cancelling it", request_id)
             self._cancel({request_id})
+
+    def _fail(self, client: _Client, output: _Output, reason: str) -> None:
+        """One output has failed, and the request with it."""
+        request_id = output.sequence.request.request_id
+        del self._clients[request_id]
+        self._engine.cancel({request_id})
+        if client.stream and output.token_ids:
+            self._send_chunk(client, output)
+        self._server.send(client.identity, Failed(request_id, "engine", reason))
 
     def _send_chunk(self, client: _Client, output: _Output) -> bool:
         request = output.sequence.request

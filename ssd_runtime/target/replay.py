@@ -140,6 +140,10 @@ class LeadingDecoder:
             except PeerLost as lost:
                 self._lost = lost
                 raise
+            except Exception as error:
+                # The others wait in the middle of the same forward: nothing brings the ranks together again.
+                self._lost = PeerLost("target", 0, -1, f"its part of a forward failed: {type(error).__name__}: {error}")
+                raise self._lost from error
             self._said = time.monotonic()
 
     def _send(self, kind: FrameKind, payload: Tensor) -> None:

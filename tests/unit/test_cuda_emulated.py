@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from cuda_ext import ops
 from ssd_runtime.engine import engine
+from ssd_runtime.errors import DeviceFault
+from ssd_runtime.kv import paged
 from ssd_runtime.speculation.sampling import Draw, rank_tokens, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests import cuda_cases, emulator
@@ -111,14 +113,16 @@ def test_the_runtime_ranks_tokens_with_the_kernel_as_the_oracle_does(kernels, mo
 
 def test_the_next_round_of_an_engine_reports_what_a_kernel_has_met(kernels, monkeypatch):
     """As on a GPU, where the kernels of a round leave a fault behind and nothing else."""
-    monkeypatch.setattr(engine, "raise_faults", kernels.ops.raise_faults)
+    on_device, here = torch.empty(1, device="meta"), torch.empty(1)
+    monkeypatch.setattr(ops, "raise_faults", lambda kv: kernels.ops.raise_faults(here))
+    monkeypatch.setattr(engine, "raise_faults", lambda kv: paged.raise_faults(on_device))
     decoder = tiny_decoder(0)
     process = in_process(decoder, decoder)
     process.engine.add(request((1, 2, 3), "ar"))
     process.engine.step()
     outside = cuda_cases.ints([99])
     kernels.ops.copy_branch_(torch.zeros(1, 2, 4, 1, 2), outside, outside)
-    with pytest.raises(RuntimeError, match=r"source slot outside the pool.*cannot be trusted"):
+    with pytest.raises(DeviceFault, match=r"source slot outside the pool.*cannot be trusted"):
         process.engine.step()
     process.engine.step()
 

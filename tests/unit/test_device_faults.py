@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from cuda_ext import ops
 from ssd_runtime.draft import drafter
 from ssd_runtime.engine import engine
+from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv import paged
 from tests.engines import in_process, request
 from tests.tiny_models import tiny_decoder
@@ -22,6 +24,12 @@ def test_the_kernels_are_asked_where_there_is_a_device(monkeypatch: pytest.Monke
     paged.raise_faults(torch.empty(1, device="meta"))
     paged.raise_faults(torch.empty(1))
     assert asked == ["meta"]
+
+
+def test_a_fault_says_what_the_kernel_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "raise_faults", Mock(side_effect=RuntimeError("a slot outside the pool")))
+    with pytest.raises(DeviceFault, match="a slot outside the pool"):
+        paged.raise_faults(torch.empty(1, device="meta"))
 
 
 @pytest.mark.parametrize("mode", ["ar", "sd", "sd-colocated", "ssd"])
@@ -48,12 +56,12 @@ def test_every_round_asks_for_the_faults_of_its_own_cache(mode: str, monkeypatch
 
 
 @pytest.mark.parametrize(("module", "mode"), [(engine, "ar"), (drafter, "sd-colocated")])
-def test_a_fault_ends_the_round(module: ModuleType, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_ends_the_engine(module: ModuleType, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(kv: Tensor) -> None:
-        raise RuntimeError("a kernel has met a slot outside the pool")
+        raise DeviceFault("a kernel has met a slot outside the pool")
 
     monkeypatch.setattr(module, "raise_faults", fault)
     model = tiny_decoder(0)
     process = in_process(model, model)
-    with pytest.raises(RuntimeError, match="slot outside the pool"):
+    with pytest.raises(DeviceFault, match="slot outside the pool"):
         process.run([request((1, 2, 3), mode)])
