@@ -23,7 +23,7 @@ from ssd_runtime.engine.numerics import FreshTokens, Rounding, share_unit, spare
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
-from ssd_runtime.engine.speculator import Proposals, Speculator
+from ssd_runtime.engine.speculator import Proposals, Speculator, within_vocabulary
 from ssd_runtime.engine.verification import verified
 from ssd_runtime.errors import DeviceFault, PeerLost, RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
@@ -253,7 +253,7 @@ class Engine:
     def _verify_round(self, batch: list[Sequence], speculator: Speculator) -> list[Progressed]:
         self._round += 1
         propose_ns = time.monotonic_ns()
-        proposals = speculator.propose(batch, self._round)
+        proposals = within_vocabulary(speculator.propose(batch, self._round), self._decoder.arch.vocab_size)
         self.watch.lap("propose", proposals.wait_seconds)
         held_up = any(sequence.sequence_id in self._last_verify for sequence in batch)
         self.watch.end(self._round, held_up=held_up)

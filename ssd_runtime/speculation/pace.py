@@ -1,6 +1,7 @@
 """How fast both sides are and how often each source is right, measured online. Knows no clock and no policy.
 
-All times are seconds.
+All times are seconds. What a draft says of its steps is believed within bounds only, and forgotten with it: whatever
+was observed, every number here is finite, and what is divided by is above zero.
 """
 
 from __future__ import annotations
@@ -9,6 +10,14 @@ from collections.abc import Sequence
 
 from ssd_runtime.speculation.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.types import Outcome, Source, Speculation
+
+LEAST_SECONDS, MOST_SECONDS = 1e-6, 3600.0  # of a step, a verification, a round
+MOST_ROWS = 1 << 16  # of a forward
+
+
+def believable(value: float, least: float, most: float) -> float:
+    """The value, or the bound that it is beyond; NaN is the least."""
+    return min(max(least, value), most)
 
 
 class Smoothed:
@@ -50,7 +59,7 @@ class Line:
 
     def at(self, rows: float) -> float:
         """Seconds for so many rows. Only when `known`."""
-        return self._y / self._weight + self.slope * (rows - self._x / self._weight)
+        return max(LEAST_SECONDS, self._y / self._weight + self.slope * (rows - self._x / self._weight))
 
     @property
     def slope(self) -> float:
@@ -76,31 +85,38 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.step, self.verification = Line(), Line()
-        self.step_seconds, self.token_seconds, self.verify_seconds = Smoothed(), Smoothed(), Smoothed()
-        self.steps_per_token = Smoothed(0.95)
+        self.verification, self.verify_seconds = Line(), Smoothed()
+        self._round_tokens, self._round_seconds = Smoothed(0.95), Smoothed(0.95)
+        self.forget_drafts()
+
+    def forget_drafts(self) -> None:
+        """A draft has come or gone: what was learned of drafting is learned anew."""
+        self.step, self.step_seconds, self.token_seconds = Line(), Smoothed(), Smoothed()
+        self.steps_per_token, self._busy_seconds = Smoothed(0.95), Smoothed(0.95)
         self.acceptance = {Source.DRAFT: AcceptanceEstimate()}
-        self._round_tokens, self._round_seconds, self._busy_seconds = (Smoothed(0.95) for _ in range(3))
-        self._drafting: list[float] = []  # steps heard of since the last round
+        self._steps, self._drafting = 0, 0.0  # heard of since the last round, and their seconds
 
     def drafted(self, seconds: float, rows: int) -> None:
         """A drafting step was heard of."""
+        seconds = believable(seconds, LEAST_SECONDS, MOST_SECONDS)
         self.step_seconds.observe(seconds)
-        self.step.observe(rows, seconds)
-        self._drafting.append(seconds)
+        self.step.observe(believable(rows, 1, MOST_ROWS), seconds)
+        self._steps += 1
+        self._drafting += seconds
 
     def verified(
         self, speculations: Sequence[Speculation], outcomes: Sequence[Outcome], seconds: float, drafts: int = 1
     ) -> None:
         """A verification has ended, `seconds` after it began; so many drafts were drafting side by side."""
+        seconds = believable(seconds, LEAST_SECONDS, MOST_SECONDS)
         self.verify_seconds.observe(seconds)
         self.verification.observe(sum(1 + len(speculation.tokens) for speculation in speculations), seconds)
-        if self._drafting:
+        if self._steps:
             emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
-            self.token_seconds.observe(sum(self._drafting) / emitted)
-            self.steps_per_token.observe(len(self._drafting) / emitted)
-        self._busy_seconds.observe(sum(self._drafting) / drafts)
-        self._drafting.clear()
+            self.token_seconds.observe(self._drafting / emitted)
+            self.steps_per_token.observe(self._steps / emitted)
+        self._busy_seconds.observe(self._drafting / drafts)
+        self._steps, self._drafting = 0, 0.0
         for speculation, outcome in zip(speculations, outcomes, strict=True):
             if speculation.source in self.acceptance:
                 self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
@@ -108,7 +124,7 @@ class Pace:
     def ended(self, tokens: float, seconds: float) -> None:
         """A round has ended that brought so many tokens a sequence in so many seconds, waiting and verification."""
         self._round_tokens.observe(tokens)
-        self._round_seconds.observe(seconds)
+        self._round_seconds.observe(believable(seconds, LEAST_SECONDS, MOST_SECONDS))
 
     @property
     def rate(self) -> float | None:

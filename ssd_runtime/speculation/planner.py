@@ -32,6 +32,9 @@ class Planner(Protocol):
     def observe(self, round: Round) -> None:
         """The planned round has ended."""
 
+    def forget(self) -> None:
+        """A draft has come or gone: what speculation brings is to be found out anew."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -60,6 +63,9 @@ class FixedPlanner:
         return self._plan
 
     def observe(self, round: Round) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
 
@@ -105,10 +111,13 @@ class AdaptivePlanner:
     def __init__(self, lookahead: int, budget: int, pace: Pace) -> None:
         self._most = Plan(lookahead, budget)
         self._pace = pace
+        self._now = self._most
+        self.forget()
+
+    def forget(self) -> None:
         self._batches: dict[int, _Batch] = {}
         self._chosen: dict[int, tuple[int, Plan]] = {}  # sequences -> rounds it has served, K and B
         self._misses = _Rate()  # "tokens" are misses, "seconds" lookups, both at the chosen budget
-        self._now = self._most
         self._same = 0  # rounds in a row that speculated, or did not
 
     # -- whether -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Knows the protocol of a round and the speculation cache; knows no model of its o
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence as Sequences
 from typing import Literal
 
@@ -14,12 +15,13 @@ from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.speculation.backup import AutoBackup, Choice, JustInTime, Missed
 from ssd_runtime.speculation.cache import SpeculationCache
 from ssd_runtime.speculation.ngrams import Match, NgramRecord
-from ssd_runtime.speculation.pace import Pace
+from ssd_runtime.speculation.pace import LEAST_SECONDS, Pace, believable
 from ssd_runtime.speculation.planner import Planner, Round
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
 from ssd_runtime.target.drafts import Drafts
 
 Backup = Literal["draft", "ngram", "none", "auto"]
+MOST_STEPS = 256  # told of one round
 
 
 class LinkSpeculator:
@@ -55,7 +57,8 @@ class LinkSpeculator:
         self._plan: Plan | None = None  # of the round in hand
         self._proposed: Proposals | None = None
         self._propose_seconds = 0.0
-        self._steps: list[tuple[float, int]] = []
+        self._steps: deque[tuple[float, int]] = deque(maxlen=MOST_STEPS)
+        self._changes = 0  # among the drafts, as of what was learned
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -75,6 +78,10 @@ class LinkSpeculator:
         """Between rounds and between requests: let in drafts that have come, notice those that are gone."""
         self.drafts.check()
         self._take_in()
+        if self._changes != self.drafts.changes:  # what a draft has taught does not outlive its link
+            self._changes = self.drafts.changes
+            self._pace.forget_drafts()
+            self._planner.forget()
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -98,8 +105,8 @@ class LinkSpeculator:
         for sequence in batch:
             self._cache.advance(sequence.sequence_id, sequence.turn)
         self.drafts.tell(round, rows, self._plan)
-        steps, self._steps = self._steps, []
-        self._proposed = Proposals(tuple(speculations), tuple(hits), waited, tuple(steps))
+        self._proposed = Proposals(tuple(speculations), tuple(hits), waited, tuple(self._steps))
+        self._steps.clear()
         self._propose_seconds = time.monotonic() - start
         return self._proposed
 
@@ -151,11 +158,15 @@ class LinkSpeculator:
         A plan says what is drafted next and takes back nothing that has been: it may rest on times and numbers that
         depend on these very tokens, and whether a token is offered must not (noise.py).
         """
+        tokens = self._branch(sequence)
+        usable = next((i for i, token in enumerate(tokens) if not 0 <= token < self._vocab_size), len(tokens))
+        return tokens[:usable]
+
+    def _branch(self, sequence: Sequence) -> tuple[int, ...]:
+        """The same, with whatever a draft of a larger table says behind a token that the target has not."""
         assert sequence.outcome is not None
         tokens = self._cache.lookup(sequence.sequence_id, sequence.turn - 1, sequence.outcome) or ()
-        tokens = tokens[: sequence.most_speculated]
-        usable = next((i for i, token in enumerate(tokens) if token >= self._vocab_size), len(tokens))
-        return tokens[:usable]
+        return tokens[: sequence.most_speculated]
 
     def _hit(self, sequence: Sequence, tokens: tuple[int, ...]) -> bool | None:
         """Whether the cache answered; None where it was not asked, as at the end of a sequence or in mode `sd`."""
@@ -174,7 +185,8 @@ class LinkSpeculator:
     def _lacking(self, pending: list[Sequence]) -> list[int]:
         """The sequences whose branches may still grow; none if it is not worth waiting for that."""
         answered = [sequence for sequence in pending if self.drafts.answer_for(sequence.sequence_id)]
-        lengths, most = [len(self._lookup(sequence)) for sequence in answered], [self._most(one) for one in answered]
+        # By what has come, usable or not: waiting makes no branch usable.
+        lengths, most = [len(self._branch(sequence)) for sequence in answered], [self._most(one) for one in answered]
         if pending[0].request.mode == "ssd" and self._just_in_time.enough(lengths, most):
             return []
         return [
@@ -207,5 +219,7 @@ class LinkSpeculator:
         for tree in self.drafts.take_trees():
             self._cache.store(tree)
             if tree.step_us:
-                self._pace.drafted(tree.step_us / 1e6, tree.step_rows)
-                self._steps.append((tree.step_us / 1e3, tree.step_rows))
+                # Who takes longer than the deadline is lost.
+                seconds = believable(tree.step_us / 1e6, LEAST_SECONDS, self.drafts.deadline)
+                self._pace.drafted(seconds, tree.step_rows)
+                self._steps.append((seconds * 1e3, tree.step_rows))

@@ -66,6 +66,9 @@ class Restless:
     def observe(self, round: Round) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
 
 CHECKED: list[int] = []  # tokens of each example
 

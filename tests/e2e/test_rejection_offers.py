@@ -47,6 +47,9 @@ class Curious:
         (speculation,) = self.process.link._proposed.speculations
         assert speculation.tokens == self.seen
 
+    def forget(self) -> None:
+        pass
+
 
 def test_a_plan_takes_back_nothing_that_was_drafted() -> None:
     planner = Curious()
@@ -66,6 +69,9 @@ class Restless:
         return Plan(self._chance.choice((0, 1, 2, 2, 2)), self._chance.randint(0, 9))
 
     def observe(self, round: Round) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
 

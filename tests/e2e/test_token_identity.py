@@ -60,6 +60,9 @@ class Restless:
     def observe(self, round: Round) -> None:
         self.rounds += 1
 
+    def forget(self) -> None:
+        pass
+
 
 def outputs(
     requests: list[Request], draft: str = "relative", steps=3, planner: Planner | None = None, **speculation

@@ -9,6 +9,7 @@ import pytest
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request, Sequence
 from ssd_runtime.errors import RequestError
+from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, request
@@ -95,6 +96,22 @@ def test_cancelling_one_of_several_leaves_the_others_their_tokens() -> None:
     assert output(stays) == output(alone)
     assert [sequence.finish_reason for sequence in waits] == ["length", "length", "abort"]
     process.assert_all_blocks_are_back()
+
+
+def test_requests_that_wait_hold_no_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = engine()
+    made: list[BlockTable] = []
+    make = BlockTable.slots.func  # type: ignore[attr-defined]
+    counted = functools.cached_property(lambda table: made.append(table) or make(table))
+    counted.__set_name__(BlockTable, "slots")
+    monkeypatch.setattr(BlockTable, "slots", counted)
+    waiting = [process.engine.add(request(PROMPT, "ar", max_tokens=4, request_id=str(i))) for i in range(50)]
+    assert not made
+    process.engine.step()
+    assert 0 < len(made) <= ENGINE.max_num_seqs
+    while process.engine.has_work:
+        process.engine.step()
+    assert [sequence.num_output for sequence in waiting] == [4] * 50
 
 
 def test_cancelling_what_is_not_there_is_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unittest.mock
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_reserve_takes_whole_blocks_and_only_what_is_missing() -> None:
         assert len(rows.blocks) == blocks == 4 - allocator.num_free
         assert rows.capacity == blocks * BLOCK
         assert rows.length == 0
+
+
+def test_a_table_takes_nothing_of_the_device_before_it_holds_rows() -> None:
+    with unittest.mock.patch.object(torch, "zeros", side_effect=AssertionError("memory was taken")):
+        rows = table(BlockAllocator(4), 1 << 20)
+        rows.rollback(0)
+        rows.release()
+    assert len(rows.slots) == 1 << 20
 
 
 def test_slots_on_the_device_are_those_computed_on_the_host() -> None:

@@ -97,6 +97,9 @@ class Always:
     def observe(self, round: Round) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
 
 def adaptive() -> tuple[AdaptivePlanner, Pace]:
     pace = Pace()

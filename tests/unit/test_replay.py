@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,6 +157,21 @@ def test_a_follower_that_is_silent_fails_the_forward_in_time_and_for_good() -> N
     with pytest.raises(PeerLost, match="target rank 1 lost"):
         pair.forward()
     pair.leader.close()
+
+
+def test_a_forward_that_fails_in_the_middle_ends_the_target() -> None:
+    """The followers are in the same forward: whatever the leader said next, they would not understand it."""
+    pair = Pair(silence=0.5, heartbeat=SOON)
+    pair.thread.start()
+    pair.forward()
+    pair.decoders[0].settle = Mock(side_effect=MemoryError("short"))  # type: ignore[attr-defined]
+    with pytest.raises(PeerLost, match="its part of a forward failed: MemoryError: short"):
+        pair.forward()
+    with pytest.raises(PeerLost, match="its part of a forward failed"):
+        pair.leader.check()
+    pair.leader.close()
+    pair.thread.join(SOON)
+    assert isinstance(pair.ended[0], PeerLost)
 
 
 def test_a_follower_that_goes_while_nothing_is_computed_is_missed() -> None:
