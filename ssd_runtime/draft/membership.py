@@ -1,4 +1,8 @@
-"""A draft's way to its target, and back to it: handshake, link, drafting; again when the link breaks. Owns no model."""
+"""A draft's way to its target, and back to it: handshake, link, drafting; again when the link breaks. Owns no model.
+
+A failure of the draft's own, of its model or its trees, is one more way to lose the link: it costs the target's speed
+meanwhile, and neither process.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,17 @@ from ssd_runtime.comm.messages_draft import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.loop import DraftLoop
-from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.errors import ConfigError, PeerLost, SsdError
 from ssd_runtime.trace import Tracer
 
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between two tries; doubled each time
 UNLINKED_S = 5.0  # a link that lasted less was no success: the pauses go on growing
+
+
+class _DraftFailed(SsdError):
+    """Drafting raised what it should not have."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ class Membership:
         self._leaving = threading.Event()
         self._loop: DraftLoop | None = None
         self._linked_at: float | None = None
+        self._last_failure = ""
 
     def stop(self, reason: str) -> None:
         """Leave soon (from a signal handler)."""
@@ -96,7 +105,7 @@ class Membership:
             try:
                 self._draft(give_up)
                 return
-            except (PeerLost, ProtocolError) as lost:
+            except (PeerLost, ProtocolError, _DraftFailed) as lost:
                 now = time.monotonic()
                 if self._linked_at is not None:
                     never = False
@@ -125,8 +134,20 @@ class Membership:
                 try:
                     if not self._leaving.is_set():
                         self._loop.run()
+                except (PeerLost, ProtocolError):
+                    raise
+                except Exception as error:
+                    raise self._failed(error) from error
                 finally:
                     self._loop = None
+
+    def _failed(self, error: Exception) -> _DraftFailed:
+        """What is said of a failure: where it came from only once, if it comes again and again."""
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        if failure != self._last_failure:
+            log.error("this draft failed", exc_info=error)
+            self._last_failure = failure
+        return _DraftFailed(f"this draft failed ({failure})")
 
     def _ask(self, control: ControlPeer, give_up: float) -> Welcome | None:
         """The answer that says where to build the link; None if told to leave."""
