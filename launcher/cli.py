@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup, which means to go on
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         logs.setup("launcher")
         result = ssd.main(args=arguments, prog_name="ssd", standalone_mode=False)

@@ -1,110 +1,97 @@
-"""Processes that do not outlive their purpose. Knows nothing of torchrun or ranks. Linux only."""
+"""A command that leaves nothing behind, however it or this process ends. Knows no torchrun, no ranks. Linux only.
+
+A keeper (`launcher/keeper.py`) stands between: it ends the command's whole family, and removes its directory if this
+process is killed.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
-from ssd_runtime.errors import SsdError
+from launcher import keeper
+from ssd_runtime.errors import ConfigError, SsdError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KILLED_S = 10.0  # a process in uninterruptible sleep may take a while to die
+KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
 
-Process = tuple[int, int]  # pid, start time in clock ticks: together they are never used twice
 
-
-def die_with(parent: int, signum: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process `signum` when its parent dies, however it dies; at once if it is dead already.
+class Kept:
+    """One command, from its start to `close`.
 
     Args:
-        parent: the pid this process expects as its parent.
-        signum: what to die of.
+        command: whose first word is a path; in a session of its own, without standard input.
+        environment: of the command.
+        directory: made here, for the command's output (`log_path`) and whatever else; the caller's to remove.
+        grace_s: how long the command may take to leave if this process is gone.
+
+    Raises:
+        ConfigError: the directory cannot be made.
     """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signum)
 
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path, grace_s: float) -> None:
+        self._exit_code: int | None = None
+        self._keeper = subprocess.Popen(
+            [*KEEPER, str(directory), str(grace_s), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=dict(environment),
+            bufsize=0,
+            start_new_session=True,
+        )
+        try:
+            directory.mkdir(mode=0o700)  # by now there is somebody to remove it
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"cannot make {directory}: {error.strerror}; set TMPDIR to a folder that can be written to"
+            ) from None
+        self._say(keeper.START)
 
-def start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, both outputs into `log`, to end with this process."""
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=dict(environment),
-        start_new_session=True,
-        preexec_fn=functools.partial(die_with, os.getpid()),
-    )
+    @property
+    def pid(self) -> int:
+        """Of the keeper, the first of the family."""
+        return self._keeper.pid
 
+    def poll(self) -> int | None:
+        """The command's exit code when nothing is left of it; None before. 128 + n: ended by signal n."""
+        return self.wait(0.0)
 
-def family(pid: int) -> list[Process]:
-    """A process and all its descendants, the process first; empty if it is gone."""
-    children: dict[int, list[Process]] = {}
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))):
-            parent, started, state = stat
-            if state == "Z":
-                continue
-            process = (int(entry.name), started)
-            children.setdefault(parent, []).append(process)
-            if process[0] == pid:
-                found.append(process)
-    for process in found:  # grows as it goes
-        found += children.get(process[0], [])
-    return found
+    def wait(self, timeout_s: float) -> int | None:
+        """The same, after waiting for it."""
+        assert self._keeper.stdout is not None
+        if self._exit_code is None and select.select([self._keeper.stdout], [], [], timeout_s)[0]:
+            said = self._keeper.stdout.read(64)
+            self._exit_code = int(said) if said else self._keeper.wait(KILLED_S)
+        return self._exit_code
 
+    def end(self, grace_s: float) -> None:
+        """SIGTERM to the command, `grace_s` seconds, SIGKILL to whoever of its family is left."""
+        self._say(f"{keeper.END} {grace_s:.3f}")
+        self._keeper.send_signal(signal.SIGCONT)  # in case somebody has stopped it
+        if self.wait(grace_s + KILLED_S) is None:
+            raise SsdError(f"a process under {self._keeper.pid} does not die of SIGKILL within {KILLED_S:.0f} s")
 
-def is_alive(process: Process) -> bool:
-    """Whether this very process (not a later one with the same pid) still runs."""
-    stat = _stat(process[0])
-    return stat is not None and stat[1] == process[1] and stat[2] != "Z"
+    def close(self) -> None:
+        """Let the keeper go; if the command was not ended before, the kernel kills it."""
+        assert self._keeper.stdin is not None
+        assert self._keeper.stdout is not None
+        if self._exit_code is not None:
+            self._say(keeper.DONE)
+        else:
+            self._keeper.kill()
+        self._keeper.stdin.close()
+        self._keeper.stdout.close()
+        self._keeper.wait(KILLED_S)
 
-
-def end(popen: subprocess.Popen[bytes], grace_s: float) -> bool:
-    """End a command with all its descendants: SIGTERM to it, `grace_s` seconds, SIGKILL to whoever is left.
-
-    Returns:
-        Whether everyone left of their own accord.
-    """
-    members = family(popen.pid)
-    if popen.poll() is None:
-        popen.terminate()
-    if _all_gone(popen, members, grace_s):
-        return True
-    left = [member for member in {*members, *family(popen.pid)} if is_alive(member)]
-    for pid, _ in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    if not _all_gone(popen, left, KILLED_S):
-        raise SsdError(f"process {left[0][0]} does not die of SIGKILL within {KILLED_S:.0f} s")
-    return False
-
-
-def _all_gone(popen: subprocess.Popen[bytes], members: Sequence[Process], timeout_s: float) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while popen.poll() is None or any(is_alive(member) for member in members):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _stat(pid: int) -> tuple[int, int, str] | None:
-    """Parent, start time and state of a process from /proc/PID/stat (proc(5)); None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1]), int(fields[19]), fields[0].decode()
+    def _say(self, order: str) -> None:
+        assert self._keeper.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._keeper.stdin.fileno(), f"{order}\n".encode())

@@ -57,12 +57,13 @@ class Rank:
         self._trace = surroundings.trace
         self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=self._trace is not None, sort_index=place.rank)
         self._on_stop: Callable[[str], None] | None = None
+        self._stopped = False
         self._claims = Claims()
         self._cores: tuple[int, ...] = ()  # it is pinned to
 
     def run(self) -> None:
         """Until told to leave. Raises SsdError for everything that can go wrong."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._signalled)
         self._cores = topology.settle(self._place, self._claims)
         try:
@@ -80,9 +81,11 @@ class Rank:
 
     def _signalled(self, signum: int, frame: FrameType | None) -> None:
         reason = f"received {signal.Signals(signum).name}"
-        if self._on_stop is None:
+        if self._on_stop is not None:
+            self._on_stop(reason)
+        elif not self._stopped:  # once: a second signal must not break the clean-up that the first began
+            self._stopped = True
             raise Stopped(reason)
-        self._on_stop(reason)
 
     def _frames_travel_by(self) -> dict[str, Any]:
         backend = self._place.link_backend

@@ -111,8 +111,9 @@ def joined(launch: Launch) -> Iterator[Ranks]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C and SIGTERM from cutting a (bounded) clean-up short."""
-    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Keep Ctrl-C, SIGTERM and SIGHUP from cutting a (bounded) clean-up short."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signals}
     try:
         yield
     finally:

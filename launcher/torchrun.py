@@ -5,29 +5,38 @@ Everything of one start lives in a run directory of its own, so two engines on o
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import secrets
 import shutil
-import subprocess
+import site
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 
-from launcher import processes
+from launcher.keeper import LOG
 from launcher.nodes import Nodes
+from launcher.processes import Kept
 from ssd_runtime.comm import codec
 from ssd_runtime.comm.messages import Message
 from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
 from ssd_runtime.config import Config
+from ssd_runtime.cores import about_binding, forget_binding
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.topology import Group, Role
 
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parents[1]  # where our packages are
 POLL_S = 0.2
+LAST_WORDS_S = 1.0  # what a rank said before it ended is there by then
 FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
 
 
@@ -75,26 +84,27 @@ class Ranks:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.directory = Path(tempfile.mkdtemp(prefix="ssd-"))
-        self.log_path = self.directory / "ranks.log"
+        self.directory = Path(_temporary()) / f"ssd-{secrets.token_hex(4)}"
+        self.log_path = self.directory / LOG
         self._context = zmq.Context()
         self._announcements = self._context.socket(zmq.PULL)
         self._announcements.linger = 0
         self._announcements.bind("tcp://127.0.0.1:*")
         self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Kept | None = None
         self._keep = False
         self._failure: SsdError | None = None
 
     def start(self) -> None:
         """Start torchrun; returns at once."""
-        with self.log_path.open("wb") as log:
-            self._process = processes.start(self.command(), log, {**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = environment_of_ranks(os.environ, self.directory)
+        grace_s = self.launch.config.timeouts.shutdown
+        self._process = Kept(self.command(), environment, self.directory, grace_s)
 
     def command(self) -> list[str]:
         """The command line, which works by hand too."""
         nodes = self.launch.nodes
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "0"]
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--max-restarts", "0"]
         group = self.launch.group
         here = nodes.ranks_here(*ranks_by_role(self.launch.config, group.role if group else None))
         torchrun += ["--nproc-per-node", str(here)]
@@ -125,13 +135,15 @@ class Ranks:
             waited += timeouts.load  # the other nodes may come late
         deadline = time.monotonic() + waited
         while time.monotonic() < deadline:
-            for message in self._heard(POLL_S):
+            ended = not self.is_running()  # asked first: all that ranks said before their end is heard before it counts
+            heard = self._heard(LAST_WORDS_S if ended else POLL_S)
+            for message in heard:
                 if isinstance(message, Ready):
                     return message
                 if isinstance(message, Progress):
                     on_progress(message)
-            if self._ended():
-                self.raise_if_failed()
+            if ended and not heard:
+                raise self._end_of_ranks()
         raise SsdError(
             f"the engine is not ready after {waited:.0f} s (timeouts.load + timeouts.handshake); {self.see_log()}"
         )
@@ -145,19 +157,19 @@ class Ranks:
         """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
         if self._failure is not None:  # it says more than whatever came of it
             raise self._failure
-        list(self._heard(0.0))
-        if self._ended():
-            list(self._heard(POLL_S))  # the last words may still be on their way
-            code = self._process.returncode if self._process else None
-            raise SsdError(f"the ranks ended (exit code {code}){self._last_words()}; {self.see_log()}")
+        ended = not self.is_running()
+        while self._heard(LAST_WORDS_S if ended else 0.0):
+            pass
+        if ended:
+            raise self._end_of_ranks()
 
     def raise_unless_ended_well(self) -> None:
         """Raise why the ranks ended, if it was not because they were asked to."""
-        if self._process is None or self._process.returncode != 0:
+        if self._process is None or self._process.poll() != 0:
             self.raise_if_failed()
 
     def is_running(self) -> bool:
-        """Whether torchrun is there; it leaves when a rank breaks."""
+        """Whether torchrun or a rank is there; all of them leave when one breaks."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self, grace_s: float) -> None:
@@ -166,19 +178,20 @@ class Ranks:
         torchrun passes SIGTERM on, and its ranks then have `grace_s` seconds to say goodbye.
         """
         if self._process is not None:
-            processes.end(self._process, grace_s)
+            try:
+                self._process.end(grace_s)
+            finally:
+                if not self._keep:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                self._process.close()
+                self._process = None
         self._announcements.close()
         self._context.term()
-        if not self._keep:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
     def wait(self, timeout_s: float) -> bool:
         """Give the ranks time to end by themselves after a shutdown request; whether they did, and well."""
         assert self._process is not None, "not started"
-        try:
-            return self._process.wait(timeout_s) == 0
-        except subprocess.TimeoutExpired:
-            return False
+        return self._process.wait(timeout_s) == 0
 
     def see_log(self) -> str:
         """The end of an error message; keeps the log after `stop`."""
@@ -198,16 +211,17 @@ class Ranks:
             timeout_s = 0.0
         return heard
 
-    def _ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
+    def _end_of_ranks(self) -> SsdError:
+        code = None if self._process is None else self._process.poll()
+        return SsdError(f"the ranks ended (exit code {code}){self._last_words()}; {self.see_log()}")
 
     def _last_words(self) -> str:
         """What the log says of the end, for the one line the user sees: an error, or the rank that torchrun missed."""
-        log = self.log_path.read_text(errors="replace")
-        errors = [line.strip() for line in log.splitlines() if "Error" in line and "ChildFailedError" not in line]
+        said = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        errors = [line.strip() for line in said.splitlines() if "Error" in line and "ChildFailedError" not in line]
         if errors:
             return f": {errors[-1][:300]}"
-        if failed := FAILED_RANK.search(log, max(0, log.find("Root Cause"))):
+        if failed := FAILED_RANK.search(said, max(0, said.find("Root Cause"))):
             rank, code = int(failed[1]), int(failed[2])
             group, num_targets = self.launch.group, self.launch.config.target.tensor_parallel
             role = group.role if group else "target" if rank < num_targets else "draft"
@@ -215,3 +229,36 @@ class Ranks:
             how = f"was killed by signal {-code}" if code < 0 else f"left with exit code {code}"
             return f": {who} {how}"
         return ""
+
+
+def environment_of_ranks(ours: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The environment of torchrun and its ranks, made of ours.
+
+    What the ranks rely on themselves, they do not take from it: their cores, where modules are found, where temporary
+    files go. So the working directory is no place of modules (`-P`), unless PYTHONPATH says so by name.
+
+    Args:
+        ours: of this process.
+        directory: of the run, which goes with everything in it.
+    """
+    environment = {**ours, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "TMPDIR": str(directory)}
+    if ignored := forget_binding(environment):
+        log.warning("%s", about_binding(ignored))
+    # An empty word in PYTHONPATH would be the working directory.
+    folders = [folder for folder in ours.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    if str(ROOT) not in [*folders, *_installed()]:
+        folders.append(str(ROOT))  # a source tree that Python has not been told of
+    environment.pop("PYTHONPATH", None)
+    return environment | ({"PYTHONPATH": os.pathsep.join(folders)} if folders else {})
+
+
+def _installed() -> list[str]:
+    """Where Python looks for packages anyway; such a folder in PYTHONPATH could hide parts of the standard library."""
+    return [*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()]
+
+
+def _temporary() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise ConfigError(f"{error.strerror}; set TMPDIR to a folder that can be written to") from None

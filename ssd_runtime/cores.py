@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,7 @@ from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError
 
 Role = Literal["target", "draft"]
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # OpenMP reads them when it is loaded
 MOST_SHARERS = 64  # drafts of torchruns of their own on one core
 
 
@@ -33,6 +35,20 @@ def allowed_cores() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
+
+
+def forget_binding(environment: MutableMapping[str, str]) -> list[str]:
+    """Remove what would have OpenMP bind threads to cores; returns it as NAME=value.
+
+    Every process of a host would bind itself to the same cores, and could not leave them: these are set for programs
+    that do not choose cores as ours do. It has to be done before torch, and with it OpenMP, is loaded.
+    """
+    return [f"{name}={environment.pop(name)}" for name in BINDING if name in environment]
+
+
+def about_binding(ignored: Iterable[str]) -> str:
+    """What to say of it, in one line."""
+    return f"ignored: {', '.join(ignored)}: ranks choose their cores themselves; target.cores and draft.cores name them"
 
 
 def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, num_drafts: int = 1) -> Cores:
@@ -168,15 +184,17 @@ class Claims:
 
 
 def pin(cores: Iterable[int], threads: int) -> None:
-    """Keep this process (its main thread and all threads started later) on `cores`, computing with `threads` threads.
+    """Keep this process, all its threads of now and later, on `cores`, computing with `threads` threads.
 
-    No cores means no pinning. Call before anything starts threads.
+    No cores means no pinning.
     """
     import torch  # here and not above, for the reason given in topology.py
 
     wanted = set(cores)
     if wanted and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, wanted)
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setaffinity(int(thread), wanted)
     torch.set_num_threads(min(threads, len(wanted)) if wanted else threads)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.processes import die_with
+from launcher.keeper import die_with
 from tests.cluster.hosts import Host, Lab
 from tests.process.runs import eventually
 

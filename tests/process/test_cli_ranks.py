@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
-
-from launcher.processes import Process, family, is_alive
 
 pytestmark = [pytest.mark.process, pytest.mark.model, pytest.mark.usefixtures("smollm2_path")]
 
@@ -27,18 +26,21 @@ class Up:
 
     process: subprocess.Popen[str]
     address: str
-    members: list[Process]
+    members: list[psutil.Process]
 
     def rank(self, rank: int) -> int:
         """The pid of a rank."""
-        for pid, _ in self.members:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if f"RANK={rank}".encode() in environment:
-                return pid
+        for member in self.members:
+            if member.environ().get("RANK") == str(rank):
+                return member.pid
         raise AssertionError(f"no rank {rank}")
 
     def gone(self) -> bool:
-        return not any(is_alive(member) for member in self.members)
+        return not any(lives(member) for member in self.members)
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.fixture
@@ -54,7 +56,8 @@ def up(tmp_path: Path) -> Iterator[Callable[..., Up]]:
         eventually(lambda: "address: " in log.read_text() or process.poll() is not None, READY_S)
         assert process.poll() is None, log.read_text()
         address = log.read_text().partition("address: ")[2].split()[0]
-        started.append(Up(process, address, family(process.pid)))
+        ssd = psutil.Process(process.pid)
+        started.append(Up(process, address, [ssd, *ssd.children(recursive=True)]))
         return started[-1]
 
     yield start

@@ -30,7 +30,7 @@ def test_two_engines_on_one_host_do_not_meet_and_end_as_they_are_told(ssd: Start
     ours, theirs = ssd("up"), ssd("up", "--set", f"target.model={models}/other")
     address, other = ours.until("address: "), theirs.until("address: ")
     assert address != other
-    assert len(ours.members()) == len(theirs.members()) == 4  # ssd, torchrun, two ranks
+    assert len(ours.members()) == len(theirs.members()) == 5  # ssd, keeper, torchrun, two ranks
     expected = tokens_of(address)
     assert tokens_of(other) != expected
 

@@ -1,20 +1,25 @@
 """The ranks of an engine as the launcher sees them, played by one small real process."""
 
+import os
 import shutil
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launcher.processes import family, is_alive
-from launcher.torchrun import Launch, Ranks, num_ranks
+from launcher import torchrun
+from launcher.torchrun import Launch, Ranks, environment_of_ranks, num_ranks
 from ssd_runtime.comm.messages_launcher import Joined, Progress
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.topology import Group
-from tests.process.runs import eventually
+from tests.process.runs import ROOT, START_S, eventually
 
 PRELUDE = """
 import sys, time, zmq
@@ -107,18 +112,34 @@ def test_ranks_that_never_come_are_not_waited_for(play) -> None:
 def test_stop_leaves_no_process_and_no_directory(play) -> None:
     ranks = play("say(Ready('a', {})); time.sleep(60)")
     ranks.wait_ready(lambda message: None)
-    members = family(ranks._process.pid)
-    assert members
+    keeper = psutil.Process(ranks._process.pid)
+    members = [keeper, *keeper.children(recursive=True)]
+    assert len(members) == 2
     ranks.stop(2.0)
-    assert not any(is_alive(member) for member in members)
+    assert not any(member.is_running() for member in members)
     assert not ranks.directory.exists()
 
 
 def test_an_end_after_a_shutdown_request_is_no_failure(play) -> None:
     ranks = play("say(Ready('a', {}))")
     ranks.wait_ready(lambda message: None)
-    assert ranks.wait(10)
+    assert ranks.wait(START_S)
     ranks.raise_unless_ended_well()
+
+
+def test_what_ranks_said_before_they_ended_is_heard_first(play) -> None:
+    ranks = play("say(Progress('target', 0, 'load', 1.0)); say(Ready('a', {}))")
+    assert ranks.wait(START_S)
+    seen: list[Progress] = []
+    assert ranks.wait_ready(seen.append).address == "a"
+    assert len(seen) == 1
+
+
+def test_what_a_rank_said_last_is_the_error_even_if_all_have_ended(play) -> None:
+    ranks = play("say(WorkerFailed('draft', 1, 'config', 'no such luck')); sys.exit(1)")
+    assert not ranks.wait(START_S)
+    with pytest.raises(ConfigError, match="no such luck"):
+        ranks.raise_if_failed()
 
 
 @pytest.mark.parametrize(("mode", "count"), [("ar", 1), ("sd-colocated", 1), ("sd", 2), ("ssd", 2)])
@@ -156,3 +177,48 @@ def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
     finally:
         one.stop(0.1)
         other.stop(0.1)
+
+
+# ---- the environment of ranks ----------------------------------------------------------------------------------------
+
+
+def test_ranks_find_our_packages_and_never_those_of_the_working_directory(tmp_path: Path) -> None:
+    for name in ("random.py", "queue.py", "numpy.py", "launcher.py", "torch.py", "click.py"):
+        (tmp_path / name).write_text("raise ImportError('that is the working directory')")
+    (tmp_path / "tokenizers").mkdir()
+    for words in ("", os.pathsep, f"{os.pathsep}/elsewhere"):
+        environment = environment_of_ranks({**os.environ, "PYTHONPATH": words}, tmp_path)
+        script = (
+            "import random, queue, numpy, launcher.worker, tokenizers; print(launcher.__file__, tokenizers.Tokenizer)"
+        )
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.startswith(str(ROOT))
+
+
+def test_a_folder_of_installed_packages_is_not_put_before_the_standard_library(monkeypatch, tmp_path: Path) -> None:
+    assert environment_of_ranks({"PYTHONPATH": "/mine"}, tmp_path)["PYTHONPATH"] == f"/mine{os.pathsep}{ROOT}"
+    assert environment_of_ranks({"PYTHONPATH": str(ROOT)}, tmp_path)["PYTHONPATH"] == str(ROOT)
+    monkeypatch.setattr(torchrun, "ROOT", Path(sysconfig.get_paths()["purelib"]))
+    assert environment_of_ranks({"PYTHONPATH": "/mine"}, tmp_path)["PYTHONPATH"] == "/mine"
+    assert "PYTHONPATH" not in environment_of_ranks({}, tmp_path)
+
+
+def test_what_would_bind_ranks_to_cores_is_dropped_and_told_in_one_line(caplog, tmp_path: Path) -> None:
+    ours = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0", "OMP_PLACES": "cores", "KMP_AFFINITY": "compact"}
+    environment = environment_of_ranks(ours | {"OMP_WAIT_POLICY": "active"}, tmp_path)
+    assert not environment.keys() & ours.keys()
+    assert environment["OMP_WAIT_POLICY"] == "active"
+    (record,) = caplog.records
+    assert "OMP_PROC_BIND=true, OMP_PLACES=cores, GOMP_CPU_AFFINITY=0, KMP_AFFINITY=compact" in record.message
+    caplog.clear()
+    environment_of_ranks({}, tmp_path)
+    assert not caplog.records
+
+
+def test_no_place_for_temporary_files_is_the_users_to_mend(monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/not/there"])
+    with pytest.raises(ConfigError, match=r"No usable temporary directory found.*; set TMPDIR"):
+        Ranks(Launch(load_config(None)))

@@ -1,0 +1,76 @@
+"""One rank from its role to its exit code, and what went wrong in one line. Knows nothing of who started it.
+
+Rank 0 leads, the other ranks of a tensor-parallel target follow it, and the ranks after them draft.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher import nccl
+from launcher.announcer import Announcer
+from launcher.draft_rank import DraftRank
+from launcher.follower_rank import FollowerRank
+from launcher.rank import Surroundings
+from launcher.target_rank import TargetRank
+from ssd_runtime import logs, topology
+from ssd_runtime.comm.messages_launcher import WorkerFailed
+from ssd_runtime.config import load_config
+from ssd_runtime.cores import about_binding, crowding
+from ssd_runtime.errors import ConfigError, SsdError
+
+log = logging.getLogger("ssd.worker")
+
+
+def run(
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    group_role: topology.Role | None,
+    target: str | None,
+    announcer: Announcer,
+    trace: Path | None,
+    ignored: Sequence[str] = (),
+) -> int:
+    """Run one rank to its end; returns the exit code. What went wrong is announced and logged as one line.
+
+    Args:
+        ignored: variables of the environment, as `cores.forget_binding` returns them.
+    """
+    rank = os.environ.get("RANK", "0")
+    role: Any = group_role or ("target" if rank == "0" else "draft")
+    try:
+        logs.setup(role, None if group_role == "draft" else int(rank))  # such a draft gets its number from the target
+        if ignored:
+            log.warning("%s", about_binding(ignored))
+        config = load_config(config_path, overrides)
+        if "cuda" in (config.target.device, config.draft.device):
+            for setting in nccl.apply():
+                log.info("%s=%s: %s", setting.name, setting.value, setting.reason)
+        group = topology.group_of(group_role, target)
+        place = topology.place(config, os.environ, group)
+        if place.role != role:
+            role = place.role
+            logs.setup(role, int(rank))
+        if place.rank == place.here.start and (group is None or role == "target"):  # one for the host
+            crowd = crowding(topology.cores_by_role(config, place.world_size, place.here))
+            if crowd is not None:
+                log.warning("%s", crowd)
+        leads = place.rank == 0
+        kind = DraftRank if role == "draft" else TargetRank if leads else FollowerRank
+        kind(Surroundings(config, place, announcer, trace)).run()
+    except SsdError as error:
+        code = 2 if isinstance(error, ConfigError) else 1
+        log.error("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))
+        announcer.say(WorkerFailed(role, int(rank), "config" if code == 2 else "runtime", str(error)))
+        return code
+    except Exception as error:  # the last resort: the log has the traceback, the user a line
+        log.exception("this is a bug")
+        announcer.say(WorkerFailed(role, int(rank), "runtime", f"{role} rank {rank}: {type(error).__name__}: {error}"))
+        return 1
+    finally:
+        announcer.close()
+    return 0
