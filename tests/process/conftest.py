@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,11 +75,11 @@ def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Start]:
-    """Start a command."""
+    """Start a command; `how`: further fields of the run."""
     runs: list[Run] = []
 
-    def start(*command: str) -> Run:
-        runs.append(Run(tmp_path / f"run{len(runs)}", command))
+    def start(*command: str, **how: Any) -> Run:
+        runs.append(Run(tmp_path / f"run{len(runs)}", command, **how))
         return runs[-1]
 
     yield start
@@ -89,4 +90,4 @@ def run(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def ssd(run: Start, config: Path) -> Start:
     """Start an `ssd` command with the tiny pair."""
-    return lambda verb, *arguments: run(*SSD, verb, "--config", str(config), *arguments)
+    return lambda verb, *arguments, **how: run(*SSD, verb, "--config", str(config), *arguments, **how)

@@ -23,7 +23,7 @@ from tests.process.runs import SSD, Run, eventually
 from tests.tiny_models import write_hf
 
 AT_MOST_S = 20.0  # `timeouts.shutdown` of 2 s, on a loaded machine
-READY_S = 3.0  # most of what a rank needs to come up
+READY_S = 3.0  # most of what torchrun needs to come up, and a rank after it
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Fault:
     @property
     def concerns(self) -> set[str]:
         return {self.struck, *self.stopped}
+
+    @property
+    def longest_s(self) -> float:
+        """How long after those concerned are there the run is still coming up."""
+        return READY_S if self.concerns & {"agent", "rank"} else 2 * READY_S
 
 
 KILL, TERM, HUP = signal.SIGKILL, signal.SIGTERM, signal.SIGHUP
@@ -157,7 +162,8 @@ def main(faults: int, seed: int) -> None:
             return run
 
         for number in range(faults):
-            fault, after_s = FAULTS[number % len(FAULTS)], READY_S * chance.random()
+            fault = FAULTS[number % len(FAULTS)]
+            after_s = fault.longest_s * chance.random()
             click.echo(f"{number}: {fault} after {after_s:.2f} s")
             strike(start, config, fault, after_s)
     click.echo(f"{faults} faults, nothing left")

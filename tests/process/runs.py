@@ -26,12 +26,14 @@ PLAIN = {"SSD_CUDA_EXT": "0", "OMP_NUM_THREADS": "1"}
 
 @dataclass
 class Run:
-    """One command. Whatever it starts inherits a tag in its environment, by which all of it is found."""
+    """One command in a working directory. Whatever it starts inherits a tag in its environment, by which all of it is
+    found."""
 
     directory: Path
     command: Sequence[str]
     tag: str = field(default_factory=lambda: uuid.uuid4().hex)
     variables: Mapping[str, str] = field(default_factory=lambda: PLAIN)
+    cwd: Path = ROOT
 
     def __post_init__(self) -> None:
         self.directory.mkdir()
@@ -40,7 +42,7 @@ class Run:
         environment = {**os.environ, TAG: self.tag, "TMPDIR": str(self.temporary), **self.variables}
         with (self.directory / "out").open("wb") as out, (self.directory / "err").open("wb") as err:
             self.process = subprocess.Popen(
-                self.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
+                self.command, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment
             )
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -399,3 +400,16 @@ def run_apart(code: str, asked: Sequence[Sequence[str]], cache: Path) -> list[st
     )
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_closed_terminal_interrupts_unless_nohup_said_otherwise(ignored: bool) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        cli.main(["--version"])
+        assert (signal.getsignal(signal.SIGHUP) is signal.SIG_IGN) == ignored
+        if not ignored:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
