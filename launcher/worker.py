@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher import keeper
-from ssd_runtime.cores import forget_binding
+from ssd_runtime.cores import forget_binding, leave_binding
 
 if TYPE_CHECKING:
     from ssd_runtime.topology import Role
+
+STDIN = 0
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 @click.command()
@@ -40,6 +43,8 @@ def main(
     """One rank; started by torchrun."""
     end_with_starters(os.environ)
     ignored = forget_binding(os.environ)
+    if ignored and UNDER_TORCHRUN in os.environ:  # by hand: ours is started without them
+        leave_binding()
     from launcher import roles  # brings torch
     from launcher.announcer import Announcer
 
@@ -55,11 +60,11 @@ def end_with_starters(environment: Mapping[str, str]) -> None:
     agent = environment.get(keeper.AGENT)
     if agent is not None:
         keeper.die_with(int(agent), signal.SIGTERM)
-        keeper.die_with_the_writers_of(sys.stdin.fileno())
+        keeper.die_with_the_writers_of(STDIN)
         return
     parent = os.getppid()
     keeper.die_with(parent, signal.SIGKILL)
-    if "TORCHELASTIC_RUN_ID" in environment and not _runs_python(parent):
+    if UNDER_TORCHRUN in environment and not _runs_python(parent):
         sys.exit("torchrun is gone")
 
 

@@ -46,6 +46,12 @@ def forget_binding(environment: MutableMapping[str, str]) -> list[str]:
     return [f"{name}={environment.pop(name)}" for name in BINDING if name in environment]
 
 
+def leave_binding() -> None:
+    """Let this process run wherever the system allows it to: OpenMP has bound its parent, and so what that starts."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))  # the kernel leaves out what is not allowed
+
+
 def about_binding(ignored: Iterable[str]) -> str:
     """What to say of it, in one line."""
     return f"ignored: {', '.join(ignored)}: ranks choose their cores themselves; target.cores and draft.cores name them"

@@ -12,6 +12,7 @@ import pytest
 from launcher.cli import main
 from launcher.slurm import Plan, render
 from ssd_runtime.config import load_config
+from ssd_runtime.cores import BINDING
 from ssd_runtime.errors import ConfigError
 
 GPUS = ("target.device=cuda", "draft.device=cuda")
@@ -140,6 +141,13 @@ def test_a_mode_without_a_draft_has_no_two_jobs() -> None:
     with pytest.raises(ConfigError, match="--single-job"):
         render(plan("speculation.mode=ar"))
     assert "--nproc-per-node 1" in render(plan("speculation.mode=ar", form="single-job"))["ssd.sbatch"]
+
+
+def test_ranks_of_a_job_take_neither_modules_nor_cores_from_where_it_was_submitted() -> None:
+    for script in render(plan()).values():
+        if "launcher.worker" in script:
+            assert f"\nunset {' '.join(BINDING)}" in script
+            assert "\nexport OMP_NUM_THREADS=1 PYTHONSAFEPATH=1 " in script
 
 
 def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
