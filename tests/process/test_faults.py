@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -223,10 +222,8 @@ def test_losing_the_target_fails_its_requests_at_once_and_its_draft_waits_for_an
     port = target.address.rpartition(":")[2]
     with Streams(target.address, 3000) as streams:
         eventually(lambda: target.status().num_running > 0, WAIT_S, "a stream runs")
-        killed_at = time.monotonic()
         target.run.rank(0).kill()
         eventually(lambda: streams.failure is not None, 10, "the client is told")
-        assert time.monotonic() - killed_at < 10
     assert "lost" in str(streams.failure)
     assert target.run.exit_code(WAIT_S) == 1
     target.run.assert_nothing_is_left()

@@ -71,7 +71,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize(("kind", "error"), [("config", ConfigError), ("runtime", SsdError)])
 def test_a_ranks_last_words_become_the_error(play, kind: str, error: type[Exception]) -> None:
-    ranks = play(f"say(WorkerFailed('draft', 1, {kind!r}, 'no such luck')); time.sleep(0.1); sys.exit(1)")
+    ranks = play(f"say(WorkerFailed('draft', 1, {kind!r}, 'no such luck')); sys.exit(1)")
     with pytest.raises(SsdError, match="no such luck") as caught:
         ranks.wait_ready(lambda message: None)
     assert type(caught.value) is error
@@ -106,7 +106,7 @@ def test_ranks_that_never_come_are_not_waited_for(play) -> None:
     begin = time.monotonic()
     with pytest.raises(SsdError, match="the engine is not ready after"):
         ranks.wait_ready(lambda message: None)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
 
 
 def test_stop_leaves_no_process_and_no_directory(play) -> None:
