@@ -23,7 +23,7 @@ KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
 
 
 class Kept:
-    """One command, from its start to `close`.
+    """One command and its directory, which is there before the command is started; to be closed.
 
     Args:
         command: whose first word is a path; in a session of its own, without standard input.
@@ -36,6 +36,7 @@ class Kept:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path, grace_s: float) -> None:
+        self._started = False
         self._exit_code: int | None = None
         self._keeper = subprocess.Popen(
             [*KEEPER, str(directory), str(grace_s), *command],
@@ -53,7 +54,11 @@ class Kept:
             raise ConfigError(
                 f"cannot make {directory}: {error.strerror}; set TMPDIR to a folder that can be written to"
             ) from None
+
+    def start(self) -> None:
+        """Start the command; returns at once."""
         self._say(keeper.START)
+        self._started = True
 
     @property
     def pid(self) -> int:
@@ -74,6 +79,8 @@ class Kept:
 
     def end(self, grace_s: float) -> None:
         """SIGTERM to the command, `grace_s` seconds, SIGKILL to whoever of its family is left."""
+        if not self._started:
+            return
         self._say(f"{keeper.END} {grace_s:.3f}")
         self._keeper.send_signal(signal.SIGCONT)  # in case somebody has stopped it
         if self.wait(grace_s + KILLED_S) is None:

@@ -100,6 +100,7 @@ class Ranks:
         environment = environment_of_ranks(os.environ, self.directory)
         grace_s = self.launch.config.timeouts.shutdown
         self._process = Kept(self.command(), environment, self.directory, grace_s)
+        self._process.start()
 
     def command(self) -> list[str]:
         """The command line, which works by hand too."""

@@ -49,7 +49,7 @@ def _name(process: psutil.Process) -> str:
         words = process.cmdline()
         if any(word.endswith("keeper.py") for word in words):
             return "keeper"
-        return "agent" if "torch.distributed.run" in words else "launcher"
+        return "agent" if "--max-restarts" in words else "launcher"
     except psutil.Error:
         return "gone"
 
