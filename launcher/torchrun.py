@@ -235,8 +235,9 @@ class Ranks:
 def environment_of_ranks(ours: Mapping[str, str], directory: Path) -> dict[str, str]:
     """The environment of torchrun and its ranks, made of ours.
 
-    What the ranks rely on themselves, they do not take from it: their cores, where modules are found, where temporary
-    files go. So the working directory is no place of modules (`-P`), unless PYTHONPATH says so by name.
+    What they rely on does not come from where they are started: their cores, where modules are found (`-P`: not in the
+    working directory, unless PYTHONPATH names it), where temporary files go (torch leaves a folder behind when it logs
+    an exception, as a node's torchrun does at its end if node 0's is gone already).
 
     Args:
         ours: of this process.

@@ -217,6 +217,14 @@ def test_what_would_bind_ranks_to_cores_is_dropped_and_told_in_one_line(caplog, 
     assert not caplog.records
 
 
+def test_what_torch_leaves_behind_goes_with_the_run(play) -> None:
+    ranks = play("import tempfile; tempfile.mkdtemp(prefix='left-'); say(Ready('a', {})); time.sleep(60)")
+    ranks.wait_ready(lambda message: None)
+    assert list(ranks.directory.glob("left-*"))
+    ranks.stop(2.0)
+    assert not ranks.directory.exists()
+
+
 def test_no_place_for_temporary_files_is_the_users_to_mend(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/not/there"])
