@@ -22,6 +22,7 @@ from launcher.commands.slurm import slurm
 from launcher.commands.up import up
 from launcher.study.command import study
 from ssd_runtime import __version__, logs
+from ssd_runtime.cores import about_binding, forget_binding
 from ssd_runtime.errors import SsdError
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 @click.version_option(__version__, prog_name="ssd")
 def ssd() -> None:
     """Speculative speculative decoding: the draft prepares the next speculation while the target verifies this one."""
+    if ignored := forget_binding(os.environ):  # before a command imports torch: what it starts would be bound with it
+        log.warning("%s", about_binding(ignored))
 
 
 for command in (generate, bench_command, up, doctor, fetch, slurm, study):

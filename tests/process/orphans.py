@@ -96,6 +96,7 @@ FAULTS = (
     Fault("launcher", TERM, ("rank",)),
     Fault("launcher", KILL, ("keeper",)),
     Fault("rank", KILL),
+    Fault("rank", TERM),
 )
 
 

@@ -15,6 +15,7 @@ from launcher import cli, preflight
 from launcher.commands.bench import overrides_for
 from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
+from ssd_runtime.cores import about_binding
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.tiny_models import write_hf
@@ -413,3 +414,10 @@ def test_a_closed_terminal_interrupts_unless_nohup_said_otherwise(ignored: bool)
                 signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_openmp_binds_no_process_of_ours_whatever_the_environment_says(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    cli.main(["slurm", "--help"])
+    assert "OMP_PROC_BIND" not in os.environ
+    assert capsys.readouterr().err.count(about_binding(["OMP_PROC_BIND=true"])) == 1
