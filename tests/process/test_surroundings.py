@@ -8,30 +8,28 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ssd_runtime.cores import BINDING, allowed_cores
+from ssd_runtime.config import load_config
+from ssd_runtime.cores import BINDING, allowed_cores, choose_cores
 from tests.process.conftest import Start
 from tests.process.runs import PLAIN, ROOT, SSD, TORCHRUN, Run, error_line
 
 pytestmark = pytest.mark.process
 BOUND = {**dict.fromkeys(BINDING, "0"), "OMP_PROC_BIND": "true", "KMP_AFFINITY": "compact"}  # as clusters set them
-ON_CORES_OF_THEIR_OWN = {"0": allowed_cores()[0], "1": allowed_cores()[-1]}
 
 
-def assert_every_thread_keeps_to_the_core_of_its_rank(run: Run) -> None:
-    for rank, core in ON_CORES_OF_THEIR_OWN.items():
-        pid = run.rank(int(rank)).pid
-        allowed = {
-            task.name: psutil.Process(int(task.name)).cpu_affinity() for task in Path(f"/proc/{pid}/task").iterdir()
-        }
-        assert allowed
-        assert set(map(tuple, allowed.values())) == {(core,)}, f"rank {rank}: {allowed}"
+def assert_every_thread_keeps_to_the_cores_of_its_rank(run: Run, config: Path) -> None:
+    chosen = choose_cores(load_config(config), allowed_cores())
+    for rank, cores in enumerate((chosen.target, chosen.draft)):
+        threads = [int(task.name) for task in Path(f"/proc/{run.rank(rank).pid}/task").iterdir()]
+        assert threads
+        found = {thread: psutil.Process(thread).cpu_affinity() for thread in threads}
+        assert all(tuple(allowed) == cores for allowed in found.values()), f"rank {rank}, on {cores}: {found}"
 
 
-@pytest.mark.skipif(len(allowed_cores()) != 2, reason="which cores ranks choose is known for two")
 def test_ranks_keep_to_their_own_cores_where_openmp_is_told_to_bind(ssd: Start, run: Start, config: Path) -> None:
     ours = ssd("up", variables={**PLAIN, **BOUND})
     ours.until("address: ")
-    assert_every_thread_keeps_to_the_core_of_its_rank(ours)
+    assert_every_thread_keeps_to_the_cores_of_its_rank(ours, config)
     (said,) = [line for line in ours.err.splitlines() if "ignored" in line]
     assert all(f"{name}={value}" in said for name, value in BOUND.items())
     ours.kill()
@@ -46,7 +44,7 @@ def test_ranks_keep_to_their_own_cores_where_openmp_is_told_to_bind(ssd: Start, 
         variables={**PLAIN, **BOUND},
     )
     by_hand.until("address: ")
-    assert_every_thread_keeps_to_the_core_of_its_rank(by_hand)
+    assert_every_thread_keeps_to_the_cores_of_its_rank(by_hand, config)
 
 
 def test_modules_in_the_working_directory_are_not_taken_for_pythons_or_ours(
