@@ -35,7 +35,7 @@ def test_two_ranks_and_two_drafts_answer_as_one_rank_does_and_end_cleanly(ssd: S
     model = ("--set", f"target.model={models}/other")
     shared, alone = ssd("up", *TWO, *model, "--set", "deployment.drafts=2"), ssd("up", *model)
     address, other = shared.until("address: "), alone.until("address: ")
-    assert len(shared.members()) == 6  # ssd, torchrun, two target ranks, two drafts
+    assert len(shared.members()) == 7  # ssd, keeper, torchrun, two target ranks, two drafts
     for rank in ("target 0", "target 1", "draft 2", "draft 3"):
         assert f"{rank} on core" in shared.out
     with contextlib.closing(Client(address, 30.0)) as client:
