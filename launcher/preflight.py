@@ -19,7 +19,7 @@ from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.speculation.limits import check_processors
+from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.topology import Group
 
 
@@ -89,6 +89,7 @@ def check_request(request: Generate, config: Config) -> None:
     check_stop(request)
     check_stop_strings(request.stop, config.serve.max_stop_strings, config.serve.max_stop_bytes)
     params = request.params
+    check_sampling(params)
     if params.logit_bias or params.allowed_tokens is not None or params.banned_tokens:
         card = inspect_model(resolve(config.target.model))
         check_processors(params, card.arch.vocab_size, card.eos_token_ids)

@@ -3,7 +3,7 @@
     temperature: Annotated[float, Within(0.0, 100.0)]
     stop: Annotated[tuple[Annotated[str, AtMost(1024)], ...], AtMost(16)]
 
-Whoever reads the field checks `allows` and says `wanted`, and shows the value at fault with `shown`.
+Whoever reads the field checks `allows` and says what is wrong with `refusal`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AtMost:
 
     @property
     def wanted(self) -> str:
-        """What is allowed, to stand behind "must be text of" (bytes) or "must be a list of"."""
+        """What is allowed, to stand behind "must have"."""
         return f"at most {self.count}"
 
 
@@ -66,6 +66,15 @@ def split(hint: Any) -> tuple[Any, Bound | None]:
         return hint, None
     bare, *about = typing.get_args(hint)
     return bare, next((bound for bound in about if isinstance(bound, Within | AtMost)), None)
+
+
+def refusal(value: Any, bound: Bound) -> str:
+    """What is wrong with a value that is not allowed, to stand behind the name of its field."""
+    if isinstance(bound, Within):
+        return f"must be {bound.wanted}, not {shown(value)}"
+    if isinstance(value, str):
+        return f"must have {bound.wanted} bytes, not {len(value.encode('utf-8', 'surrogatepass'))}"
+    return f"must have {bound.wanted} entries, not {len(value)}"
 
 
 def shown(value: Any) -> str:
@@ -84,8 +93,9 @@ def shown(value: Any) -> str:
 def _number(value: float) -> str:
     """Large ones as powers of two, which can be read."""
     size = abs(value)
-    if not isinstance(size, int) or size < 1 << 31:
+    if not isinstance(size, int):
         return f"{value:g}"
-    power = size.bit_length() if size & (size + 1) == 0 else size.bit_length() - 1
-    rest = " - 1" if size == (1 << power) - 1 else ""
-    return f"{'-' if value < 0 else ''}2^{power}{rest}" if rest or size == 1 << power else str(value)
+    for power, rest in ((size, ""), (size + 1, " - 1")):
+        if size >= 1 << 20 and power & (power - 1) == 0:
+            return f"{'-' if value < 0 else ''}2^{power.bit_length() - 1}{rest}"
+    return str(value)

@@ -14,13 +14,17 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from ssd_runtime.bounds import AtMost, Within
 
 log = logging.getLogger(__name__)
 
 KEPT = 32  # gaps
 TOLD_MS = 100.0  # longer ones are logged
 SHORT_NS = 1_000_000  # a lap that is shorter counts to the next
+
+Milliseconds = Annotated[float, Within(0.0, 1e12)]
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class Lap:
         awaited: of them, asleep until a draft says something.
     """
 
-    name: str
-    wall: float
-    cpu: float
-    delayed: float
-    awaited: float = 0.0
+    name: Annotated[str, AtMost(256)]
+    wall: Milliseconds
+    cpu: Milliseconds
+    delayed: Milliseconds
+    awaited: Milliseconds = 0.0
 
     @property
     def blocked(self) -> float:
@@ -55,9 +59,9 @@ class Stall:
         at: its beginning, in seconds of time.monotonic.
     """
 
-    round: int
-    at: float
-    laps: tuple[Lap, ...]
+    round: Annotated[int, Within(0, 2**48)]
+    at: Annotated[float, Within(0.0, 1e12)]
+    laps: Annotated[tuple[Lap, ...], AtMost(2**16)]
 
     @property
     def milliseconds(self) -> float:

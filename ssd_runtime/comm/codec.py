@@ -1,7 +1,8 @@
 """The strict msgpack codec of the control plane. Knows the messages, no sockets.
 
 On the wire a message is `[version, name of the type, {field: value}]`. Decoding checks every value against the
-annotation of its field; anything else is a `ProtocolError` that says what is wrong.
+annotation of its field, type and bound; anything else is a `ProtocolError` that says what is wrong. Whatever the bytes
+are, nothing else is raised, and time and memory are bounded by `Limits`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,32 @@ import math
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgpack
 
+from ssd_runtime.bounds import MOST_SHOWN, AtMost, Within, refusal, shown, split
 from ssd_runtime.comm.messages import MESSAGE_TYPES, Message
+from ssd_runtime.comm.messages_client import RequestId
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, ProtocolError
 
-MAX_MESSAGE_BYTES = 16 * 2**20
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is read of one message.
+
+    Attributes:
+        bytes: of it; a longer one ends the connection.
+        containers: lists and maps in it, which cost far more than their bytes.
+    """
+
+    bytes: int
+    containers: int
+
+
+ASKED = Limits(6 * 2**20, 2**16)  # of anyone: 0.3 s at most, whatever it is (tests/unit/test_messages_hostile.py)
+ANSWERED = Limits(16 * 2**20, 2**20)  # of the engine that one is a client, a draft or a launcher of
 
 
 def encode(message: Message) -> bytes:
@@ -30,20 +49,63 @@ def encode(message: Message) -> bytes:
         raise ProtocolError(f"cannot encode {type(message).__name__}: {error}") from error
 
 
-def decode(data: bytes) -> Message:
-    """The message in `data`; raises ProtocolError on anything that `encode` of this version would not have made."""
+def decode(data: bytes, limits: Limits = ASKED) -> Message:
+    """The message in `data`.
+
+    Raises:
+        ProtocolError: it is nothing that `encode` of this version would have made within all bounds.
+    """
     try:
-        envelope = msgpack.unpackb(data, raw=False, use_list=False, strict_map_key=True)
-    except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"not msgpack: {error}") from None
+        return _message(_unpacked(data, limits))
+    except ProtocolError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the one place: whatever bytes bring about is their sender's fault)
+        raise ProtocolError(f"not msgpack: {type(error).__name__} {str(error)[:100]}") from None
+
+
+def _unpacked(data: bytes, limits: Limits) -> Any:
+    """What msgpack makes of the bytes; it nests no deeper than 1024."""
+    if len(data) > limits.bytes:
+        raise ProtocolError(f"a message of {len(data)} bytes; at most {limits.bytes} are read")
+    # A list is allocated by the length it claims. Walking over all of it first, which allocates nothing, shows that
+    # what is claimed is there.
+    walk = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
+    walk.feed(data)
+    walk.skip()
+    left = limits.containers
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ProtocolError(f"a message of more than {limits.containers} lists and maps")
+        return container
+
+    return msgpack.unpackb(
+        data, raw=False, use_list=False, strict_map_key=True, max_ext_len=0, object_hook=count, list_hook=count
+    )
+
+
+def _message(envelope: Any) -> Message:
     if not (isinstance(envelope, tuple) and len(envelope) == 3):
         raise ProtocolError("not a message: expected [version, type, fields]")
     version, name, fields = envelope
     if type(version) is not int or version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version!r}, this side speaks {PROTOCOL_VERSION}")
+        raise ProtocolError(f"protocol version {shown(version)}, this side speaks {PROTOCOL_VERSION}")
     if not isinstance(name, str) or name not in MESSAGE_TYPES:
-        raise ProtocolError(f"unknown message type {name!r}")
-    return typing.cast(Message, _reader(typing.cast(Any, MESSAGE_TYPES[name]))(fields, name))
+        raise ProtocolError(f"unknown message type {shown(name)}")
+    try:
+        return typing.cast(Message, _reader(typing.cast(Any, MESSAGE_TYPES[name]))(fields, name))
+    except ProtocolError as error:
+        raise ProtocolError(str(error), _request_id(fields)) from None
+
+
+def _request_id(fields: Any) -> str | None:
+    """That of a message which cannot be read, so that its sender can be told which of its requests failed."""
+    try:
+        return typing.cast(str, _reader(RequestId)(fields.get("request_id"), "request_id"))
+    except (AttributeError, ProtocolError):
+        return None
 
 
 def _fields(value: Any) -> Any:
@@ -58,6 +120,9 @@ Reader = Callable[[Any, str], Any]  # (value, where it stands) -> checked value
 @functools.cache
 def _reader(hint: Any) -> Reader:
     """The checker of one annotation; built once a type."""
+    bare, bound = split(hint)
+    if bound is not None:
+        return _within(_reader(bare), bound) if isinstance(bound, Within) else _at_most(_reader(bare), bound)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return _dataclass_reader(typing.cast(type, hint))
@@ -67,8 +132,8 @@ def _reader(hint: Any) -> Reader:
         return _tuple_reader(arguments[0])
     if origin is tuple:
         return _fixed_tuple_reader(arguments)
-    if origin is dict and arguments[0] is str:
-        return _dict_reader(arguments[1])
+    if origin is dict:
+        return _dict_reader(*arguments)
     if origin in (types.UnionType, typing.Union) and len(arguments) == 2 and arguments[1] is types.NoneType:
         inner = _reader(arguments[0])
         return lambda value, where: None if value is None else inner(value, where)
@@ -78,8 +143,29 @@ def _reader(hint: Any) -> Reader:
     return _scalar_reader(hint)
 
 
+def _within(inner: Reader, bound: Within) -> Reader:
+    def read(value: Any, where: str) -> Any:
+        number = inner(value, where)
+        if not bound.allows(number):
+            raise ProtocolError(f"field {where} {refusal(number, bound)}")
+        return number
+
+    return read
+
+
+def _at_most(inner: Reader, bound: AtMost) -> Reader:
+    """Looks at the size before it looks at what is inside."""
+
+    def read(value: Any, where: str) -> Any:
+        if isinstance(value, str | tuple | dict) and not bound.allows(value):
+            raise ProtocolError(f"field {where} {refusal(value, bound)}")
+        return inner(value, where)
+
+    return read
+
+
 def _dataclass_reader(cls: type) -> Reader:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     readers = {name: _reader(hint) for name, hint in hints.items()}
     required = {
         spec.name
@@ -92,7 +178,7 @@ def _dataclass_reader(cls: type) -> Reader:
             raise _ill_typed(value, where, "a map of fields")
         for name in value:
             if name not in readers:
-                raise ProtocolError(f"unknown field {where}.{name}")
+                raise ProtocolError(f"unknown field {where}.{name if len(name) <= MOST_SHOWN else shown(name)}")
         for name in required - value.keys():
             raise ProtocolError(f"missing field {where}.{name}")
         return cls(**{name: readers[name](item, f"{where}.{name}") for name, item in value.items()})
@@ -102,11 +188,15 @@ def _dataclass_reader(cls: type) -> Reader:
 
 def _tuple_reader(item: Any) -> Reader:
     inner = _reader(item)
+    kind, bound = split(item)
 
     def read(value: Any, where: str) -> Any:
         if not isinstance(value, tuple):
             raise _ill_typed(value, where, "a list")
-        if item is int and set(map(type, value)) <= {int}:  # prompts: thousands of them, all well
+        if not value:
+            return value
+        integers = kind is int and set(map(type, value)) == {int}  # prompts: thousands of them, all well
+        if integers and (bound is None or (bound.allows(min(value)) and bound.allows(max(value)))):
             return value
         return tuple(inner(element, f"{where}[{i}]") for i, element in enumerate(value))
 
@@ -126,13 +216,16 @@ def _fixed_tuple_reader(items: tuple[Any, ...]) -> Reader:
     return read
 
 
-def _dict_reader(item: Any) -> Reader:
-    inner = _reader(item)
+def _dict_reader(key: Any, item: Any) -> Reader:
+    read_key, inner = _reader(key), _reader(item)
 
     def read(value: Any, where: str) -> Any:
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        if not isinstance(value, dict):
             raise _ill_typed(value, where, "a map from text")
-        return {key: inner(element, f"{where}[{key!r}]") for key, element in value.items()}
+        return {
+            read_key(key, f"{where} (a key)"): inner(element, f"{where}[{shown(key)}]")
+            for key, element in value.items()
+        }
 
     return read
 
@@ -162,5 +255,4 @@ def _read_float(value: Any, where: str) -> float:
 
 
 def _ill_typed(value: Any, where: str, expected: str) -> ProtocolError:
-    shown = repr(value)
-    return ProtocolError(f"field {where} must be {expected}, not {shown[:60]}{'...' if len(shown) > 60 else ''}")
+    return ProtocolError(f"field {where} must be {expected}, not {shown(value)}")

@@ -19,8 +19,9 @@ from typing import Self
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES, decode, encode
+from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
+from ssd_runtime.comm.messages_client import Failed
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.heap import give_back
@@ -32,12 +33,13 @@ LINGER_MS = 1000  # longest that close() waits for what was sent last
 QUEUE = 10_000  # messages a slow reader may leave unread before it counts as lost
 DRAIN_S = 0.02  # longest that the server reads on while there is something to read
 BATCH = 256  # most messages of one poll, so that a flood does not starve the caller
+MOST_PARTS = 3  # of a message: its identity, itself, and one that shows that it is none
 
 
 class _Socket:
     """What the two ends share: a context, a socket with our options, bounded closing."""
 
-    def __init__(self, kind: int, heartbeat_s: float) -> None:
+    def __init__(self, kind: int, heartbeat_s: float, limits: Limits) -> None:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(kind)
         beat = max(1, int(heartbeat_s * 1000))
@@ -45,7 +47,7 @@ class _Socket:
             (zmq.LINGER, LINGER_MS),
             (zmq.SNDHWM, QUEUE),
             (zmq.RCVHWM, QUEUE),
-            (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
+            (zmq.MAXMSGSIZE, limits.bytes),
             (zmq.CONNECT_TIMEOUT, 3 * beat),  # else a lost SYN is sent again after up to a minute
             (zmq.HEARTBEAT_IVL, beat),
             (zmq.HEARTBEAT_TIMEOUT, 3 * beat),
@@ -79,12 +81,13 @@ class ControlServer(_Socket):
     """
 
     def __init__(self, host: str, port: int, *, known_as: str | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
-        super().__init__(zmq.ROUTER, heartbeat_s)
+        super().__init__(zmq.ROUTER, heartbeat_s, ASKED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # No limit on what waits to be read: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when its
         # heartbeat meets a peer that left while its queue here was full, as a flood makes it. `poll` drains floods.
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._nonsense = 0
+        self._parts: list[bytes] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
         try:
             self._socket.bind(f"tcp://{host}:{port}")
@@ -100,7 +103,10 @@ class ControlServer(_Socket):
         return self._address
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
-        """What has arrived, in order; waits at most `timeout_s` for the first. Nonsense is answered by Refused."""
+        """What has arrived, in order; waits at most `timeout_s` for the first.
+
+        Nonsense is answered by Failed if it says which request it would have been about, else by Refused.
+        """
         arrived: list[tuple[bytes, Message]] = []
         read = 0
         if timeout_s > 0:
@@ -108,22 +114,41 @@ class ControlServer(_Socket):
         until = time.monotonic() + DRAIN_S
         while len(arrived) < BATCH and time.monotonic() < until:
             try:
-                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                whole = self._receive()
             except zmq.Again:
                 break
+            if whole is None:
+                continue
             read += 1
+            identity, *parts = whole
             try:
                 message = _decode_parts(parts)
             except ProtocolError as error:
                 self._nonsense += 1
                 if self._nonsense.bit_count() == 1:  # 1, 2, 4, 8...: a flood of it is not to flood the log
                     log.warning("peer %s sent nonsense (%d so far): %s", identity.hex(), self._nonsense, error)
-                self.send(identity, Refused(str(error)))
+                about, reason = error.request_id, str(error)
+                self.send(identity, Refused(reason) if about is None else Failed(about, "request", reason))
                 continue
             if not isinstance(message, Heartbeat):
                 arrived.append((identity, message))
         self._tidy_up(read)
         return arrived
+
+    def _receive(self) -> list[bytes] | None:
+        """One more part of what a peer sends. With the last one all of them, the identity first; before, None.
+
+        So millions of parts hold up nobody, and are not kept.
+        """
+        part = self._socket.recv(zmq.NOBLOCK)
+        if len(self._parts) < MOST_PARTS:
+            self._parts.append(part)
+        else:
+            self._flooded = True
+        if self._socket.getsockopt(zmq.RCVMORE):
+            return None
+        parts, self._parts = self._parts, []
+        return parts
 
     def _tidy_up(self, read: int) -> None:
         """Once a flood is over, give back the memory in which it waited to be read."""
@@ -162,7 +187,7 @@ class ControlPeer(_Socket):
 
     def __init__(self, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> None:
         self.address = _checked(address)
-        super().__init__(zmq.DEALER, heartbeat_s)
+        super().__init__(zmq.DEALER, heartbeat_s, ANSWERED)
         self._role, self._rank = role, rank
         self._waiting: deque[Message] = deque()  # arrived while wait_for awaited something else
         self._connected, self._lost = False, False
@@ -253,7 +278,7 @@ class ControlPeer(_Socket):
         arrived: list[Message] = []
         for _ in range(BATCH):
             try:
-                message = _decode_parts(self._socket.recv_multipart(zmq.NOBLOCK))
+                message = _decode_parts(self._socket.recv_multipart(zmq.NOBLOCK), ANSWERED)
             except zmq.Again:
                 break
             except ProtocolError as error:
@@ -271,10 +296,10 @@ def _milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _decode_parts(parts: list[bytes]) -> Message:
+def _decode_parts(parts: list[bytes], limits: Limits = ASKED) -> Message:
     if len(parts) != 1:
-        raise ProtocolError(f"a message has one part, not {len(parts)}")
-    return decode(parts[0])
+        raise ProtocolError(f"a message has one part, not {'none' if not parts else 'more'}")
+    return decode(parts[0], limits)
 
 
 def _checked(address: str) -> str:

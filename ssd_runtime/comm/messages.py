@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
+from typing import Annotated
 
+from ssd_runtime.bounds import AtMost
 from ssd_runtime.comm.messages_client import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.comm.messages_draft import Admit, Finish, Hello, Share, Welcome
 from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
@@ -22,7 +24,7 @@ class Refused:
         again: the same Hello may be welcome later.
     """
 
-    reason: str
+    reason: Annotated[str, AtMost(2**16)]
     again: bool = False
 
 
@@ -35,7 +37,7 @@ class Heartbeat:
 class Shutdown:
     """Stop what you do and leave. Sent by the leader to the draft, and by the launcher to the leader."""
 
-    reason: str
+    reason: Annotated[str, AtMost(2**16)]
 
 
 Message = (

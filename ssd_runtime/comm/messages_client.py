@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from ssd_runtime.bounds import AtMost, Within
+from ssd_runtime.comm.protocol import CoresByRole
 from ssd_runtime.config import Mode
-from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
+from ssd_runtime.speculation.types import (
+    MOST_ALTERNATIVES,
+    MOST_LOOKAHEAD,
+    MOST_TOKENS,
+    Count,
+    Lookahead,
+    SamplingParams,
+    TokenLogprob,
+    Tokens,
+)
 from ssd_runtime.stalls import Stall
 
+MOST_OUTPUTS = 128
+
+RequestId = Annotated[str, AtMost(256)]
+PromptText = Annotated[str, AtMost(5 * MOST_TOKENS)]  # as many bytes as the token ids take on the wire
+Seconds = Annotated[float, Within(0.0, 1e9)]
+Milliseconds = Annotated[float, Within(-1e12, 1e12)]  # what is left after others were subtracted may be below 0
+Samples = Annotated[tuple[Milliseconds, ...], AtMost(MOST_TOKENS)]
 DraftState = Literal["none", "linked", "lost", "relinking"]
 
 
@@ -16,8 +34,8 @@ DraftState = Literal["none", "linked", "lost", "relinking"]
 class ChatMessage:
     """One turn of a conversation."""
 
-    role: str
-    content: str
+    role: Annotated[str, AtMost(64)]
+    content: PromptText
 
 
 @dataclass(frozen=True)
@@ -30,19 +48,19 @@ class Generate:
         n: outputs wanted. Output i is what a request with seed `params.seed` + i (modulo 2^64) and n = 1 would get.
     """
 
-    request_id: str
-    prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = None
-    token_ids: tuple[int, ...] | None = None
+    request_id: RequestId
+    prompt: PromptText | None = None
+    messages: Annotated[tuple[ChatMessage, ...], AtMost(2**12)] | None = None
+    token_ids: Tokens | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    max_tokens: int = 128
-    stop: tuple[str, ...] = ()
+    max_tokens: Annotated[int, Within(1, 2**31 - 1)] = 128
+    stop: Annotated[tuple[Annotated[str, AtMost(2**14)], ...], AtMost(2**8)] = ()
     mode: Mode | None = None
-    lookahead: int | None = None
+    lookahead: Lookahead | None = None
     ignore_eos: bool = False
     stream: bool = True
-    logprobs: int | None = None
-    n: int = 1
+    logprobs: Annotated[int, Within(0, MOST_ALTERNATIVES)] | None = None
+    n: Annotated[int, Within(1, MOST_OUTPUTS)] = 1
 
 
 @dataclass(frozen=True)
@@ -54,19 +72,19 @@ class Chunk:
         logprobs: one entry a token, if asked for.
     """
 
-    request_id: str
-    text: str
-    token_ids: tuple[int, ...]
-    index: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()
+    request_id: RequestId
+    text: Annotated[str, AtMost(2**24)]
+    token_ids: Tokens
+    index: Annotated[int, Within(0, MOST_OUTPUTS - 1)] = 0
+    logprobs: Annotated[tuple[TokenLogprob, ...], AtMost(MOST_TOKENS)] = ()
 
 
 @dataclass(frozen=True)
 class Usage:
     """Tokens paid for: nothing that was cut off is counted. The prompt counts once, completions of n outputs add up."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: Count
+    completion_tokens: Count
 
 
 @dataclass(frozen=True)
@@ -84,22 +102,22 @@ class RequestStatistics:
     """
 
     mode: Mode
-    rounds: int = 0
-    num_tokens: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    accepted_per_position: tuple[int, ...] = ()
-    lookups: int = 0
-    hits: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    ttft_seconds: float = 0.0
-    round_ms: tuple[float, ...] = ()
-    verify_ms: tuple[float, ...] = ()
-    wait_ms: tuple[float, ...] = ()
-    other_ms: tuple[float, ...] = ()
-    draft_step_ms: tuple[float, ...] = ()
-    draft_step_width: tuple[int, ...] = ()
+    rounds: Count = 0
+    num_tokens: Count = 0
+    num_draft_tokens: Count = 0
+    num_accepted_tokens: Count = 0
+    accepted_per_position: Annotated[tuple[Count, ...], AtMost(MOST_LOOKAHEAD)] = ()
+    lookups: Count = 0
+    hits: Count = 0
+    prefill_seconds: Seconds = 0.0
+    decode_seconds: Seconds = 0.0
+    ttft_seconds: Seconds = 0.0
+    round_ms: Samples = ()
+    verify_ms: Samples = ()
+    wait_ms: Samples = ()
+    other_ms: Samples = ()
+    draft_step_ms: Samples = ()
+    draft_step_width: Annotated[tuple[Count, ...], AtMost(MOST_TOKENS)] = ()
 
 
 @dataclass(frozen=True)
@@ -111,8 +129,8 @@ class Finished:
         statistics: of all outputs together.
     """
 
-    request_id: str
-    finish_reasons: tuple[Literal["stop", "length", "abort"], ...]
+    request_id: RequestId
+    finish_reasons: Annotated[tuple[Literal["stop", "length", "abort"], ...], AtMost(MOST_OUTPUTS)]
     usage: Usage
     statistics: RequestStatistics
 
@@ -126,16 +144,16 @@ class Finished:
 class Failed:
     """Leader -> client: "request" is the client's to mend, "engine" is ours, "busy" may be tried again later."""
 
-    request_id: str
+    request_id: RequestId
     kind: Literal["request", "engine", "busy"]
-    reason: str
+    reason: Annotated[str, AtMost(2**16)]
 
 
 @dataclass(frozen=True)
 class Cancel:
     """Client -> leader: stop working on this request."""
 
-    request_id: str
+    request_id: RequestId
 
 
 @dataclass(frozen=True)
@@ -157,13 +175,13 @@ class Status:
 
     state: Literal["loading", "ready", "stopping"]
     draft: DraftState
-    target_model: str
-    draft_model: str
+    target_model: Annotated[str, AtMost(2**13)]
+    draft_model: Annotated[str, AtMost(2**13)]
     mode: Mode
-    num_running: int = 0
-    num_waiting: int = 0
-    cores: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    num_drafts: int = 0
-    drafts_lost: int = 0
-    drafts_linked: int = 0
-    stalls: tuple[Stall, ...] = ()
+    num_running: Count = 0
+    num_waiting: Count = 0
+    cores: CoresByRole = field(default_factory=dict)
+    num_drafts: Count = 0
+    drafts_lost: Count = 0
+    drafts_linked: Count = 0
+    stalls: Annotated[tuple[Stall, ...], AtMost(2**8)] = ()

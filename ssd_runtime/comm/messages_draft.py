@@ -7,11 +7,13 @@ there were (control_seq).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
+from ssd_runtime.bounds import AtMost, Within
+from ssd_runtime.comm.protocol import FrameShape, Name, Rank, VocabularyDigest
 from ssd_runtime.config import Mode
 from ssd_runtime.cores import Role
-from ssd_runtime.speculation.types import Outcome, SamplingParams
+from ssd_runtime.speculation.types import Count, Lookahead, NamedTokens, Outcome, SamplingParams, Tokens, Turn
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Hello:
         instance: random name of this process: one that comes back takes its own place, not another's.
     """
 
-    version: int
+    version: Annotated[int, Within(0, 2**31 - 1)]
     role: Role
-    rank: int
-    config_digest: str
+    rank: Rank
+    config_digest: Name
     vocabulary: VocabularyDigest
-    instance: str = ""
+    instance: Name = ""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class LinkAddress:
         shape: sizes of the frames.
     """
 
-    host: str
-    port: int
-    session: str
-    epoch: int
+    host: Annotated[str, AtMost(256)]
+    port: Annotated[int, Within(0, 65535)]
+    session: Name
+    epoch: Count
     shape: FrameShape
 
 
@@ -58,7 +60,7 @@ class Welcome:
     """
 
     link: LinkAddress
-    rank: int
+    rank: Rank
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ class Admit:
         outcome: of the last verification; None while the prompt is computed.
     """
 
-    sequence_id: int
-    prompt_tokens: tuple[int, ...]
+    sequence_id: Count
+    prompt_tokens: Tokens
     params: SamplingParams
     mode: Mode
-    lookahead: int
-    max_tokens: int
-    end_tokens: tuple[int, ...] = ()
-    output_tokens: tuple[int, ...] = ()
-    turn: int = -1
+    lookahead: Lookahead
+    max_tokens: Annotated[int, Within(0, 2**31 - 1)]
+    end_tokens: NamedTokens = ()
+    output_tokens: Tokens = ()
+    turn: Turn = -1
     outcome: Outcome | None = None
 
 
@@ -88,7 +90,7 @@ class Admit:
 class Finish:
     """Target -> draft: a sequence is over. Counts towards control_seq."""
 
-    sequence_id: int
+    sequence_id: Count
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,6 @@ class Share:
     likeliest. A sequence of which nothing was said is its own alone.
     """
 
-    sequence_id: int
-    index: int
-    count: int
+    sequence_id: Count
+    index: Annotated[int, Within(0, 2**10)]
+    count: Annotated[int, Within(1, 2**10)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ssd_runtime.bounds import AtMost, Within
+from ssd_runtime.comm.protocol import CoreNumbers, CoresByRole, Rank
 from ssd_runtime.cores import Role
 
 
@@ -13,17 +15,17 @@ class Progress:
     """Worker -> launcher: a phase that takes long (0 to 1)."""
 
     role: Role
-    rank: int
-    phase: str
-    fraction: float
+    rank: Rank
+    phase: Annotated[str, AtMost(256)]
+    fraction: Annotated[float, Within(0.0, 1.0)]
 
 
 @dataclass(frozen=True)
 class Ready:
     """Leader -> launcher: requests are taken at `address`."""
 
-    address: str
-    cores: dict[str, tuple[int, ...]]
+    address: Annotated[str, AtMost(512)]
+    cores: CoresByRole
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Joined:
         crowded: other drafts of its host are on these cores too.
     """
 
-    rank: int
-    cores: tuple[int, ...]
+    rank: Rank
+    cores: CoreNumbers
     crowded: bool = False
 
 
@@ -45,6 +47,6 @@ class WorkerFailed:
     """Worker -> launcher, last: "config" is the user's to mend (exit code 2), "runtime" is not (exit code 1)."""
 
     role: Role
-    rank: int
+    rank: Rank
     kind: Literal["config", "runtime"]
-    reason: str
+    reason: Annotated[str, AtMost(2**16)]

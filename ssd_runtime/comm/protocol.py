@@ -9,8 +9,16 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated
 
+from ssd_runtime.bounds import AtMost, Within
 from ssd_runtime.errors import SsdError
+from ssd_runtime.speculation.types import Lookahead
+
+Name = Annotated[str, AtMost(64)]
+Rank = Annotated[int, Within(0, 2**20)]
+CoreNumbers = Annotated[tuple[Annotated[int, Within(0, 2**16)], ...], AtMost(2**16)]
+CoresByRole = Annotated[dict[Name, CoreNumbers], AtMost(2**10)]
 
 PROTOCOL_VERSION = 6
 CHUNK = 1024  # tokens behind one digest of a vocabulary
@@ -20,7 +28,15 @@ _PADDING = re.compile(r"(\[PAD\d*\]|<\|?(pad|unused|dummy|placeholder)_?\d*\|?>)
 
 
 class ProtocolError(SsdError):
-    """Bytes, a message or a frame that this version does not understand. The message says what is wrong with it."""
+    """Bytes, a message or a frame that this version does not understand. The message says what is wrong with it.
+
+    Args:
+        request_id: of the request that a message was about, where that can be read.
+    """
+
+    def __init__(self, reason: str, request_id: str | None = None) -> None:
+        super().__init__(reason)
+        self.request_id = request_id
 
 
 @dataclass(frozen=True)
@@ -34,10 +50,10 @@ class FrameShape:
         probabilities: most probabilities that a branch carries for each of its tokens.
     """
 
-    max_sequences: int
-    lookahead: int
-    max_branches: int
-    probabilities: int = 0
+    max_sequences: Annotated[int, Within(1, 2**16)]
+    lookahead: Lookahead
+    max_branches: Annotated[int, Within(1, 2**24)]
+    probabilities: Annotated[int, Within(0, 2**12)] = 0
 
     @classmethod
     def of(cls, max_sequences: int, lookahead: int, budget: int, probabilities: int = 0) -> FrameShape:
@@ -54,8 +70,8 @@ class VocabularyDigest:
         chunks: chained digests: entry i covers the tokens below (i + 1) * CHUNK; the last one covers all.
     """
 
-    size: int
-    chunks: tuple[str, ...]
+    size: Annotated[int, Within(0, 2**24)]
+    chunks: Annotated[tuple[Name, ...], AtMost(2**24 // CHUNK)]
 
     @classmethod
     def of(cls, tokens: Iterable[str | bytes | None]) -> VocabularyDigest:

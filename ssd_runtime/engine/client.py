@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.messages import Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
+from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError, SsdError
 
 FAILURES: dict[str, type[SsdError]] = {"request": RequestError, "engine": SsdError, "busy": Overloaded}
@@ -32,7 +34,7 @@ class Client:
         """Send a request and yield its chunks as they come, then its Finished. Leaving early cancels the request.
 
         Raises:
-            RequestError: the engine refuses the request; the message says what to change.
+            RequestError: the engine refuses the request, or would; the message says what to change.
             Overloaded: too many requests wait already; try again later.
             SsdError: the engine failed it.
             PeerLost: the engine is gone, or silent for `timeout_s`.
@@ -44,6 +46,8 @@ class Client:
 
         Whatever ends it early (the caller, or one request failing) cancels the others.
         """
+        for request in requests:
+            _check(request)
         for request in requests:
             self._peer.send(request)
         running = {request.request_id for request in requests}
@@ -98,3 +102,11 @@ class Client:
 
     def close(self) -> None:
         self._peer.close()
+
+
+def _check(request: Generate) -> None:
+    """Raise RequestError for a request that the engine would not read: it is read here, by the same rules."""
+    try:
+        decode(encode(request))
+    except ProtocolError as error:
+        raise RequestError(str(error)) from None

@@ -30,9 +30,9 @@ from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
 from ssd_runtime.speculation.limits import check_processors, check_sampling
-from ssd_runtime.speculation.logprobs import MOST_ALTERNATIVES, token_logprobs
+from ssd_runtime.speculation.logprobs import token_logprobs
 from ssd_runtime.speculation.processors import processors_of
-from ssd_runtime.speculation.types import Outcome, Speculation
+from ssd_runtime.speculation.types import MOST_ALTERNATIVES, Outcome, Speculation
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
 

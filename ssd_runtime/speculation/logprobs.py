@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ssd_runtime.speculation.types import TokenLogprob
 
-MOST_ALTERNATIVES = 20
-
 
 def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], count: int) -> tuple[TokenLogprob, ...]:
     """What the model thought of each token.

@@ -1,9 +1,32 @@
-"""The words of the algorithm as types. No tensors, no I/O."""
+"""The words of the algorithm as types, with the range of each number: they come from other processes. No tensors, no
+I/O."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Annotated
+
+from ssd_runtime.bounds import AtMost, Within
+
+MOST_TOKENS = 2**20  # of one sequence, whatever engine.max_model_len says
+MOST_LOOKAHEAD = 2**12
+MOST_ALTERNATIVES = 20  # told with the log-probability of an emitted token
+
+BIAS = Within(-100.0, 100.0)  # as OpenAI's
+TOKEN = Within(0, 2**31 - 1)
+COUNT = Within(0, 2**48)  # of what is counted over the life of an engine: sums of them are far from 2^63
+TURN = Within(-1, 2**48)
+STEP_US = Within(0, 3_600_000_000)
+STEP_ROWS = Within(0, 2**24)
+
+Token = Annotated[int, TOKEN]
+Count = Annotated[int, COUNT]
+Turn = Annotated[int, TURN]
+Lookahead = Annotated[int, Within(0, MOST_LOOKAHEAD)]
+Tokens = Annotated[tuple[Token, ...], AtMost(MOST_TOKENS)]
+NamedTokens = Annotated[tuple[Token, ...], AtMost(2**16)]
+Logprob = Annotated[float, Within(-1e39, 1.0)]  # whatever float32 logits make of it, rounding included
 
 # Noise is between -3.2 and 22.9, so at this temperature it decides between logits that differ by less than 3e-4 only,
 # and logits over it are far from the end of float32. vLLM draws the line at the same place.
@@ -32,18 +55,18 @@ class SamplingParams:
     The order in which they act is that of processors.py, then sampling.py.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    allowed_tokens: tuple[int, ...] | None = None
-    banned_tokens: tuple[int, ...] = ()
-    min_tokens: int = 0
+    temperature: Annotated[float, Within(0.0, 100.0)] = 0.0
+    top_k: Annotated[int, Within(0, 2**31 - 1)] = 0
+    top_p: Annotated[float, Within(0.0, 1.0, above=True)] = 1.0
+    min_p: Annotated[float, Within(0.0, 1.0)] = 0.0
+    seed: Annotated[int, Within(0, 2**64 - 1)] = 0
+    repetition_penalty: Annotated[float, Within(0.01, 100.0)] = 1.0
+    presence_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
+    logit_bias: Annotated[tuple[tuple[Token, Annotated[float, BIAS]], ...], AtMost(2**14)] = ()
+    allowed_tokens: NamedTokens | None = None
+    banned_tokens: NamedTokens = ()
+    min_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
 
     def __post_init__(self) -> None:
         # Here, so that no reader meets a temperature that its arithmetic cannot bear.
@@ -61,9 +84,9 @@ class TokenLogprob:
         top: (token, logprob) of the most probable ones, best first, as many as were asked for.
     """
 
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    token: Token
+    logprob: Logprob
+    top: Annotated[tuple[tuple[Token, Logprob], ...], AtMost(MOST_ALTERNATIVES)] = ()
 
 
 class Source(IntEnum):
@@ -84,8 +107,8 @@ class Outcome:
         bonus_token: t*, the token the target itself chose next; NO_TOKEN where it could choose none.
     """
 
-    num_accepted: int
-    bonus_token: int
+    num_accepted: Lookahead
+    bonus_token: Token
 
 
 @dataclass(frozen=True)
@@ -128,12 +151,12 @@ class OutcomeRow:
             back, may have drafted them.
     """
 
-    sequence_id: int
-    turn: int
+    sequence_id: Count
+    turn: Turn
     outcome: Outcome
     source: Source
-    length: int
-    tokens: tuple[int, ...] = ()
+    length: Lookahead
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,8 +168,8 @@ class Plan:
         budget: outcomes to draft for, of one sequence on average.
     """
 
-    lookahead: int
-    budget: int
+    lookahead: Lookahead
+    budget: Count
 
 
 @dataclass(frozen=True)
@@ -157,8 +180,8 @@ class OutcomeFrame:
         plan: how much to draft for the sequences in mode `ssd` from now on; None leaves it as it is.
     """
 
-    round: int
-    control_seq: int
+    round: Count
+    control_seq: Count
     rows: tuple[OutcomeRow, ...]
     plan: Plan | None = None
 
@@ -173,10 +196,10 @@ class Branch:
         proposals: what each token was sampled from; () if none was sampled.
     """
 
-    sequence_id: int
-    turn: int
+    sequence_id: Count
+    turn: Turn
     outcome: Outcome
-    tokens: tuple[int, ...]
+    tokens: tuple[Token, ...]
     proposals: tuple[Proposal, ...] = ()
 
 
@@ -190,7 +213,7 @@ class TreeFrame:
         step_rows: rows of that step's forward.
     """
 
-    round: int
+    round: Count
     branches: tuple[Branch, ...]
-    step_us: int = 0
-    step_rows: int = 0
+    step_us: Annotated[int, STEP_US] = 0
+    step_rows: Annotated[int, STEP_ROWS] = 0

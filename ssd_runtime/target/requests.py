@@ -12,8 +12,6 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 
-MOST_OUTPUTS = 128
-
 
 class RequestReader:
     """Reads messages of clients.
@@ -33,8 +31,6 @@ class RequestReader:
         Raises:
             RequestError, ConfigError: what is wrong with it.
         """
-        if not 1 <= message.n <= MOST_OUTPUTS:
-            raise RequestError(f"n must be between 1 and {MOST_OUTPUTS}, not {message.n}")
         serve = self._config.serve
         check_stop_strings(message.stop, serve.max_stop_strings, serve.max_stop_bytes)
         speculation = self._config.speculation
@@ -65,7 +61,7 @@ class RequestReader:
 
     def _check_length(self, message: Generate) -> None:
         """Refuse a text that cannot fit before it is tokenized, which of megabytes would hold up everybody."""
-        length = len(message.prompt or "") + sum(len(m.content) for m in message.messages or ())
+        length = len(message.prompt or "") + sum(len(m.role) + len(m.content) for m in message.messages or ())
         longest = self._config.engine.max_model_len
         if length > longest * self._tokenizer.longest_token:
             raise RequestError(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from ssd_runtime.comm import control
-from ssd_runtime.comm.codec import MAX_MESSAGE_BYTES
+from ssd_runtime.comm.codec import ASKED
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel
@@ -161,7 +161,7 @@ def test_a_message_beyond_the_limit_ends_its_senders_connection_and_no_others(
 ) -> None:
     with ControlPeer(server.address) as sender:
         meet(server, sender)
-        sender._socket.send(bytes(MAX_MESSAGE_BYTES + 1))
+        sender._socket.send(bytes(ASKED.bytes + 1))
         deadline = time.monotonic() + SOON
         while sender.alive():
             assert time.monotonic() < deadline

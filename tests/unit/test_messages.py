@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import types
-import typing
-from typing import Any, Literal
+from typing import Any
 
 import msgpack
 import pytest
@@ -18,34 +15,7 @@ from ssd_runtime.comm.messages import MESSAGE_TYPES, Message
 from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Generate, RequestStatistics
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, ProtocolError
 from ssd_runtime.speculation.types import SamplingParams
-
-
-def values_of(hint: Any) -> st.SearchStrategy[Any]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return messages_of(typing.cast(type, hint))
-    if origin is Literal:
-        return st.sampled_from(arguments)
-    if origin is tuple and arguments[-1] is not Ellipsis:
-        return st.tuples(*map(values_of, arguments))
-    if origin is tuple:
-        return st.lists(values_of(arguments[0]), max_size=5).map(tuple)
-    if origin is dict:
-        return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=3)
-    if origin in (types.UnionType, typing.Union):
-        return st.one_of(*map(values_of, arguments))
-    simple: dict[Any, st.SearchStrategy[Any]] = {
-        int: st.integers(-(2**63), 2**63 - 1),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(max_size=20),
-        bool: st.booleans(),
-        type(None): st.none(),
-    }
-    return simple[hint]
-
-
-def messages_of(cls: type) -> st.SearchStrategy[Any]:
-    return st.builds(cls, **{name: values_of(hint) for name, hint in typing.get_type_hints(cls).items()})
+from tests.wire import messages_of
 
 
 def packed(name: str, fields: dict[Any, Any], version: Any = PROTOCOL_VERSION) -> bytes:
@@ -101,7 +71,7 @@ def test_damaged_messages_are_messages_or_protocol_errors_never_another_error(da
             r"bias\[0\]\[1\] must be a fin",
         ),
         (packed("Status", {"state": "ready"}), "missing field Status."),
-        (packed("Ready", {"address": "a", "cores": {b"x": [1]}}), "Ready.cores must be a map from text"),
+        (packed("Ready", {"address": "a", "cores": {b"x": [1]}}), r"Ready.cores \(a key\) must be str, not b'x'"),
         (msgpack.packb({"type": "Cancel"}), "expected .version, type, fields."),
         (encode(Cancel("a")) + b"\x00", "not msgpack"),
         (b"", "not msgpack"),

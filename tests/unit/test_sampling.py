@@ -143,7 +143,17 @@ def test_three_tokens_have_the_joint_distribution_of_the_chain():
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
+        ({"top_k": 2**63}, r"top_k must be between 0 and 2\^31 - 1, not 9223372036854775808"),
         ({"seed": 2**64}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 0.01 and 100"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be between -2 and 2"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty"),
+        ({"logit_bias": ((1, 101.0),)}, "logit_bias of token 1 must be between -100 and 100"),
+        ({"logit_bias": ((1, 1.0),) * (2**14 + 1)}, "logit_bias must have at most 16384 entries, not 16385"),
+        ({"banned_tokens": (1,) * (2**16 + 1)}, "banned_tokens must have at most 65536 entries"),
+        ({"min_tokens": -1}, "min_tokens"),
     ],
 )
 def test_parameters_that_cannot_be_honoured_are_refused_by_name(changes, name):

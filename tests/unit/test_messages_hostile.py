@@ -1,0 +1,279 @@
+"""Messages of strangers: whatever the bytes, a message within its bounds or a ProtocolError, in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import struct
+import time
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_runtime.bounds import AtMost, Within, split
+from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
+from ssd_runtime.comm.messages import MESSAGE_TYPES
+from ssd_runtime.comm.messages_client import Cancel, Generate
+from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, ProtocolError
+from ssd_runtime.speculation.types import (
+    MOST_TOKENS,
+    Branch,
+    Outcome,
+    OutcomeFrame,
+    OutcomeRow,
+    Plan,
+    SamplingParams,
+    TreeFrame,
+)
+from tests.wire import hints_of, messages_of
+
+ANYTHING: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.sampled_from([-(2**63), -1, 0, 2**31, 2**48 + 1, 2**63, 2**64 - 1])
+    | st.floats()
+    | st.text(max_size=30)
+    | st.binary(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def unbounded(hint: Any, where: str) -> Iterator[str]:
+    """Where a number, text or list comes without a bound."""
+    bare, bound = split(hint)
+    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
+    if dataclasses.is_dataclass(bare):
+        for name, field in hints_of(typing.cast(type, bare)).items():
+            yield from unbounded(field, f"{where}.{name}")
+    elif origin in (types.UnionType, typing.Union, tuple, dict):
+        if (origin is dict or arguments[-1] is Ellipsis) and not isinstance(bound, AtMost):
+            yield f"{where}: {hint}"
+        for inner in arguments:
+            if inner is not Ellipsis:
+                yield from unbounded(inner, where)
+    elif (bare is str and not isinstance(bound, AtMost)) or (bare in (int, float) and not isinstance(bound, Within)):
+        yield f"{where}: {hint}"
+    else:
+        assert origin is Literal or bare in (str, int, float, bool, types.NoneType), f"{where}: {hint}"
+
+
+def check(value: Any, hint: Any) -> None:
+    """Assert that a decoded value is of its type and within its bounds."""
+    bare, bound = split(hint)
+    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
+    if bound is not None:
+        assert bound.allows(value), (value, hint)
+    if dataclasses.is_dataclass(bare):
+        assert type(value) is bare
+        for name, field in hints_of(typing.cast(type, bare)).items():
+            check(getattr(value, name), field)
+    elif origin is Literal:
+        assert value in arguments
+    elif origin in (types.UnionType, typing.Union):
+        if value is not None:
+            check(value, arguments[0])
+    elif origin is tuple:
+        assert type(value) is tuple
+        for inner, element in zip(
+            arguments if arguments[-1] is not Ellipsis else [arguments[0]] * len(value), value, strict=True
+        ):
+            check(element, inner)
+    elif origin is dict:
+        for key, element in value.items():
+            check(key, arguments[0])
+            check(element, arguments[1])
+    else:
+        assert type(value) is bare, (value, hint)
+
+
+def read_safely(data: bytes, limits: Limits = ASKED) -> Any:
+    """The message, every field of which is within its bounds; None for a ProtocolError of a bearable length."""
+    try:
+        message = decode(data, limits)
+    except ProtocolError as error:
+        reason = str(error)
+        if len(reason) > 400:
+            raise AssertionError(f"more is shown than a few characters of what a stranger sent: {reason}") from None
+        return None
+    check(message, type(message))
+    return message
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a tree of lists and maps, as a container and a key."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+def test_every_number_text_and_list_of_every_message_has_bounds() -> None:
+    found = [place for name, cls in MESSAGE_TYPES.items() for place in unbounded(cls, name)]
+    assert found == []
+
+
+@pytest.mark.parametrize("cls", [OutcomeFrame, OutcomeRow, Outcome, Plan, TreeFrame, Branch, FrameShape])
+def test_every_number_of_the_frames_has_bounds(cls: type) -> None:
+    """Their lists are bounded by the shape of the link (test_messages_frames.py)."""
+    numbers = {name for name, hint in hints_of(cls).items() if split(hint)[0] is int}
+    assert numbers
+    assert all(isinstance(split(hints_of(cls)[name])[1], Within) for name in numbers)
+
+
+@pytest.mark.parametrize("name", MESSAGE_TYPES)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_anything_in_any_place_of_any_message_is_within_bounds_or_a_protocol_error(
+    name: str, data: st.DataObject
+) -> None:
+    tree = msgpack.unpackb(encode(data.draw(messages_of(MESSAGE_TYPES[name]))))
+    container, key = data.draw(st.sampled_from(list(places(tree))))
+    container[key] = data.draw(ANYTHING)
+    read_safely(msgpack.packb(tree), ANSWERED)
+
+
+@settings(max_examples=100, deadline=None)
+@given(messages_of(Generate), messages_of(Admit), st.data())
+def test_cut_spliced_and_flipped_bytes_are_within_bounds_or_a_protocol_error(
+    request: Generate, admit: Admit, data: st.DataObject
+) -> None:
+    one, other = bytearray(encode(request)), bytearray(encode(admit))
+    at, there = data.draw(st.integers(0, len(one))), data.draw(st.integers(0, len(other)))
+    mixed = one[:at] + data.draw(st.binary(max_size=9)) + other[there:]
+    for place in data.draw(st.lists(st.integers(0, max(0, len(mixed) - 1)), max_size=3)):
+        if mixed:
+            mixed[place] ^= data.draw(st.integers(1, 255))
+    read_safely(bytes(mixed))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"params": {"top_k": 2**63}},
+            r"Generate.params.top_k must be between 0 and 2\^31 - 1, not 9223372036854775808",
+        ),
+        ({"params": {"seed": -1}}, r"Generate.params.seed must be between 0 and 2\^64 - 1, not -1"),
+        ({"params": {"temperature": 101}}, "Generate.params.temperature must be between 0 and 100, not 101.0"),
+        ({"params": {"top_p": 0}}, "Generate.params.top_p must be above 0 and at most 1"),
+        ({"params": {"logit_bias": [[1, 101.0]]}}, "must be between -100 and 100"),
+        ({"params": {"logit_bias": [[1, 1.0]] * (2**14 + 1)}}, "logit_bias must have at most 16384 entries, not 16385"),
+        ({"token_ids": [1, 2**31]}, r"Generate.token_ids\[1\] must be between 0 and 2\^31 - 1, not 2147483648"),
+        ({"token_ids": [-1]}, r"Generate.token_ids\[0\] must be between"),
+        ({"n": 129}, "Generate.n must be between 1 and 128, not 129"),
+        ({"max_tokens": 0}, "Generate.max_tokens must be between 1 and"),
+        ({"logprobs": 21}, "Generate.logprobs must be between 0 and 20, not 21"),
+        (
+            {"messages": [{"role": "", "content": ""}] * 5000},
+            "Generate.messages must have at most 4096 entries, not 5000",
+        ),
+        ({"messages": [{"role": "x" * 65, "content": ""}]}, r"messages\[0\].role must have at most 64 bytes, not 65"),
+        ({"stop": ["x"] * 257}, "Generate.stop must have at most 256 entries, not 257"),
+        ({"request_id": "é" * 129}, "Generate.request_id must have at most 256 bytes, not 258"),
+        ({"x" * 10**6: 1}, r"unknown field Generate.'xxx.*1000000 long"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_by_field_range_and_value(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason) as caught:
+        decode(msgpack.packb([PROTOCOL_VERSION, "Generate", {"request_id": "a", **fields}]))
+    assert len(str(caught.value)) < 200
+    assert caught.value.request_id == (None if "request_id" in fields else "a")
+
+
+@pytest.mark.parametrize("name", ["Generate", "Cancel"])
+def test_the_request_of_a_message_that_cannot_be_read_is_known(name: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode(msgpack.packb([PROTOCOL_VERSION, name, {"request_id": "mine", "surprise": 1}]))
+    assert caught.value.request_id == "mine"
+
+
+@pytest.mark.parametrize("fields", [{"request_id": 7}, {"request_id": "x" * 300}, {}, [], 3, None])
+def test_no_request_is_known_where_none_is_named(fields: Any) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode(msgpack.packb([PROTOCOL_VERSION, "Cancel", fields]))
+    assert caught.value.request_id is None
+
+
+def filled(unit: bytes, each: int = 1) -> bytes:
+    """A list that fills a message with one thing."""
+    count = (ASKED.bytes - 5) // len(unit)
+    return b"\xdd" + struct.pack(">I", each * count) + unit * count
+
+
+HOSTILE = {
+    "integers": filled(b"\x01"),
+    "one byte integers": filled(b"\xd0\x90"),
+    "floats": filled(b"\xcb" + b"\x3f" * 8),
+    "texts": filled(b"\xa2\xc3\xa9"),
+    "empty lists": filled(b"\x90"),
+    "empty maps": filled(b"\x80"),
+    "pairs": filled(b"\x92\x01\x01"),
+    "maps": filled(b"\x81\xa0\x01"),
+    "nested lists": filled(b"\x91" * 500 + b"\x01"),
+    "nested to the end": b"\x91" * ASKED.bytes,
+    "extensions": filled(b"\xd4\x01\x01"),
+    "timestamps": filled(b"\xd6\xff\x01\x01\x01\x01"),
+    "lengths of what is not there": b"\xdd\x00\x5f\xff\xff" * 500 + bytes(ASKED.bytes - 2500),
+    "maps of what is not there": b"\xdf\x00\x2f\xff\xff\xa0" * 500 + bytes(ASKED.bytes - 3000),
+    "one text": b"\xdb" + struct.pack(">I", ASKED.bytes - 5) + b"a" * (ASKED.bytes - 6) + b"\xff",
+    "one map": b"\xdf" + struct.pack(">I", 10**6) + b"".join(b"\xa4" + i.to_bytes(4) + b"\x01" for i in range(10**6)),
+    "a request of numbers": encode(Generate("r", token_ids=(2**31 - 1,) * MOST_TOKENS)),
+    "a request of biases": encode(Generate("r", params=SamplingParams(logit_bias=((2**31 - 1, -1.5),) * 2**14))),
+    "numbers that are none": msgpack.packb(
+        [PROTOCOL_VERSION, "Generate", {"request_id": "r", "token_ids": [1.0] * 650_000}]
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", HOSTILE)
+def test_no_message_takes_long_to_read(shape: str) -> None:
+    assert len(HOSTILE[shape]) <= ASKED.bytes
+    begin = time.perf_counter()
+    with contextlib.suppress(ProtocolError):
+        decode(HOSTILE[shape])
+    assert time.perf_counter() - begin < 1.0  # measured: 0.2 s at most
+
+
+def test_a_message_is_read_up_to_its_limits_and_no_further() -> None:
+    data = encode(Cancel("r"))  # a list with a map in it
+    assert decode(data, Limits(len(data), 2))
+    with pytest.raises(ProtocolError, match=f"a message of {len(data)} bytes; at most {len(data) - 1} are read"):
+        decode(data, Limits(len(data) - 1, 2))
+    with pytest.raises(ProtocolError, match="a message of more than 1 lists and maps"):
+        decode(data, Limits(len(data), 1))
+
+
+def test_the_longest_prompt_fits_into_what_a_client_may_send() -> None:
+    for request in (Generate("r", token_ids=(2**31 - 1,) * MOST_TOKENS), Generate("r", prompt="x" * (5 * MOST_TOKENS))):
+        assert len(encode(request)) <= ASKED.bytes
+        assert decode(encode(request)) == request
+
+
+def test_whatever_reading_brings_about_is_a_protocol_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RecursionError(), MemoryError(), OverflowError("x" * 1000), KeyError("y"), AssertionError()):
+        monkeypatch.setattr("ssd_runtime.comm.codec._message", lambda envelope, error=error: _raise(error))
+        with pytest.raises(ProtocolError) as caught:
+            decode(encode(Generate("r")))
+        assert len(str(caught.value)) < 200
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_float_is_none(value: float) -> None:
+    with pytest.raises(ProtocolError, match="finite"):
+        decode(
+            msgpack.packb([PROTOCOL_VERSION, "Progress", {"role": "draft", "rank": 0, "phase": "", "fraction": value}])
+        )

@@ -1,0 +1,52 @@
+"""Every message that may travel, for hypothesis: values by the annotations of the fields, within their bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from hypothesis import strategies as st
+
+from ssd_runtime.bounds import AtMost, Bound, Within, split
+
+BARE: dict[Any, st.SearchStrategy[Any]] = {bool: st.booleans(), type(None): st.none()}
+
+
+def messages_of(cls: type) -> st.SearchStrategy[Any]:
+    return st.builds(cls, **{name: values_of(hint) for name, hint in hints_of(cls).items()})
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def values_of(hint: Any) -> st.SearchStrategy[Any]:
+    bare, bound = split(hint)
+    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
+    if dataclasses.is_dataclass(bare):
+        return messages_of(typing.cast(type, bare))
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return st.tuples(*map(values_of, arguments))
+    if origin is tuple:
+        return st.lists(values_of(arguments[0]), max_size=_size(bound, 4)).map(tuple)
+    if origin is dict:
+        return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=_size(bound, 3))
+    if origin in (types.UnionType, typing.Union):
+        return st.one_of(*map(values_of, arguments))
+    if bare is str:
+        return st.text(max_size=_size(bound, 80) // 4)
+    if bare in BARE:
+        return BARE[bare]
+    assert isinstance(bound, Within), f"a number without bounds: {hint}"
+    if bare is int:
+        return st.integers(int(bound.least), int(bound.most))
+    return st.floats(bound.least, bound.most, exclude_min=bound.above)
+
+
+def _size(bound: Bound | None, wanted: int) -> int:
+    assert isinstance(bound, AtMost), "a size without bounds"
+    return min(wanted, bound.count)
