@@ -9,7 +9,8 @@ A proposal is what a branch token was sampled from: up to m words, a token id in
 float32 probability in the lower ones. m is 0 unless draft tokens are sampled apart from the target's.
 
 Tokens and words of proposals that are absent are -1; unused rows are zero. A signal (keepalive, goodbye) is a header
-alone, padded to the same size. Decoding checks every range: what passes is a frame, whatever the peer was.
+alone, padded to the same size. Decoding checks every range, those of `speculation/types.py` and of the shape: what
+passes is a frame, whatever the peer was.
 """
 
 from __future__ import annotations
@@ -27,12 +28,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
-from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Proposal, Source, TreeFrame
+from ssd_runtime.speculation.types import (
+    COUNT,
+    STEP_ROWS,
+    STEP_US,
+    TOKEN,
+    Branch,
+    Outcome,
+    OutcomeFrame,
+    OutcomeRow,
+    Plan,
+    Proposal,
+    Source,
+    TreeFrame,
+)
 
 MAGIC = 0x5353_4431  # "SSD1"
 HEADER = 7  # words
-MAX_TOKEN = 2**31
+MOST_WORDS = 2**27  # of a frame: 1 GiB
+MOST_COUNT, MOST_TOKEN = int(COUNT.most), int(TOKEN.most)
 PLAN_BUDGET = 2**16  # a plan is one word: 1 + lookahead + budget * PLAN_BUDGET; 0 is no plan
+SHOWN_WORDS = 12  # of a row that is none
 SUM_TOLERANCE = 1e-5  # of a proposal's probabilities: each is rounded to one part in 10^7
 
 Words = NDArray[np.int64]
@@ -58,7 +74,11 @@ def kind_of(words: Tensor) -> Kind:
 
 
 class FrameCodec(Generic[Frame]):
-    """Encodes and decodes one direction's frames; every tensor it makes has `num_words` int64."""
+    """Encodes and decodes one direction's frames; every tensor it makes has `num_words` int64.
+
+    Raises:
+        ProtocolError: nobody means frames of that shape.
+    """
 
     kind: Kind
     row_words: int
@@ -68,6 +88,8 @@ class FrameCodec(Generic[Frame]):
         self.shape = shape
         self.max_rows, self.row_words = max_rows, row_words
         self.num_words = HEADER + max_rows * row_words
+        if self.num_words > MOST_WORDS:
+            raise ProtocolError(f"frames of {self.num_words} words, {shape}; at most {MOST_WORDS} are sent")
 
     def signal(self, kind: Kind) -> Tensor:
         """A keepalive or goodbye of this direction's size."""
@@ -105,7 +127,7 @@ class FrameCodec(Generic[Frame]):
         _, _, round, first, second, used, checksum = words[:HEADER].tolist()
         if zlib.crc32(words[HEADER:].numpy()) != checksum:
             raise ProtocolError(f"frame of round {round} has a wrong checksum")
-        if min(round, first, second) < 0 or not 0 <= used <= self.max_rows:
+        if min(round, first, second) < 0 or round > MOST_COUNT or not 0 <= used <= self.max_rows:
             raise ProtocolError(f"frame header out of range: round {round}, words {first} {second}, rows {used}")
         width = self.row_words
         flat = words[HEADER : HEADER + used * width].tolist()
@@ -115,9 +137,11 @@ class FrameCodec(Generic[Frame]):
         """Check the four common words and the tokens of a row; returns the tokens that are present."""
         sequence_id, turn, num_accepted, bonus_token = row[:4]
         lookahead = self.shape.lookahead
-        if sequence_id < 0 or turn < -1 or not 0 <= num_accepted <= lookahead or not 0 <= bonus_token < MAX_TOKEN:
+        if not 0 <= sequence_id <= MOST_COUNT or not -1 <= turn <= MOST_COUNT:
             self._garbage(row)
-        if not 0 <= length <= lookahead or not -1 <= min(tokens, default=-1) <= max(tokens, default=-1) < MAX_TOKEN:
+        if not 0 <= num_accepted <= lookahead or not 0 <= bonus_token <= MOST_TOKEN:
+            self._garbage(row)
+        if not 0 <= length <= lookahead or not -1 <= min(tokens, default=-1) <= max(tokens, default=-1) <= MOST_TOKEN:
             self._garbage(row)
         present = tokens.index(-1) if -1 in tokens else lookahead
         if any(token != -1 for token in tokens[present:]):
@@ -125,7 +149,7 @@ class FrameCodec(Generic[Frame]):
         return tuple(tokens[:present])
 
     def _garbage(self, row: list[int]) -> NoReturn:
-        raise ProtocolError(f"row out of range in a frame of kind {self.kind.name}: {row}")
+        raise ProtocolError(f"row out of range in a frame of kind {self.kind.name}: {row[:SHOWN_WORDS]}")
 
 
 class OutcomeCodec(FrameCodec[OutcomeFrame]):
@@ -148,9 +172,13 @@ class OutcomeCodec(FrameCodec[OutcomeFrame]):
 
     def decode(self, words: Tensor) -> OutcomeFrame:
         round, (control_seq, word), rows = self._rows(words)
+        if control_seq > MOST_COUNT:
+            raise ProtocolError(f"a frame that rests on {control_seq} control messages")
         budget, lookahead = divmod(word - 1, PLAN_BUDGET)
         if word and lookahead > self.shape.lookahead:
             raise ProtocolError(f"a plan of {lookahead} tokens ahead, above the agreed {self.shape.lookahead}")
+        if word and budget > self.shape.max_branches:
+            raise ProtocolError(f"a plan of {budget} outcomes, above the {self.shape.max_branches} of a frame")
         plan = Plan(lookahead, budget) if word else None
         return OutcomeFrame(round, control_seq, tuple(map(self._row, rows)), plan)
 
@@ -180,7 +208,8 @@ class TreeCodec(FrameCodec[TreeFrame]):
             for proposal in branch.proposals:
                 body += self._proposal(proposal)
             body += [-1] * (self.shape.probabilities * (self.shape.lookahead - len(branch.proposals)))
-        return self._tensor(self.kind, frame.round, (frame.step_us, frame.step_rows), len(frame.branches), body)
+        step = min(frame.step_us, int(STEP_US.most)), frame.step_rows  # a draft that was stopped meanwhile says less
+        return self._tensor(self.kind, frame.round, step, len(frame.branches), body)
 
     def _proposal(self, proposal: Proposal) -> list[int]:
         absent: int = self.shape.probabilities - len(proposal.tokens)
@@ -192,6 +221,8 @@ class TreeCodec(FrameCodec[TreeFrame]):
 
     def decode(self, words: Tensor) -> TreeFrame:
         round, (step_us, step_rows), rows = self._rows(words)
+        if not (STEP_US.allows(step_us) and STEP_ROWS.allows(step_rows)):
+            raise ProtocolError(f"a drafting step of {step_us} microseconds with {step_rows} rows")
         branches = tuple(map(self._branch, rows))
         if self.shape.probabilities and branches:
             branches = self._with_proposals(branches, words)

@@ -11,14 +11,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.frames import HEADER, MAX_TOKEN, FrameCodec, Kind, OutcomeCodec, TreeCodec, kind_of
+from ssd_runtime.comm.frames import HEADER, MOST_COUNT, MOST_TOKEN, FrameCodec, Kind, OutcomeCodec, TreeCodec, kind_of
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
-from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
+from ssd_runtime.speculation.types import (
+    STEP_ROWS,
+    STEP_US,
+    Branch,
+    Outcome,
+    OutcomeFrame,
+    OutcomeRow,
+    Plan,
+    Source,
+    TreeFrame,
+)
 
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)
-COUNTS = st.integers(0, 2**62)
-OUTCOMES = st.builds(Outcome, st.integers(0, SHAPE.lookahead), st.integers(0, MAX_TOKEN - 1))
-TOKENS = st.lists(st.integers(0, MAX_TOKEN - 1), max_size=SHAPE.lookahead).map(tuple)
+COUNTS = st.integers(0, MOST_COUNT)
+OUTCOMES = st.builds(Outcome, st.integers(0, SHAPE.lookahead), st.integers(0, MOST_TOKEN))
+TOKENS = st.lists(st.integers(0, MOST_TOKEN), max_size=SHAPE.lookahead).map(tuple)
 
 
 def rows(sequence_id: int, turn: int, outcome: Outcome, source: Source, tokens: Any, known: bool) -> OutcomeRow:
@@ -33,16 +43,16 @@ OUTCOME_FRAMES = st.builds(
         st.builds(rows, COUNTS, COUNTS, OUTCOMES, st.sampled_from(Source), TOKENS, st.booleans()),
         max_size=SHAPE.max_sequences,
     ).map(tuple),
-    st.none() | st.builds(Plan, st.integers(0, SHAPE.lookahead), st.integers(0, 2**31)),
+    st.none() | st.builds(Plan, st.integers(0, SHAPE.lookahead), st.integers(0, SHAPE.max_branches)),
 )
 TREE_FRAMES = st.builds(
     TreeFrame,
     COUNTS,
-    st.lists(st.builds(Branch, COUNTS, st.integers(-1, 2**62), OUTCOMES, TOKENS), max_size=SHAPE.max_branches).map(
+    st.lists(st.builds(Branch, COUNTS, st.integers(-1, MOST_COUNT), OUTCOMES, TOKENS), max_size=SHAPE.max_branches).map(
         tuple
     ),
-    COUNTS,
-    COUNTS,
+    st.integers(0, int(STEP_US.most)),
+    st.integers(0, int(STEP_ROWS.most)),
 )
 
 
@@ -98,13 +108,15 @@ def test_one_changed_word_is_noticed_behind_the_header_and_never_crashes_in_it(a
     "branch",
     [
         Branch(-1, 0, Outcome(0, 1), ()),
+        Branch(MOST_COUNT + 1, 0, Outcome(0, 1), ()),
         Branch(1, -2, Outcome(0, 1), ()),
+        Branch(1, MOST_COUNT + 1, Outcome(0, 1), ()),
         Branch(1, 0, Outcome(6, 1), ()),
         Branch(1, 0, Outcome(-1, 1), ()),
         Branch(1, 0, Outcome(0, -1), ()),
-        Branch(1, 0, Outcome(0, MAX_TOKEN), ()),
+        Branch(1, 0, Outcome(0, MOST_TOKEN + 1), ()),
         Branch(1, 0, Outcome(0, 1), (5, -3)),
-        Branch(1, 0, Outcome(0, 1), (5, MAX_TOKEN)),
+        Branch(1, 0, Outcome(0, 1), (5, MOST_TOKEN + 1)),
         Branch(1, 0, Outcome(0, 1), (-1, 5)),
         Branch(1, 0, Outcome(0, 1), (-1,)),
     ],
