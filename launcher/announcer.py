@@ -1,8 +1,9 @@
-"""How a rank tells the launcher how it goes. Knows no roles."""
+"""How a rank tells the launcher how it goes, as nobody else can. Knows no roles."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 
 import zmq
@@ -10,10 +11,12 @@ import zmq
 from ssd_runtime.comm.codec import encode
 from ssd_runtime.comm.messages import Message
 
+KEY = "SSD_ANNOUNCE_KEY"  # in the environment, which other users of the host cannot read as they can a command line
+
 
 @dataclass
 class Announcer:
-    """Silent when the rank was started by hand."""
+    """Silent when the rank was started by hand. Every message comes behind the key that the launcher gave its ranks."""
 
     address: str | None
 
@@ -28,7 +31,7 @@ class Announcer:
     def say(self, message: Message) -> None:
         if self._socket is not None:
             with contextlib.suppress(zmq.Again):
-                self._socket.send(encode(message), zmq.NOBLOCK)
+                self._socket.send_multipart((os.environ.get(KEY, "").encode(), encode(message)), zmq.NOBLOCK)
 
     def close(self) -> None:
         if self._socket is not None:

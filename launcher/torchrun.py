@@ -5,6 +5,7 @@ Everything of one start lives in a run directory of its own, so two engines on o
 
 from __future__ import annotations
 
+import hmac
 import logging
 import os
 import re
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import zmq
 
+from launcher import announcer
 from launcher.keeper import LOG
 from launcher.nodes import Nodes
 from launcher.processes import Kept
 from ssd_runtime.comm import codec
 from ssd_runtime.comm.messages import Message
 from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
+from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import Config
 from ssd_runtime.cores import about_binding, forget_binding
 from ssd_runtime.errors import ConfigError, SsdError
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parents[1]  # where our packages are
 POLL_S = 0.2
 LAST_WORDS_S = 1.0  # what a rank said before it ended is there by then
+BATCH = 256  # most messages that are read at once, whoever sends them
 FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
 
 
@@ -89,15 +93,18 @@ class Ranks:
         self._context = zmq.Context()
         self._announcements = self._context.socket(zmq.PULL)
         self._announcements.linger = 0
+        self._announcements.maxmsgsize = codec.ASKED.bytes
         self._announcements.bind("tcp://127.0.0.1:*")
         self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
+        self._key = secrets.token_hex(16)
+        self._strangers = 0
         self._process: Kept | None = None
         self._keep = False
         self._failure: SsdError | None = None
 
     def start(self) -> None:
         """Start torchrun; returns at once."""
-        environment = environment_of_ranks(os.environ, self.directory)
+        environment = {**environment_of_ranks(os.environ, self.directory), announcer.KEY: self._key}
         grace_s = self.launch.config.timeouts.shutdown
         self._process = Kept(self.command(), environment, self.directory, grace_s)
         self._process.start()
@@ -201,16 +208,32 @@ class Ranks:
 
     def _heard(self, timeout_s: float) -> Sequence[Message]:
         heard = []
-        while self._announcements.poll(int(timeout_s * 1000)):
-            message = codec.decode(self._announcements.recv())
+        for _ in range(BATCH):
+            if not self._announcements.poll(int(timeout_s * 1000)):
+                break
+            timeout_s = 0.0
+            message = self._understood(self._announcements.recv_multipart())
+            if message is None:
+                continue
             if isinstance(message, WorkerFailed):
                 if message.kind == "config":
                     raise ConfigError(message.reason)
                 self._failure = SsdError(f"{message.reason}; {self.see_log()}")
                 raise self._failure
             heard.append(message)
-            timeout_s = 0.0
         return heard
+
+    def _understood(self, parts: Sequence[bytes]) -> Message | None:
+        """What a rank of this launcher says; None for whatever others send to its port, which is told of once."""
+        try:
+            if len(parts) != 2 or not hmac.compare_digest(parts[0], self._key.encode()):
+                raise ProtocolError("it is none of the ranks")
+            return codec.decode(parts[1])
+        except ProtocolError as error:
+            self._strangers += 1
+            if self._strangers == 1:
+                log.warning("ignored what somebody sent to %s: %s", self._endpoint, error)
+            return None
 
     def _end_of_ranks(self) -> SsdError:
         code = None if self._process is None else self._process.poll()

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import pytest
 
 from ssd_runtime.comm import control
-from ssd_runtime.comm.codec import ASKED
+from ssd_runtime.comm.codec import ASKED, encode
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
-from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.comm.messages_client import Cancel, Failed, Generate
 from ssd_runtime.comm.messages_draft import Welcome
 from ssd_runtime.errors import ConfigError, PeerLost
+from ssd_runtime.speculation.types import SamplingParams
 from tests.process.runs import eventually
 
 SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
@@ -166,6 +167,42 @@ def test_a_message_beyond_the_limit_ends_its_senders_connection_and_no_others(
         while sender.alive():
             assert time.monotonic() < deadline
             assert server.poll(0.01) == []
+    meet(server, peer)
+
+
+def test_a_message_that_cannot_be_read_fails_its_request_if_it_names_one(
+    server: ControlServer, peer: ControlPeer
+) -> None:
+    meet(server, peer)
+    request = Generate("mine", params=SamplingParams(top_k=2**63))
+    for sent, answered in ((encode(request), Failed), (b"\x91" * 100_000, Refused), (b"", Refused)):
+        peer._socket.send(sent)
+        assert server.poll(SOON) == []
+        (answer,) = peer.poll(SOON)
+        assert isinstance(answer, answered)
+        if isinstance(answer, Failed):
+            assert (answer.request_id, answer.kind) == ("mine", "request")
+            assert "Generate.params.top_k must be between 0 and 2^31 - 1, not 9223372036854775808" in answer.reason
+    meet(server, peer)
+
+
+def test_a_message_of_very_many_parts_is_refused_without_holding_up_the_server(
+    server: ControlServer, peer: ControlPeer
+) -> None:
+    with ControlPeer(server.address) as sender:
+        meet(server, sender)
+        sender._socket.send_multipart([b""] * 200_000)
+        refused: list[Message] = []
+        longest, deadline = 0.0, time.monotonic() + SOON
+        while not refused:
+            assert time.monotonic() < deadline
+            begin = time.monotonic()
+            assert server.poll(0.0) == []
+            longest = max(longest, time.monotonic() - begin)
+            assert len(server._parts) <= 3
+            refused = sender.poll(0.0)
+        assert refused == [Refused("a message has one part, not more")]
+        assert longest < 0.5  # all at once took seconds for millions; a busy machine gets room
     meet(server, peer)
 
 

@@ -15,19 +15,21 @@ import pytest
 
 from launcher import torchrun
 from launcher.torchrun import Launch, Ranks, environment_of_ranks, num_ranks
-from ssd_runtime.comm.messages_launcher import Joined, Progress
+from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.topology import Group
 from tests.process.runs import ROOT, START_S, eventually
 
 PRELUDE = """
-import sys, time, zmq
+import os, sys, time, zmq
+from launcher.announcer import KEY
 from ssd_runtime.comm.codec import encode
 from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
 socket = zmq.Context().socket(zmq.PUSH)
 socket.connect(sys.argv[1])
-say = lambda message: socket.send(encode(message))
+key = os.environ[KEY].encode()
+say = lambda message: socket.send_multipart((key, encode(message)))
 """
 
 
@@ -163,6 +165,23 @@ def test_drafts_that_a_target_took_in_are_heard_of(play) -> None:
     eventually(lambda: bool(heard.extend(ranks.joined()) or heard), 20, "it has joined")
     assert heard == [Joined(2, (3,), True)]
     assert ranks.joined() == []
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "socket.send(b'\\x91' * 5000)",
+        "socket.send(b'')",
+        "socket.send(encode(Ready('forged', {})))",
+        "socket.send_multipart((b'guess', encode(WorkerFailed('target', 0, 'config', 'forged'))))",
+        "socket.send_multipart((key, b'\\x91' * 5000))",
+        "socket.send_multipart((key, key, encode(Ready('forged', {}))))",
+    ],
+)
+def test_what_strangers_send_to_the_launcher_is_ignored_and_told_of_once(play, caplog, forged: str) -> None:
+    ranks = play(f"{forged}; {forged}; say(Ready('real', {{}})); time.sleep(60)")
+    assert ranks.wait_ready(lambda message: None) == Ready("real", {})
+    assert caplog.text.count("ignored what somebody sent") == 1
 
 
 def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
