@@ -95,7 +95,8 @@ def _number(value: float) -> str:
     size = abs(value)
     if not isinstance(size, int):
         return f"{value:g}"
-    for power, rest in ((size, ""), (size + 1, " - 1")):
-        if size >= 1 << 20 and power & (power - 1) == 0:
-            return f"{'-' if value < 0 else ''}2^{power.bit_length() - 1}{rest}"
-    return str(value)
+    if size < 1 << 31:
+        return str(value)
+    power = size.bit_length() if size & (size + 1) == 0 else size.bit_length() - 1
+    rest = " - 1" if size == (1 << power) - 1 else ""
+    return f"{'-' if value < 0 else ''}2^{power}{rest}" if rest or size == 1 << power else str(value)

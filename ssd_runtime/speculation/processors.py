@@ -91,7 +91,9 @@ class Tally:
     def within(self, start: int, stop: int) -> Tally:
         """For the tokens start <= token < stop alone, which are counted from 0."""
 
-        def inside(tokens: Sequence[int]) -> tuple[int, ...]:
+        def inside(tokens: tuple[int, ...]) -> tuple[int, ...]:
+            if start == 0 and max(tokens, default=0) < stop:
+                return tokens  # tens of thousands may be named, of each output of a request
             return tuple(token - start for token in tokens if start <= token < stop)
 
         return replace(

@@ -63,7 +63,7 @@ class SamplingParams:
     repetition_penalty: Annotated[float, Within(0.01, 100.0)] = 1.0
     presence_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
     frequency_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
-    logit_bias: Annotated[tuple[tuple[Token, Annotated[float, BIAS]], ...], AtMost(2**14)] = ()
+    logit_bias: Annotated[tuple[tuple[Token, Annotated[float, BIAS]], ...], AtMost(2**12)] = ()
     allowed_tokens: NamedTokens | None = None
     banned_tokens: NamedTokens = ()
     min_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0

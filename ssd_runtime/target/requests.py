@@ -12,6 +12,9 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 
+MOST_DENSE = 16  # characters a token of a text that fills the model: four times what prose has
+SEAM = 64  # a text that is cut somewhere may have more tokens before the cut than the whole has there
+
 
 class RequestReader:
     """Reads messages of clients.
@@ -55,19 +58,33 @@ class RequestReader:
             return list(message.token_ids)
         self._check_length(message)
         if message.prompt is not None:
-            return self._tokenizer.encode(message.prompt) if message.prompt else []
+            return self._encode(message.prompt, add_special=True) if message.prompt else []
         chat = self._tokenizer.chat([{"role": m.role, "content": m.content} for m in message.messages or ()])
-        return self._tokenizer.encode(chat, add_special=False)
+        return self._encode(chat, add_special=False)
 
     def _check_length(self, message: Generate) -> None:
         """Refuse a text that cannot fit before it is tokenized, which of megabytes would hold up everybody."""
         length = len(message.prompt or "") + sum(len(m.role) + len(m.content) for m in message.messages or ())
         longest = self._config.engine.max_model_len
-        if length > longest * self._tokenizer.longest_token:
+        if length > longest * min(MOST_DENSE, self._tokenizer.longest_token):
             raise RequestError(
                 f"the prompt has {length} characters, more than engine.max_model_len = {longest} tokens can hold: "
                 "shorten the prompt or raise engine.max_model_len"
             )
+
+    def _encode(self, text: str, *, add_special: bool) -> list[int]:
+        """Tokens of a text. Of one that does not fit, no more is tokenized than shows it."""
+        longest = self._config.engine.max_model_len
+        length = longest
+        while length < len(text):
+            count = len(self._tokenizer.encode(text[:length], add_special=False))
+            if count > longest + longest // 8 + SEAM:
+                raise RequestError(
+                    f"the first {length} characters of the prompt have {count} tokens and engine.max_model_len is "
+                    f"{longest}: shorten the prompt or raise engine.max_model_len"
+                )
+            length *= 4
+        return self._tokenizer.encode(text, add_special=add_special)
 
 
 def _with_seed_of(params: SamplingParams, index: int) -> SamplingParams:

@@ -182,7 +182,7 @@ def test_a_message_that_cannot_be_read_fails_its_request_if_it_names_one(
         assert isinstance(answer, answered)
         if isinstance(answer, Failed):
             assert (answer.request_id, answer.kind) == ("mine", "request")
-            assert "Generate.params.top_k must be between 0 and 2^31 - 1, not 9223372036854775808" in answer.reason
+            assert "Generate.params.top_k must be between 0 and 2147483647, not 9223372036854775808" in answer.reason
     meet(server, peer)
 
 

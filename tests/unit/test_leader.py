@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.messages import Message
 from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
@@ -308,6 +310,51 @@ def test_any_text_is_read_or_refused(tokenizer: Tokenizer, texts: list[str], sto
         asked = replace(ASKED, stop=stop, **given_text)  # type: ignore[arg-type]
         with contextlib.suppress(RequestError):
             assert RequestReader(Config(), tokenizer).read(asked)
+
+
+def test_a_text_of_too_many_tokens_is_refused_by_its_beginning(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, tokenized = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **named: tokenized.append(len(text)) or encode(text, **named))
+    text = "x y z w " * (64 * min(16, tokenizer.longest_token) // 8)
+    assert len(encode(text)) > 3 * 64
+    (failed,) = serve(
+        process, tokenizer, [replace(ASKED, prompt=text)], config=Config(engine=EngineConfig(max_model_len=64))
+    )
+    assert failed.kind == "request"
+    assert "of the prompt have" in failed.reason
+    assert sum(tokenized) < len(text)
+
+
+@pytest.mark.parametrize("text", ["fox", "the quick brown fox jumps over the lazy dog " * 3])
+def test_a_text_that_fits_is_tokenized_whole(process: InProcess, tokenizer: Tokenizer, text: str) -> None:
+    config = Config(engine=EngineConfig(max_model_len=len(tokenizer.encode(text)) + 1))
+    assert len(text) > config.engine.max_model_len or text == "fox"
+    (request,) = RequestReader(config, tokenizer).read(replace(ASKED, prompt=text))
+    assert request.prompt_tokens == tuple(tokenizer.encode(text))
+
+
+def test_the_dearest_request_that_may_come_is_taken_in_at_once(process: InProcess, tokenizer: Tokenizer) -> None:
+    """Whatever a client asks for within all bounds, an honest client's stream goes on within a second."""
+    params = SamplingParams(
+        repetition_penalty=1.1,
+        frequency_penalty=0.1,
+        logit_bias=tuple((token, 1.0) for token in range(300)) * 13 + tuple((token, 1.0) for token in range(196)),
+        banned_tokens=tuple(range(150)) * 436,
+        allowed_tokens=tuple(range(150, 300)) * 436,
+        min_tokens=1,
+    )
+    twice = replace(ASKED, n=128, params=params, logprobs=20, stop=("x" * 1024,) * 16)
+    once = replace(twice, params=replace(params, logit_bias=tuple((token, 1.0) for token in range(300))))
+    begin = time.perf_counter()
+    (failed,) = serve(process, tokenizer, [decode(encode(replace(twice, request_id="twice")))])
+    assert "logit_bias names token 0 twice" in failed.reason
+    reader, engine = RequestReader(Config(engine=EngineConfig(max_model_len=64)), tokenizer), process.engine
+    sequences = [engine.add(request) for request in reader.read(decode(encode(once)))]  # type: ignore[arg-type]
+    assert time.perf_counter() - begin < 1.0  # measured: 0.1 s
+    engine.cancel({once.request_id})
+    assert len(sequences) == 128
 
 
 def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokenizer: Tokenizer) -> None:
