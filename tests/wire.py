@@ -1,4 +1,4 @@
-"""Every message that may travel, for hypothesis: values by the annotations of the fields, within their bounds."""
+"""Every message that may travel, by the annotations of its fields: values for hypothesis, and whether one may."""
 
 from __future__ import annotations
 
@@ -50,3 +50,32 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 def _size(bound: Bound | None, wanted: int) -> int:
     assert isinstance(bound, AtMost), "a size without bounds"
     return min(wanted, bound.count)
+
+
+def check(value: Any, hint: Any) -> None:
+    """Assert that a decoded value is of its type and within its bounds."""
+    bare, bound = split(hint)
+    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
+    if bound is not None:
+        assert bound.allows(value), (value, hint)
+    if dataclasses.is_dataclass(bare):
+        assert type(value) is bare
+        for name, field in hints_of(typing.cast(type, bare)).items():
+            check(getattr(value, name), field)
+    elif origin is Literal:
+        assert value in arguments
+    elif origin in (types.UnionType, typing.Union):
+        if value is not None:
+            check(value, arguments[0])
+    elif origin is tuple:
+        assert type(value) is tuple
+        for inner, element in zip(
+            arguments if arguments[-1] is not Ellipsis else [arguments[0]] * len(value), value, strict=True
+        ):
+            check(element, inner)
+    elif origin is dict:
+        for key, element in value.items():
+            check(key, arguments[0])
+            check(element, arguments[1])
+    else:
+        assert type(value) is bare, (value, hint)

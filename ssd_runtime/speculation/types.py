@@ -121,8 +121,8 @@ class Proposal:
             to rounding.
     """
 
-    tokens: tuple[int, ...]
-    weights: tuple[float, ...]
+    tokens: tuple[Token, ...]
+    weights: tuple[Annotated[float, Within(0.0, 1.001, above=True)], ...]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+import zlib
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ssd_runtime.comm.frames import HEADER, MOST_COUNT, MOST_TOKEN, FrameCodec, Kind, OutcomeCodec, TreeCodec, kind_of
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
@@ -21,9 +23,11 @@ from ssd_runtime.speculation.types import (
     OutcomeFrame,
     OutcomeRow,
     Plan,
+    Proposal,
     Source,
     TreeFrame,
 )
+from tests.wire import check
 
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)
 COUNTS = st.integers(0, MOST_COUNT)
@@ -54,6 +58,16 @@ TREE_FRAMES = st.builds(
     st.integers(0, int(STEP_US.most)),
     st.integers(0, int(STEP_ROWS.most)),
 )
+
+
+def sealed(words: Tensor) -> Tensor:
+    """With the checksum that its words have."""
+    words[HEADER - 1] = zlib.crc32(words[HEADER:].numpy())
+    return words
+
+
+EDGES = [-(2**63), -1, 0, 1, 5, 6, 2**31, 2**48 + 1, 2**62, 2**63 - 1]
+WORDS = st.integers(-(2**63), 2**63 - 1) | st.sampled_from(EDGES)
 
 
 def full_tree(branches: int) -> TreeFrame:
@@ -125,6 +139,73 @@ def test_branches_out_of_range_do_not_pass_although_their_checksum_is_right(bran
     codec = TreeCodec(SHAPE)
     with pytest.raises(ProtocolError, match="out of range"):
         codec.decode(codec.encode(TreeFrame(1, (branch,))))
+
+
+@pytest.mark.parametrize("probabilities", [0, 2])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_words_with_a_right_checksum_are_within_bounds_or_a_protocol_error(
+    probabilities: int, data: st.DataObject
+) -> None:
+    shape = FrameShape.of(max_sequences=2, lookahead=3, budget=1, probabilities=probabilities)
+    outcome, sampled = Outcome(1, 5), Proposal((7, 2), (0.5, 0.5))
+    rows = tuple(OutcomeRow(i, 4, outcome, Source.DRAFT, 2, (7, 2)) for i in range(2))
+    branches = tuple(Branch(i, 4, outcome, (7, 2), (sampled, sampled) if probabilities else ()) for i in range(4))
+    for codec, frame in (
+        (OutcomeCodec(shape), OutcomeFrame(9, 3, rows, Plan(3, 4))),
+        (TreeCodec(shape), TreeFrame(9, branches, 1000, 7)),
+    ):
+        words = codec.encode(frame).clone()  # type: ignore[arg-type]
+        assert codec.decode(words) == frame
+        changes = data.draw(st.dictionaries(st.integers(2, codec.num_words - 1), WORDS, min_size=1, max_size=4))
+        for at, word in changes.items():
+            words[at] = word
+        try:
+            decoded = codec.decode(sealed(words))
+        except ProtocolError as error:
+            shown = str(error)
+        else:
+            check(decoded, type(frame))
+            shown = ""
+        assert len(shown) < 600, "an error shows a few words of a frame"
+
+
+@pytest.mark.parametrize(
+    ("at", "word", "reason"),
+    [
+        (2, MOST_COUNT + 1, "out of range: round"),
+        (3, MOST_COUNT + 1, "rests on"),
+        (4, 1 + (SHAPE.max_branches + 1) * 2**16, "a plan of 37 outcomes, above the 36"),
+        (4, 2**62, "a plan of"),
+    ],
+)
+def test_headers_of_outcomes_that_cannot_be_do_not_pass(at: int, word: int, reason: str) -> None:
+    codec = OutcomeCodec(SHAPE)
+    words = codec.encode(OutcomeFrame(1, 0, ())).clone()
+    words[at] = word
+    with pytest.raises(ProtocolError, match=reason):
+        codec.decode(words)
+
+
+@pytest.mark.parametrize(
+    ("step_us", "step_rows"), [(int(STEP_US.most) + 1, 1), (1, int(STEP_ROWS.most) + 1), (2**62, 1)]
+)
+def test_drafting_steps_that_cannot_be_do_not_pass(step_us: int, step_rows: int) -> None:
+    codec = TreeCodec(SHAPE)
+    words = codec.encode(TreeFrame(1, ())).clone()
+    words[3], words[4] = step_us, step_rows
+    with pytest.raises(ProtocolError, match=f"a drafting step of {step_us} microseconds with {step_rows} rows"):
+        codec.decode(words)
+
+
+def test_a_draft_that_was_stopped_in_a_step_is_not_taken_for_a_liar() -> None:
+    codec = TreeCodec(SHAPE)
+    assert codec.decode(codec.encode(TreeFrame(1, (), 2**60, 3))).step_us == STEP_US.most
+
+
+def test_frames_of_a_size_that_nobody_means_are_refused_before_there_is_one() -> None:
+    with pytest.raises(ProtocolError, match="at most 134217728 are sent"):
+        TreeCodec(FrameShape(2**16, 2**12, 2**24, 2**12))
 
 
 def test_outcome_rows_with_an_unknown_source_do_not_pass() -> None:

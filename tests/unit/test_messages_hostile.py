@@ -33,7 +33,7 @@ from ssd_runtime.speculation.types import (
     SamplingParams,
     TreeFrame,
 )
-from tests.wire import hints_of, messages_of
+from tests.wire import check, hints_of, messages_of
 
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
     st.none()
@@ -67,35 +67,6 @@ def unbounded(hint: Any, where: str) -> Iterator[str]:
         assert origin is Literal or bare in (str, int, float, bool, types.NoneType), f"{where}: {hint}"
 
 
-def check(value: Any, hint: Any) -> None:
-    """Assert that a decoded value is of its type and within its bounds."""
-    bare, bound = split(hint)
-    origin, arguments = typing.get_origin(bare), typing.get_args(bare)
-    if bound is not None:
-        assert bound.allows(value), (value, hint)
-    if dataclasses.is_dataclass(bare):
-        assert type(value) is bare
-        for name, field in hints_of(typing.cast(type, bare)).items():
-            check(getattr(value, name), field)
-    elif origin is Literal:
-        assert value in arguments
-    elif origin in (types.UnionType, typing.Union):
-        if value is not None:
-            check(value, arguments[0])
-    elif origin is tuple:
-        assert type(value) is tuple
-        for inner, element in zip(
-            arguments if arguments[-1] is not Ellipsis else [arguments[0]] * len(value), value, strict=True
-        ):
-            check(element, inner)
-    elif origin is dict:
-        for key, element in value.items():
-            check(key, arguments[0])
-            check(element, arguments[1])
-    else:
-        assert type(value) is bare, (value, hint)
-
-
 def read_safely(data: bytes, limits: Limits = ASKED) -> Any:
     """The message, every field of which is within its bounds; None for a ProtocolError of a bearable length."""
     try:
@@ -125,7 +96,7 @@ def test_every_number_text_and_list_of_every_message_has_bounds() -> None:
 @pytest.mark.parametrize("cls", [OutcomeFrame, OutcomeRow, Outcome, Plan, TreeFrame, Branch, FrameShape])
 def test_every_number_of_the_frames_has_bounds(cls: type) -> None:
     """Their lists are bounded by the shape of the link (test_messages_frames.py)."""
-    numbers = {name for name, hint in hints_of(cls).items() if split(hint)[0] is int}
+    numbers = {name for name, hint in hints_of(cls).items() if split(hint)[0] in (int, float)}
     assert numbers
     assert all(isinstance(split(hints_of(cls)[name])[1], Within) for name in numbers)
 
