@@ -52,6 +52,9 @@ class TabularModel:
     def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
         return choose(self.forward(batch, kv_L2SGD)[first_row : first_row + count_rows(choices)], choices)
 
+    def check(self) -> None:
+        """Nothing can be wrong with a table."""
+
     def law(self, prompt: Sequence[int], length: int, temperature: float) -> Tensor:
         """The probability of every text of `length` tokens after the prompt, float64 [V] * length."""
         size = self.table_VVV.shape[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any, Literal
@@ -18,6 +19,7 @@ def messages_of(cls: type) -> st.SearchStrategy[Any]:
     return st.builds(cls, **{name: values_of(hint) for name, hint in hints_of(cls).items()})
 
 
+@functools.cache
 def hints_of(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 

@@ -163,7 +163,7 @@ class OutcomeCodec(FrameCodec[OutcomeFrame]):
     def encode(self, frame: OutcomeFrame) -> Tensor:
         body: list[int] = []
         for row in frame.rows:
-            assert len(row.tokens) in (0, row.length), row
+            assert len(row.tokens) == row.length, row
             outcome = row.outcome
             body += (row.sequence_id, row.turn, outcome.num_accepted, outcome.bonus_token, row.source, row.length)
             body += self._tokens(row.tokens)
@@ -185,7 +185,7 @@ class OutcomeCodec(FrameCodec[OutcomeFrame]):
     def _row(self, row: list[int]) -> OutcomeRow:
         sequence_id, turn, num_accepted, bonus_token, source, length = row[:6]
         tokens = self._check(row, length, row[6:])
-        if turn < 0 or not 0 <= source < len(Source) or len(tokens) not in (0, length):
+        if turn < 0 or not 0 <= source < len(Source) or len(tokens) != length:
             self._garbage(row)
         return OutcomeRow(sequence_id, turn, Outcome(num_accepted, bonus_token), Source(source), length, tokens)
 

@@ -35,8 +35,8 @@ OUTCOMES = st.builds(Outcome, st.integers(0, SHAPE.lookahead), st.integers(0, MO
 TOKENS = st.lists(st.integers(0, MOST_TOKEN), max_size=SHAPE.lookahead).map(tuple)
 
 
-def rows(sequence_id: int, turn: int, outcome: Outcome, source: Source, tokens: Any, known: bool) -> OutcomeRow:
-    return OutcomeRow(sequence_id, turn, outcome, source, len(tokens), () if known else tokens)
+def rows(sequence_id: int, turn: int, outcome: Outcome, source: Source, tokens: Any) -> OutcomeRow:
+    return OutcomeRow(sequence_id, turn, outcome, source, len(tokens), tokens)
 
 
 OUTCOME_FRAMES = st.builds(
@@ -44,7 +44,7 @@ OUTCOME_FRAMES = st.builds(
     COUNTS,
     COUNTS,
     st.lists(
-        st.builds(rows, COUNTS, COUNTS, OUTCOMES, st.sampled_from(Source), TOKENS, st.booleans()),
+        st.builds(rows, COUNTS, COUNTS, OUTCOMES, st.sampled_from(Source), TOKENS),
         max_size=SHAPE.max_sequences,
     ).map(tuple),
     st.none() | st.builds(Plan, st.integers(0, SHAPE.lookahead), st.integers(0, SHAPE.max_branches)),
