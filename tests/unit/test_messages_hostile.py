@@ -197,7 +197,7 @@ HOSTILE = {
     "lengths of what is not there": b"\xdd\x00\x5f\xff\xff" * 500 + bytes(ASKED.bytes - 2500),
     "maps of what is not there": b"\xdf\x00\x2f\xff\xff\xa0" * 500 + bytes(ASKED.bytes - 3000),
     "one text": b"\xdb" + struct.pack(">I", ASKED.bytes - 5) + b"a" * (ASKED.bytes - 6) + b"\xff",
-    "one map": b"\xdf" + struct.pack(">I", 10**6) + b"".join(b"\xa4" + i.to_bytes(4) + b"\x01" for i in range(10**6)),
+    "one map": b"\xdf" + struct.pack(">I", 850_000) + b"".join(b"\xa5%05x\x01" % i for i in range(850_000)),
     "a request of numbers": encode(Generate("r", token_ids=(2**31 - 1,) * MOST_TOKENS)),
     "a request of biases": encode(Generate("r", params=SamplingParams(logit_bias=((2**31 - 1, -1.5),) * 2**12))),
     "numbers that are none": msgpack.packb(
@@ -209,10 +209,10 @@ HOSTILE = {
 @pytest.mark.parametrize("shape", HOSTILE)
 def test_no_message_takes_long_to_read(shape: str) -> None:
     assert len(HOSTILE[shape]) <= ASKED.bytes
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with contextlib.suppress(ProtocolError):
         decode(HOSTILE[shape])
-    assert time.perf_counter() - begin < 1.0  # measured: 0.2 s at most
+    assert time.thread_time() - begin < 1.0  # measured: 0.2 s at most
 
 
 def test_a_message_is_read_up_to_its_limits_and_no_further() -> None:
