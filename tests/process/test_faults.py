@@ -7,17 +7,21 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import msgpack
 import pytest
 import zmq
 
 from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.endpoint import GroupDraftLink
-from ssd_runtime.comm.messages import Refused
+from ssd_runtime.comm.messages import Message, Refused
 from ssd_runtime.comm.messages_client import Failed, Generate
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame
+from tests.hostile import HOSTILE
 from tests.process.impostor import garbage, hello, impostor
 from tests.process.runs import SSD, Run, error_line, eventually
 from tests.process.streams import Streams, answer, asked
@@ -166,6 +170,48 @@ def test_a_flooded_control_socket_does_not_stop_the_streams(target: Target) -> N
         over.set()
     thread.join(10)
     assert_all_right(streams, target)
+
+
+def test_whatever_a_client_sends_is_refused_and_the_streams_go_on(target: Target) -> None:
+    """Nested, absurd and dear messages, one after the other: each costs its sender, and nobody a second."""
+
+    def told(*parts: bytes) -> Message:
+        sender._socket.send_multipart(parts)
+        return sender.wait_for(Failed, Refused, timeout_s=WAIT_S)
+
+    plausible = {"request_id": "odd", "prompt": "x"}
+    odd: list[dict[str, Any]] = [
+        {"params": {"top_k": 2**63}},
+        {"params": {"seed": -1}},
+        {"params": {"logit_bias": [[token, 1.0] for token in range(4096)] * 2}},
+        {"params": {"logit_bias": [[5, 1.0]] * 4096}},
+        {"params": {"banned_tokens": [0] * 65_536, "allowed_tokens": [2**31 - 1] * 65_536}, "n": 128},
+        {"prompt": None, "messages": [{"role": "x" * 5_000_000, "content": ""}]},
+        {"prompt": None, "messages": [{"role": "", "content": ""}] * 60_000},
+        {"prompt": None, "messages": [{"role": "user", "content": "a b "}] * 4096, "n": 128},
+        {"prompt": "a" * 5_000_000},
+        {"prompt": "a b " * 15_000, "n": 128},
+        {"max_tokens": 2**63},
+        {"stop": ["x" * 16_385]},
+    ]
+    with (
+        Streams(target.address, LENGTH) as streams,
+        contextlib.closing(ControlPeer(target.address)) as sender,
+    ):
+        eventually(lambda: bool(streams.answers), WAIT_S, "an answer")
+        for change in odd:
+            data = msgpack.packb([PROTOCOL_VERSION, "Generate", plausible | change])
+            answered = told(data)
+            assert isinstance(answered, Failed), list(change)
+            assert (answered.request_id, answered.kind) == ("odd", "request")
+        for data in HOSTILE.values():
+            assert isinstance(told(data), Failed | Refused)
+        assert isinstance(told(*[b""] * 300_000), Refused)
+        answers = len(streams.answers)
+        eventually(lambda: len(streams.answers) > answers + 1 or streams.failure is not None, WAIT_S, "answers")
+    assert_all_right(streams, target)
+    of_its_own = [stall.causes().get("messages", 0.0) for stall in target.status().stalls]
+    assert max(of_its_own, default=0.0) < 1000.0, "milliseconds in which the leader read and refused"
 
 
 def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target: Target) -> None:
