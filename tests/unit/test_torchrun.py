@@ -22,11 +22,13 @@ from ssd_runtime.topology import Group
 from tests.process.runs import ROOT, START_S, eventually
 
 PRELUDE = """
-import os, sys, time, zmq
+import atexit, os, sys, time, zmq
 from launcher.announcer import KEY
 from ssd_runtime.comm.codec import encode
 from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
-socket = zmq.Context().socket(zmq.PUSH)
+context = zmq.Context()
+socket = context.socket(zmq.PUSH)
+atexit.register(lambda: (socket.close(), context.term()))  # else what was said just before the end may never leave
 socket.connect(sys.argv[1])
 key = os.environ[KEY].encode()
 say = lambda message: socket.send_multipart((key, encode(message)))
