@@ -54,7 +54,7 @@ class Generate:
     token_ids: Tokens | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     max_tokens: Annotated[int, Within(1, 2**31 - 1)] = 128
-    stop: Annotated[tuple[Annotated[str, AtMost(2**14)], ...], AtMost(2**8)] = ()
+    stop: Annotated[tuple[Annotated[str, AtMost(2**16)], ...], AtMost(2**8)] = ()
     mode: Mode | None = None
     lookahead: Lookahead | None = None
     ignore_eos: bool = False

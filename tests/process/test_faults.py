@@ -192,7 +192,7 @@ def test_whatever_a_client_sends_is_refused_and_the_streams_go_on(target: Target
         {"prompt": "a" * 5_000_000},
         {"prompt": "a b " * 15_000, "n": 128},
         {"max_tokens": 2**63},
-        {"stop": ["x" * 16_385]},
+        {"stop": ["x" * 65_537]},
     ]
     with (
         Streams(target.address, LENGTH) as streams,
