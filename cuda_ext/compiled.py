@@ -151,6 +151,9 @@ def decoder_layers_(
         weights.qkv,
         weights.qkv_bias_LO,
         weights.attention_out,
+        weights.attention_out_bias_LE,
         weights.gate_up,
+        weights.gate_up_bias_LI,
         weights.down,
+        weights.down_bias_LE,
     )

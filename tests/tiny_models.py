@@ -47,9 +47,6 @@ class RandomWeights:
             name: random_weight(name, shape, generator) for name, shape in sorted(expected_tensors(arch).items())
         }
 
-    def has(self, name: str) -> bool:
-        return name in self._tensors
-
     def read(self, name: str, part: Part = WHOLE) -> Tensor:
         return part.of(self._tensors[name])
 

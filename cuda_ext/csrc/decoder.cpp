@@ -77,7 +77,7 @@ struct Vectors {
 struct Model {
   Sizes sizes;
   float eps;
-  Vectors norms, head_norms, qkv_bias;
+  Vectors norms, head_norms, qkv_bias, attention_out_bias, gate_up_bias, down_bias;
   Matrices qkv, attention_out, gate_up, down;
 };
 
@@ -145,13 +145,12 @@ class Walk {
   }
 
   void feed_forward(int64_t layer) {
-    const Vectors no_bias(std::nullopt, 0, 0, "");
-    linear(model_.attention_out, layer, attended_, x_, no_bias);
+    linear(model_.attention_out, layer, attended_, x_, model_.attention_out_bias);
     norm(x_, residual_, 2 * layer + 1, x_);
-    linear(model_.gate_up, layer, x_, gate_up_, no_bias);
+    linear(model_.gate_up, layer, x_, gate_up_, model_.gate_up_bias);
     SiluMulArgs args{dtype_, num_rows_, model_.sizes.intermediate, gate_up_, 2 * model_.sizes.intermediate, gated_};
     kernels().silu_mul(args);
-    linear(model_.down, layer, gated_, x_, no_bias);
+    linear(model_.down, layer, gated_, x_, model_.down_bias);
   }
 
   Tensor result() {
@@ -267,7 +266,9 @@ Tensor decoder_layers_(const Tensor& embedding, const Tensor& tokens, const Tens
                        const std::string& weights, int64_t num_heads, int64_t intermediate, double eps,
                        const Tensor& norms, const std::optional<Tensor>& head_norms, const std::vector<Tensor>& qkv,
                        const std::optional<Tensor>& qkv_bias, const std::vector<Tensor>& attention_out,
-                       const std::vector<Tensor>& gate_up, const std::vector<Tensor>& down) {
+                       const std::optional<Tensor>& attention_out_bias, const std::vector<Tensor>& gate_up,
+                       const std::optional<Tensor>& gate_up_bias, const std::vector<Tensor>& down,
+                       const std::optional<Tensor>& down_bias) {
   const View table(embedding), token(tokens), cache(kv);
   const Dtype dtype = float_dtype(table, kOp, "embedding");
   const Sizes sizes = check_sizes(table, cache, num_heads, intermediate);
@@ -278,6 +279,9 @@ Tensor decoder_layers_(const Tensor& embedding, const Tensor& tokens, const Tens
                     Vectors(norms, 2 * layers + 1, hidden, "norms"),
                     Vectors(head_norms, 2 * layers, sizes.head_dim, "head_norms"),
                     Vectors(qkv_bias, layers, sizes.fused(), "qkv_bias"),
+                    Vectors(attention_out_bias, layers, hidden, "attention_out_bias"),
+                    Vectors(gate_up_bias, layers, 2 * intermediate, "gate_up_bias"),
+                    Vectors(down_bias, layers, hidden, "down_bias"),
                     Matrices(kind, qkv, layers, hidden, sizes.fused(), "qkv"),
                     Matrices(kind, attention_out, layers, sizes.query(), hidden, "attention_out"),
                     Matrices(kind, gate_up, layers, hidden, 2 * intermediate, "gate_up"),
@@ -315,7 +319,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssd_runtime, m) {
       "decoder_layers_(Tensor embedding, Tensor tokens, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots,"
       " Tensor sequence, Tensor tables, Tensor prefix, Tensor chain, Tensor? logit_rows, float scale, str weights,"
       " int num_heads, int intermediate_size, float eps, Tensor norms, Tensor? head_norms, Tensor[] qkv,"
-      " Tensor? qkv_bias, Tensor[] attention_out, Tensor[] gate_up, Tensor[] down) -> Tensor");
+      " Tensor? qkv_bias, Tensor[] attention_out, Tensor? attention_out_bias, Tensor[] gate_up,"
+      " Tensor? gate_up_bias, Tensor[] down, Tensor? down_bias) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) { m.impl("decoder_layers_", TORCH_BOX(&decoder_layers_)); }

@@ -70,7 +70,7 @@ class DecoderWeights:
         norms_ME: the norms before attention and before the MLP of each layer in turn, then the last one (M = 2L + 1).
         head_norms_MD: of queries and of keys, layer by layer (M = 2L); None for models without.
         qkv, attention_out, gate_up, down: packed weights, one a layer.
-        qkv_bias_LO: None for models without.
+        qkv_bias_LO, attention_out_bias_LE, gate_up_bias_LI, down_bias_LE: None for models without.
     """
 
     kind: str
@@ -82,5 +82,8 @@ class DecoderWeights:
     qkv: tuple[Tensor, ...]
     qkv_bias_LO: Tensor | None
     attention_out: tuple[Tensor, ...]
+    attention_out_bias_LE: Tensor | None
     gate_up: tuple[Tensor, ...]
+    gate_up_bias_LI: Tensor | None
     down: tuple[Tensor, ...]
+    down_bias_LE: Tensor | None

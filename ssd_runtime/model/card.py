@@ -12,6 +12,7 @@ from typing import Literal
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.files import look
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.model.vocabulary import Vocabulary
@@ -36,7 +37,7 @@ def open_weights(path: str) -> WeightSource:
     Raises:
         ConfigError: missing, truncated, damaged or unsupported; one line with the remedy.
     """
-    if not Path(path).exists():
+    if look(path) is None:
         remedy = "pass a Hugging Face directory, a GGUF file or the name of an embedded model"
         raise ConfigError(f"model {path} does not exist; {remedy}")
     return HfWeights(path) if Path(path).is_dir() else GgufWeights(path)

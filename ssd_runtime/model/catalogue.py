@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.files import look
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def resolve(name_or_path: str) -> str:
         if not path.exists():
             raise ConfigError(f"model {name_or_path} is not there yet ({path}); run `ssd fetch {name_or_path}`")
         return str(path)
-    expanded = Path(name_or_path).expanduser()
-    if expanded.exists():
-        return str(expanded)
+    expanded = os.path.expanduser(name_or_path)
+    if look(expanded) is not None:
+        return expanded
     close = difflib.get_close_matches(name_or_path, CATALOGUE, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"embedded models: {', '.join(CATALOGUE)}"
     raise ConfigError(f"model {name_or_path} does not exist: no such file or directory, and no embedded model; {hint}")

@@ -175,6 +175,9 @@ def _pack(arch: Architecture, layers: Sequence[Layer], norm_E: Tensor) -> ops.De
         present = [vector for vector in vectors if vector is not None]
         return torch.stack(present) if present else None
 
+    def biases(linears: Iterable[Linear]) -> Tensor | None:
+        return stacked(linear.bias_O for linear in linears if isinstance(linear, PackedLinear))
+
     norms_ME = stacked([norm for layer in layers for norm in (layer.input_norm_I, layer.mlp_norm_I)] + [norm_E])
     assert norms_ME is not None
     return ops.DecoderWeights(
@@ -185,8 +188,11 @@ def _pack(arch: Architecture, layers: Sequence[Layer], norm_E: Tensor) -> ops.De
         norms_ME=norms_ME,
         head_norms_MD=stacked(norm for layer in layers for norm in (layer.q_norm_D, layer.k_norm_D)),
         qkv=packed(layer.qkv for layer in layers),
-        qkv_bias_LO=stacked(layer.qkv.bias_O for layer in layers if isinstance(layer.qkv, PackedLinear)),
+        qkv_bias_LO=biases(layer.qkv for layer in layers),
         attention_out=packed(layer.attention_out for layer in layers),
+        attention_out_bias_LE=biases(layer.attention_out for layer in layers),
         gate_up=packed(layer.gate_up for layer in layers),
+        gate_up_bias_LI=biases(layer.gate_up for layer in layers),
         down=packed(layer.down for layer in layers),
+        down_bias_LE=biases(layer.down for layer in layers),
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.fields import brief
+from ssd_runtime.model.files import file_size, unreadable
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -64,18 +65,19 @@ def open_gguf(path: str) -> GgufFile:
     Raises:
         ConfigError: no such file, not GGUF, truncated or damaged.
     """
+    size = file_size(path)
     try:
-        size = Path(path).stat().st_size
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
-        raise ConfigError(f"cannot read model {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if mapped[:4] != b"GGUF":
         raise ConfigError(f"model {path} is not a GGUF file; pass a GGUF file or a Hugging Face directory")
     try:
         metadata, tensors = _Header(mapped).parse()
     except (struct.error, IndexError, ValueError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise ConfigError(f"model {path} is truncated or damaged in its header ({error}); fetch it again") from None
+    _refuse_a_part(path, metadata)
     for tensor in tensors.values():
         if tensor.offset + tensor.num_bytes > size:
             raise ConfigError(
@@ -83,6 +85,15 @@ def open_gguf(path: str) -> GgufFile:
                 f"the file has {size}; fetch it again"
             )
     return GgufFile(path, metadata, tensors, np.frombuffer(mapped, np.uint8))
+
+
+def _refuse_a_part(path: str, metadata: dict[str, Any]) -> None:
+    count, number = metadata.get("split.count", 1), metadata.get("split.no", 0)
+    if not isinstance(count, int) or not isinstance(number, int):
+        raise ConfigError(f"model {path}: split.count or split.no is no number; fetch it again")
+    if count > 1:
+        part = f"part {number + 1} of {count} of a split GGUF file"
+        raise ConfigError(f"model {path} is {part}; join them: llama-gguf-split --merge FIRST-PART WHOLE.gguf")
 
 
 class _Header:
@@ -99,11 +110,18 @@ class _Header:
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.string()
+            if key in metadata:
+                raise ValueError(f"key {key!r} is there twice")
             metadata[key] = self.value(self.number("I"))
         entries = [self.tensor() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"an alignment of {brief(alignment)}")
         start = -(-self.at // alignment) * alignment
-        return metadata, {e.name: GgufTensor(e.name, e.shape, e.kind, start + e.offset, e.num_bytes) for e in entries}
+        tensors = {e.name: GgufTensor(e.name, e.shape, e.kind, start + e.offset, e.num_bytes) for e in entries}
+        if len(tensors) < len(entries):
+            raise ValueError("a tensor is there twice")
+        return metadata, tensors
 
     def number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -133,12 +151,12 @@ class _Header:
         item, size = self.number("I"), self.count()
         if item == _STRING:
             return self.strings(size)
-        if item in _SCALARS:
-            dtype = np.dtype("<" + _SCALARS[item])
-            values = np.frombuffer(self.data, dtype, size, self.at).copy()
-            self.at += values.nbytes
-            return values
-        return [self.value(item) for _ in range(size)]
+        if item not in _SCALARS:
+            raise ValueError(f"an array of type {item}")  # ggml reads no arrays within arrays either
+        dtype = np.dtype("<" + _SCALARS[item])
+        values = np.frombuffer(self.data, dtype, size, self.at).copy()
+        self.at += values.nbytes
+        return values
 
     def strings(self, size: int) -> list[str]:
         data, at, unpack = self.data, self.at, struct.Struct("<Q").unpack_from  # locals: 300 thousand turns

@@ -46,7 +46,7 @@ def rope_frequencies(
         return frequencies_P / scaling.factor
     if scaling.kind == "factors":
         assert factors_P is not None
-        return frequencies_P / factors_P
+        return frequencies_P / (factors_P * scaling.factor)
     wavelengths_P = 2 * math.pi / frequencies_P
     low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position
     smooth_P = ((original / wavelengths_P - low) / (high - low)).clamp(0, 1)

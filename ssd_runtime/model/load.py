@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ssd_runtime.config import Dtype
+from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.card import open_weights
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
@@ -86,6 +87,7 @@ class _Loader:
         self.progress(0.0)
         steps = arch.num_layers + 2  # the embedding table and the head count as a layer each
         frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling, self.source.rope_factors())
+        check_finite(frequencies_P, f"model {self.source.path}: rotary frequencies (tensor rope_freqs.weight)")
         table_VE = self._matrix("embed_tokens.weight")
         embedding_VE = table_VE.to(self.device, self.kind)
         if self.calibration:
@@ -101,7 +103,7 @@ class _Loader:
             weights = self._layer_weights(f"layers.{index}.")
             layers.append(self._layer(smoother.smooth(weights) if smoother else weights))
             self.progress((index + 3) / steps)
-        norm_E = self._vector(self.source.read("norm.weight"))
+        norm_E = self._vector(self._read("norm.weight"))
         return Decoder(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P, self.shard)
 
     def _smoother(self, table_VE: torch.Tensor, tokens: list[int], frequencies_P: torch.Tensor) -> Smoother:
@@ -111,20 +113,22 @@ class _Loader:
         return Smoother(arch, self.shard.embed(table_VE, torch.tensor(tokens)), frequencies_P, self.shard.group)
 
     def _layer_weights(self, prefix: str) -> LayerWeights:
-        attention, mlp, read = f"{prefix}self_attn.", f"{prefix}mlp.", self.source.read
-        projections = [f"{attention}{name}_proj" for name in "qkv"]
-        biased = self.source.has(f"{projections[0]}.bias")
-        qk_norm = self.source.architecture.qk_norm
+        attention, mlp, arch = f"{prefix}self_attn.", f"{prefix}mlp.", self.source.architecture
+        qkv = [f"{attention}{name}_proj" for name in "qkv"]
+        gate_up = [f"{mlp}{name}_proj" for name in ("gate", "up")]
         return LayerWeights(
-            input_norm_E=read(f"{prefix}input_layernorm.weight"),
-            qkv_OI=torch.cat([self._matrix(f"{name}.weight") for name in projections]),
-            qkv_bias_O=torch.cat([read(f"{name}.bias").float() for name in projections]) if biased else None,
-            q_norm_D=read(f"{attention}q_norm.weight") if qk_norm else None,
-            k_norm_D=read(f"{attention}k_norm.weight") if qk_norm else None,
+            input_norm_E=self._read(f"{prefix}input_layernorm.weight"),
+            qkv_OI=torch.cat([self._matrix(f"{name}.weight") for name in qkv]),
+            qkv_bias_O=self._bias(qkv, arch.qkv_bias),
+            q_norm_D=self._read(f"{attention}q_norm.weight") if arch.qk_norm else None,
+            k_norm_D=self._read(f"{attention}k_norm.weight") if arch.qk_norm else None,
             attention_out_OI=self._matrix(f"{attention}o_proj.weight"),
-            mlp_norm_E=read(f"{prefix}post_attention_layernorm.weight"),
-            gate_up_OI=torch.cat([self._matrix(f"{mlp}{name}_proj.weight") for name in ("gate", "up")]),
+            attention_out_bias_E=self._bias([f"{attention}o_proj"], arch.attention_out_bias),
+            mlp_norm_E=self._read(f"{prefix}post_attention_layernorm.weight"),
+            gate_up_OI=torch.cat([self._matrix(f"{name}.weight") for name in gate_up]),
+            gate_up_bias_O=self._bias(gate_up, arch.mlp_bias),
             down_OI=self._matrix(f"{mlp}down_proj.weight"),
+            down_bias_E=self._bias([f"{mlp}down_proj"], arch.mlp_bias),
         )
 
     def _layer(self, weights: LayerWeights) -> Layer:
@@ -133,18 +137,37 @@ class _Loader:
             qkv=self._linear(weights.qkv_OI, weights.qkv_bias_O),
             q_norm_D=None if weights.q_norm_D is None else self._vector(weights.q_norm_D),
             k_norm_D=None if weights.k_norm_D is None else self._vector(weights.k_norm_D),
-            attention_out=self._linear(weights.attention_out_OI),
+            attention_out=self._linear(weights.attention_out_OI, weights.attention_out_bias_E),
             mlp_norm_I=self._vector(weights.mlp_norm_E),
-            gate_up=self._linear(weights.gate_up_OI),
-            down=self._linear(weights.down_OI),
+            gate_up=self._linear(weights.gate_up_OI, weights.gate_up_bias_O),
+            down=self._linear(weights.down_OI, weights.down_bias_E),
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
         """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway."""
-        return self.source.read(name).to(torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+        return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+
+    def _bias(self, linears: Sequence[str], present: bool) -> torch.Tensor | None:
+        return torch.cat([self._read(f"{name}.bias") for name in linears]) if present else None
+
+    def _read(self, name: str, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor as `kind`. Raises ConfigError when that leaves something in it that is no number."""
+        tensor = self.source.read(name).to(kind)
+        check_finite(tensor, f"model {self.source.path}: tensor {name}")
+        return tensor
 
     def _vector(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self.device, self.kind)
 
     def _linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Linear:
         return make_linear(weight_OI, bias_O, self.dtype, self.device)
+
+
+def check_finite(tensor: torch.Tensor, who: str) -> None:
+    """Raise ConfigError when something in it is no number, beginning with `who`.
+
+    The sum of a tensor with NaN or infinity in it is one of these, and costs a reading of the memory; the converse does
+    not hold, sums overflow.
+    """
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        raise ConfigError(f"{who}: NaN or infinity ({tensor.dtype}); the weights are damaged, fetch the model again")

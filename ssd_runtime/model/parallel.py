@@ -23,6 +23,7 @@ from ssd_runtime.speculation.choice import Choice
 from ssd_runtime.speculation.slices import report
 
 _COLUMN_PARALLEL = ("gate_proj", "up_proj")
+_SUMMED_BIASES = (".o_proj.bias", ".down_proj.bias")  # of linear layers whose outputs are added over the ranks
 
 
 class Collective(Protocol):
@@ -137,6 +138,8 @@ class ShardPlan:
         stem = name.rpartition(".")[0].rpartition(".")[2]
         if stem in ("embed_tokens", "lm_head"):
             return Part(rows=self.vocabulary)
+        if name.endswith(_SUMMED_BIASES):
+            return WHOLE
         if stem == "q_proj":
             return Part(rows=self._features(self.heads))
         if stem in ("k_proj", "v_proj"):
@@ -166,13 +169,12 @@ class ShardedWeights:
         self._source = source
         self._plan = plan
 
-    def has(self, name: str) -> bool:
-        return self._source.has(name)
-
     def read(self, name: str, part: Part = WHOLE) -> Tensor:
         tensor = self._source.read(name, self._plan.part(name))
         if name.startswith(("embed_tokens.", "lm_head.")):
             tensor = functional.pad(tensor, (0, 0, 0, self._plan.vocab_size - len(tensor)))
+        if name.endswith(_SUMMED_BIASES) and self._plan.rank:
+            tensor = torch.zeros_like(tensor)  # rank 0 adds it
         return part.of(tensor)
 
     def rope_factors(self) -> Tensor | None:

@@ -45,9 +45,12 @@ class LayerWeights:
     q_norm_D: Tensor | None
     k_norm_D: Tensor | None
     attention_out_OI: Tensor
+    attention_out_bias_E: Tensor | None
     mlp_norm_E: Tensor
     gate_up_OI: Tensor
+    gate_up_bias_O: Tensor | None
     down_OI: Tensor
+    down_bias_E: Tensor | None
 
 
 class Smoother:
@@ -73,7 +76,8 @@ class Smoother:
 
         normed_NE = self._norm(self._hidden_NE, layer.input_norm_E)
         attended_NI = self._attend(normed_NE, layer)
-        self._hidden_NE = self._hidden_NE + self._group.sum(attended_NI @ layer.attention_out_OI.T)
+        out_NE = functional.linear(attended_NI, layer.attention_out_OI, layer.attention_out_bias_E)
+        self._hidden_NE = self._hidden_NE + self._group.sum(out_NE)
         input_norm_E, scales_E = _into_norm(layer.input_norm_E, self._norm_scales(normed_NE, layer.qkv_OI))
         qkv_OI = layer.qkv_OI * scales_E
         groups = (arch.num_kv_heads, arch.num_heads // arch.num_kv_heads, arch.head_dim)
@@ -84,9 +88,10 @@ class Smoother:
         out_scales_I = v_scales_GD[:, None].expand(groups).flatten()
 
         normed_NE = self._norm(self._hidden_NE, layer.mlp_norm_E)
-        gate_NI, up_NI = (normed_NE @ layer.gate_up_OI.T).chunk(2, -1)
+        gate_NI, up_NI = functional.linear(normed_NE, layer.gate_up_OI, layer.gate_up_bias_O).chunk(2, -1)
         gated_NI = functional.silu(gate_NI) * up_NI
-        self._hidden_NE = self._hidden_NE + self._group.sum(gated_NI @ layer.down_OI.T)
+        down_NE = functional.linear(gated_NI, layer.down_OI, layer.down_bias_E)
+        self._hidden_NE = self._hidden_NE + self._group.sum(down_NE)
         mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_E, self._norm_scales(normed_NE, layer.gate_up_OI))
         down_scales_I = _scales(gated_NI, layer.down_OI)
         up_rows_O = torch.cat((torch.ones(arch.intermediate_size), down_scales_I))
@@ -99,6 +104,7 @@ class Smoother:
             attention_out_OI=layer.attention_out_OI * out_scales_I,
             mlp_norm_E=mlp_norm_E,
             gate_up_OI=(layer.gate_up_OI * scales_E).div_(up_rows_O[:, None]),
+            gate_up_bias_O=None if layer.gate_up_bias_O is None else layer.gate_up_bias_O / up_rows_O,
             down_OI=layer.down_OI * down_scales_I,
         )
 

@@ -34,9 +34,6 @@ class WeightSource(Protocol):
     path: str
     architecture: Architecture
 
-    def has(self, name: str) -> bool:
-        """Whether the file holds this tensor."""
-
     def read(self, name: str, part: Part = WHOLE) -> Tensor:
         """The tensor in float32 or the file's own floating type, in Hugging Face layout; reads only this part of it.
 
@@ -64,9 +61,12 @@ def expected_tensors(arch: Architecture) -> dict[str, tuple[int, ...]]:
             tensors[f"{layer}self_attn.q_norm.weight"] = (head,)
             tensors[f"{layer}self_attn.k_norm.weight"] = (head,)
         tensors[f"{layer}self_attn.o_proj.weight"] = (hidden, q_size)
-        tensors[f"{layer}mlp.gate_proj.weight"] = (inner, hidden)
-        tensors[f"{layer}mlp.up_proj.weight"] = (inner, hidden)
-        tensors[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
+        if arch.attention_out_bias:
+            tensors[f"{layer}self_attn.o_proj.bias"] = (hidden,)
+        for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            tensors[f"{layer}mlp.{name}_proj.weight"] = (rows, columns)
+            if arch.mlp_bias:
+                tensors[f"{layer}mlp.{name}_proj.bias"] = (rows,)
         tensors[f"{layer}input_layernorm.weight"] = (hidden,)
         tensors[f"{layer}post_attention_layernorm.weight"] = (hidden,)
     return tensors

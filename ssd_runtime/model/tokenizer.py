@@ -16,11 +16,11 @@ import tokenizers
 
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.chat_template import LONGEST_TEMPLATE, ChatTemplate
+from ssd_runtime.model.files import read_json
 from ssd_runtime.model.gguf_file import GgufFile, open_gguf
 from ssd_runtime.model.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
 from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
 from ssd_runtime.model.vocabulary import Vocabulary
-from ssd_runtime.model.weights_hf import read_json
 
 _CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>")
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")

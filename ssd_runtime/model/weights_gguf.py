@@ -5,14 +5,16 @@ Names: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/tensor_map
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture, RopeScaling
+from ssd_runtime.model.fields import Fields, brief
 from ssd_runtime.model.gguf_file import GgufFile, open_gguf
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
@@ -34,6 +36,49 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_ROPE_FACTORS = "rope_freqs.weight"
+_UNNEEDED = ".attn_rot_embd."  # follows from the header; llama.cpp leaves it where it is too
+
+# Keys behind the architecture's name that are read here, those that change nothing, and the only values of some others.
+# llama.cpp knows more keys than our architectures have: any other is refused.
+_KEYS = {
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "num_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "factor": "rope.scaling.factor",
+    "max_position": "context_length",
+    "sliding_window": "attention.sliding_window",
+}
+_OTHERS_READ = ("attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scale_linear")
+_HARMLESS = (
+    "vocab_size",  # the table says it
+    "tensor_data_layout",
+    "expert_used_count",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",  # for yarn, as the next ones
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+)
+_ONLY: dict[str, float] = {
+    "expert_count": 0,
+    "use_parallel_residual": False,
+    "attention.causal": True,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.scale": 0,  # 0: the usual one
+    "logit_scale": 0,  # 0: none, as the next ones
+    "residual_scale": 0,
+    "embedding_scale": 0,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_ext_factor": 0,
+}
 _CHUNK_VALUES = 1 << 17  # dequantized at a time: temporaries stay in cache, 2 to 4 times as fast as 1 << 20
 
 
@@ -46,9 +91,6 @@ class GgufWeights:
         self.architecture = _architecture(self.file)
         self._check_tensors()
 
-    def has(self, name: str) -> bool:
-        return _gguf_name(name) in self.file.tensors
-
     def read(self, name: str, part: Part = WHOLE) -> Tensor:
         tensor = self._dequantize(_gguf_name(name), part)
         permuted = ".self_attn.q_proj." in name or ".self_attn.k_proj." in name
@@ -57,7 +99,7 @@ class GgufWeights:
         return tensor
 
     def rope_factors(self) -> Tensor | None:
-        return self._dequantize("rope_freqs.weight") if "rope_freqs.weight" in self.file.tensors else None
+        return self._dequantize(_ROPE_FACTORS) if _ROPE_FACTORS in self.file.tensors else None
 
     def _dequantize(self, name: str, part: Part = WHOLE) -> Tensor:
         """Only the blocks that hold the part are touched; the file is mapped."""
@@ -80,17 +122,39 @@ class GgufWeights:
         return torch.from_numpy(out.reshape(-1) if flat else out)
 
     def _check_tensors(self) -> None:
-        for name, shape in expected_tensors(self.architecture).items():
-            tensor = self.file.tensors.get(_gguf_name(name))
+        """Raise ConfigError for a tensor that is missing, of another shape or kind, or none of this model's."""
+        arch, found = self.architecture, self.file.tensors
+        expected = {_gguf_name(name): shape for name, shape in expected_tensors(arch).items()}
+        if _ROPE_FACTORS in found:
+            expected[_ROPE_FACTORS] = (arch.head_dim // 2,)
+        for name, shape in expected.items():
+            tensor = found.get(name)
             if tensor is None:
-                raise ConfigError(
-                    f"model {self.path} has no tensor {_gguf_name(name)}; it is incomplete, fetch it again"
-                )
+                raise ConfigError(f"model {self.path} has no tensor {name}; it is incomplete, fetch it again")
             if tensor.shape != shape:
                 raise ConfigError(
-                    f"model {self.path}: tensor {tensor.name} has shape {tensor.shape}, its header promises {shape}; "
+                    f"model {self.path}: tensor {name} has shape {tensor.shape}, its header promises {shape}; "
                     "the file is damaged or of another architecture"
                 )
+            if not _has_values(tensor.kind):
+                raise ConfigError(f"model {self.path}: tensor {name} is {tensor.kind.name}; use another quantization")
+        for name in found.keys() - expected.keys():
+            if _UNNEEDED not in name:
+                model = f"a {arch.family} model of {arch.num_layers} layers as its header describes it"
+                raise ConfigError(
+                    f"model {self.path}: tensor {brief(name)} is none of {model}, and would be left out; "
+                    "use a model without it"
+                )
+
+
+@functools.cache
+def _has_values(kind: GGMLQuantizationType) -> bool:
+    """Whether the library can read this kind as numbers."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def unpermute(weight: Tensor, num_heads: int) -> Tensor:
@@ -109,55 +173,67 @@ def _gguf_name(name: str) -> str:
 
 def _architecture(file: GgufFile) -> Architecture:
     family = file.metadata.get("general.architecture")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ConfigError(f"model {file.path}: GGUF architecture {family!r} is not supported; known: {known}")
+        raise ConfigError(f"model {file.path}: GGUF architecture {brief(family)} is not supported; known: {known}")
+    fields = Fields(file.metadata, f"model {file.path}", f"{family}.")
+    _refuse_unsupported(file, fields)
 
-    def get(key: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"{family}.{key}", default)
-        if value is None:
-            raise ConfigError(f"model {file.path}: key {family}.{key} is missing; it is incomplete, fetch it again")
-        return value
+    def table_rows() -> int:
+        table = file.tensors.get("token_embd.weight")
+        return table.shape[0] if table is not None else 0
 
-    def tensor_rows(name: str) -> int:
-        return file.tensors[name].shape[0] if name in file.tensors else 0
-
-    if get("expert_count", 0):
-        raise ConfigError(f"model {file.path} is a mixture of experts, which is not supported; use a dense model")
-    num_heads, hidden = get("attention.head_count"), get("embedding_length")
-    if not isinstance(num_heads, int) or not isinstance(get("feed_forward_length"), int):
-        raise ConfigError(f"model {file.path}: heads or widths that differ by layer are not supported")
-    head_dim = get("attention.key_length", hidden // max(num_heads, 1))
-    if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(f"model {file.path}: a partial rotary embedding or values of another size are not supported")
+    heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
+    head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if fields.integer(key, head_dim) != head_dim:
+            raise fields.refusal(key, f"{head_dim}, the features of a head; another model is needed")
     arch = Architecture(
         family=family,
-        num_layers=get("block_count"),
-        num_heads=num_heads,
-        num_kv_heads=get("attention.head_count_kv", num_heads),
+        num_layers=fields.integer("block_count"),
+        num_heads=heads,
+        num_kv_heads=fields.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         hidden_size=hidden,
-        intermediate_size=get("feed_forward_length"),
-        vocab_size=tensor_rows("token_embd.weight"),
-        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
-        rope_theta=float(get("rope.freq_base", 10000.0)),
-        rope_scaling=_rope_scaling(file, family),
+        intermediate_size=fields.integer("feed_forward_length"),
+        vocab_size=table_rows(),
+        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=fields.number("rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(file, fields),
         tie_word_embeddings="output.weight" not in file.tensors,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        max_position=get("context_length"),
-        sliding_window=file.metadata.get(f"{family}.attention.sliding_window") or None,
+        qkv_bias=family == "qwen2" or "blk.0.attn_q.bias" in file.tensors,
+        attention_out_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_down.bias" in file.tensors,
+        qk_norm=family == "qwen3",
+        max_position=fields.integer("context_length"),
+        sliding_window=fields.integer("attention.sliding_window", 0) or None,
     )
-    arch.check(f"model {file.path}")
+    arch.check(fields.who, {name: fields.prefix + key for name, key in _KEYS.items()})
     return arch
 
 
-def _rope_scaling(file: GgufFile, family: str) -> RopeScaling | None:
-    if "rope_freqs.weight" in file.tensors:
-        return RopeScaling("factors")
-    kind = file.metadata.get(f"{family}.rope.scaling.type", "none")
-    if kind == "linear":
-        return RopeScaling("linear", factor=float(file.metadata.get(f"{family}.rope.scaling.factor", 1.0)))
-    if kind != "none":
-        raise ConfigError(f"model {file.path}: rope scaling {kind!r} is not supported; known: none, linear, llama3")
-    return None
+def _refuse_unsupported(file: GgufFile, fields: Fields) -> None:
+    kind = file.metadata.get("general.type", "model")
+    if not isinstance(kind, str) or kind != "model":
+        raise ConfigError(f"model {file.path}: general.type {brief(kind)} is not supported; use a whole model")
+    known = {*_KEYS.values(), *_OTHERS_READ, *_HARMLESS}
+    for key in file.metadata:
+        name = key.removeprefix(fields.prefix)
+        if name == key or name in known:
+            continue
+        value = file.metadata[key]
+        if name not in _ONLY or not isinstance(value, int | float) or value != _ONLY[name]:
+            raise ConfigError(f"model {file.path}: {key} {brief(value)} is not supported; use another model")
+
+
+def _rope_scaling(file: GgufFile, fields: Fields) -> RopeScaling | None:
+    """As llama.cpp (llama-model.cpp, load_hparams): linear unless said otherwise, and 0 is no factor."""
+    kind = "linear" if fields.get("rope.scaling.type") is None else fields.get("rope.scaling.type")
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
+        raise ConfigError(f"{fields.who}: {fields.prefix}rope.scaling.type {brief(kind)} is not supported; use another")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)) or 1.0
+    if kind == "none":
+        factor = 1.0
+    if _ROPE_FACTORS in file.tensors:
+        return RopeScaling("factors", factor=factor)
+    return None if factor == 1.0 else RopeScaling("linear", factor=factor)

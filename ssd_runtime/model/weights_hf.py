@@ -5,23 +5,38 @@ Safetensors layout: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.architecture import Architecture, RopeScaling
+from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.config_hf import architecture_from_config
+from ssd_runtime.model.fields import brief
+from ssd_runtime.model.files import file_size, look, parse_json, read_json, unreadable
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 _LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+_MOST_DIMENSIONS = 8
+# Buffers of older checkpoints, which follow from config.json; transformers leaves them where they are too.
+_UNNEEDED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "position_ids", "causal_mask")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, and its name, dtype and shape there."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class HfWeights:
@@ -29,19 +44,23 @@ class HfWeights:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.architecture = architecture_from_config(read_json(Path(path) / "config.json"), f"model {path}")
+        directory = Path(path)
+        if look(directory / "adapter_config.json") is not None:
+            raise ConfigError(f"model {path} holds an adapter (adapter_config.json), which is not supported; merge it")
+        arch = architecture_from_config(read_json(directory / "config.json"), f"model {path}")
         self._files: dict[str, Any] = {}  # opened safetensors by file
-        self._where = _check_tensors(Path(path), self.architecture)
-
-    def has(self, name: str) -> bool:
-        return name in self._where
+        self._where = _find_tensors(directory)
+        if "lm_head.weight" in self._where:  # as transformers has it: not tied, if both are there and differ
+            arch = replace(arch, tie_word_embeddings=False)
+        _check_tensors(directory, arch, self._where)
+        self.architecture = arch
 
     def read(self, name: str, part: Part = WHOLE) -> Tensor:
-        file, stored_name = self._where[name]
+        file = self._where[name].file
         try:
             if file not in self._files:
                 self._files[file] = safe_open(file, framework="pt")
-            stored = self._files[file].get_slice(stored_name)
+            stored = self._files[file].get_slice(self._where[name].name)
             rows, columns = (slice(*span) if span else slice(None) for span in (part.rows, part.columns))
             tensor: Tensor = stored[rows] if len(stored.get_shape()) == 1 else stored[rows, columns]
         except (SafetensorError, OSError) as error:
@@ -52,117 +71,48 @@ class HfWeights:
         return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model directory; raises ConfigError when it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; a model directory needs this file") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the model again") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object; fetch the model again")
-    return value
-
-
-def architecture_from_config(config: dict[str, Any], who: str) -> Architecture:
-    """Read config.json of transformers 4 or 5; raises ConfigError naming what is missing or not supported."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"{who}: model_type {family!r} is not supported; known: {', '.join(FAMILIES)}")
-    _refuse_unsupported(config, who)
-    try:
-        num_heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        arch = Architecture(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or hidden // max(num_heads, 1)),
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(rope, who),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-            qk_norm=family == "qwen3",
-            max_position=int(config.get("max_position_embeddings", 2048)),
-            sliding_window=_sliding_window(config, family),
-        )
-    except KeyError as error:
-        raise ConfigError(f"{who}: config.json has no {error.args[0]!r}; fetch the model again") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{who}: config.json holds an ill-typed value ({error}); fetch the model again") from None
-    arch.check(who)
-    return arch
-
-
-def _refuse_unsupported(config: dict[str, Any], who: str) -> None:
-    if config.get("quantization_config"):
-        raise ConfigError(f"{who}: quantized checkpoints are not supported; use the original weights, or a GGUF file")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{who}: activation {config['hidden_act']!r} is not supported, only 'silu'")
-    if config.get("mlp_bias"):
-        raise ConfigError(f"{who}: biases in the MLP are not supported")
-    if config.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ConfigError(f"{who}: a partial rotary embedding is not supported")
-
-
-def _rope_scaling(rope: dict[str, Any], who: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", factor=float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            factor=float(rope["factor"]),
-            low_freq_factor=float(rope["low_freq_factor"]),
-            high_freq_factor=float(rope["high_freq_factor"]),
-            original_max_position=int(rope["original_max_position_embeddings"]),
-        )
-    raise ConfigError(f"{who}: rope scaling {kind!r} is not supported; known: default, linear, llama3")
-
-
-def _sliding_window(config: dict[str, Any], family: str) -> int | None:
-    window = config.get("sliding_window")
-    if family in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
-        return None
-    return int(window) if window else None
-
-
-def _check_tensors(directory: Path, arch: Architecture) -> dict[str, tuple[str, str]]:
-    """Find every tensor; returns name -> (file, name in the file).
-
-    Raises:
-        ConfigError: missing or truncated file, missing tensor, another shape than config.json promises.
-    """
-    headers: dict[str, dict[str, Any]] = {}
-    where: dict[str, tuple[str, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+def _find_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor in the files, by its name without "model." in front. Raises ConfigError."""
+    found: dict[str, StoredTensor] = {}
     for file in _shards(directory):
-        headers[file] = read_safetensors_header(file)
-        for stored_name, entry in headers[file].items():
-            name = stored_name.removeprefix("model.")
-            where[name], shapes[name] = (file, stored_name), tuple(entry["shape"])
-    for name, shape in expected_tensors(arch).items():
-        if name not in where:
+        for stored in read_safetensors_header(file):
+            name = stored.name.removeprefix("model.")
+            if name == "lm_head.weight":
+                name = stored.name  # the head is no part of the inner model
+            if name in found:
+                first = f"{found[name].name} in {found[name].file}"
+                raise ConfigError(f"model {directory} has {first} and {stored.name} in {file}; fetch it again")
+            found[name] = stored
+    return found
+
+
+def _check_tensors(directory: Path, arch: Architecture, found: dict[str, StoredTensor]) -> None:
+    """Raise ConfigError for a tensor that is missing, has another shape than promised, or is none of this model's."""
+    expected = expected_tensors(arch)
+    for name, shape in expected.items():
+        stored = found.get(name)
+        if stored is None:
             raise ConfigError(f"model {directory} has no tensor {name}; the download is incomplete, fetch it again")
-        if shapes[name] != shape:
-            found = f"tensor {name} has shape {shapes[name]}, config.json promises {shape}"
-            raise ConfigError(f"model {directory}: {found}; the files are of different models, fetch it again")
-    return where
+        if stored.shape != shape:
+            differs = f"tensor {name} has shape {stored.shape}, config.json promises {shape}"
+            raise ConfigError(f"model {directory}: {differs}; the files are of different models, fetch it again")
+        if stored.dtype not in _ITEM_BYTES:
+            known = ", ".join(_ITEM_BYTES)
+            raise ConfigError(f"{stored.file}: tensor {stored.name} is {stored.dtype}; known: {known}")
+    for name, stored in found.items():
+        if name not in expected and not name.endswith(_UNNEEDED):
+            model = f"a {arch.family} model of {arch.num_layers} layers as config.json describes it"
+            raise ConfigError(
+                f"model {directory}: tensor {stored.name} is none of {model}, and would be left out; "
+                "use a model without it, or correct config.json"
+            )
 
 
 def _shards(directory: Path) -> list[str]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
+    if look(single) is not None:
         return [str(single)]
-    if not index.exists():
+    if look(index) is None:
         raise ConfigError(f"model {directory} has no model.safetensors (nor an index of shards); fetch its safetensors")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -170,30 +120,38 @@ def _shards(directory: Path) -> list[str]:
     return [str(directory / name) for name in sorted(set(map(str, weight_map.values())))]
 
 
-def read_safetensors_header(file: str) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets}, checked against the size of the file. Raises ConfigError."""
+def read_safetensors_header(file: str) -> list[StoredTensor]:
+    """All tensors of a file, checked against its size. Raises ConfigError."""
+    size = file_size(file)
     try:
-        size = Path(file).stat().st_size
         with open(file, "rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             if size < 8 or header_bytes > min(size - 8, _LARGEST_HEADER):
                 raise ConfigError(f"{file} is truncated or not safetensors ({size} bytes); fetch the model again")
-            header = json.loads(stream.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if entry["dtype"] not in _ITEM_BYTES:
-                raise ConfigError(f"{file}: tensor {name} is {entry['dtype']}; known: {', '.join(_ITEM_BYTES)}")
-            if end - start != math.prod(entry["shape"]) * _ITEM_BYTES[entry["dtype"]] or start < 0:
-                raise ConfigError(f"{file}: tensor {name} has an impossible size; fetch the model again")
-            if 8 + header_bytes + end > size:
-                raise ConfigError(
-                    f"{file} is truncated: tensor {name} ends at byte {8 + header_bytes + end}, the file has {size}; "
-                    "fetch the model again"
-                )
+            text = stream.read(header_bytes)
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}; it is incomplete, fetch the model again") from None
+        raise unreadable(file, error) from None
+    header = parse_json(text, file)
+    if not isinstance(header, dict):
+        raise ConfigError(f"{file} has a damaged header (no object); fetch the model again")
+    header.pop("__metadata__", None)
+    return [_stored_tensor(file, name, entry, size - 8 - header_bytes) for name, entry in header.items()]
+
+
+def _stored_tensor(file: str, name: str, entry: Any, room: int) -> StoredTensor:
+    """Check what the header says of a tensor, with `room` bytes behind the header. Raises ConfigError."""
+    tensor = f"tensor {brief(name)}"
+    try:
+        dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        sizes = (*shape, start, end)
+        if len(sizes) > _MOST_DIMENSIONS + 2 or not all(type(n) is int and 0 <= n < 1 << 63 for n in sizes):
+            raise ValueError("its sizes are no sizes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} has a damaged header ({error}); fetch the model again") from None
-    assert isinstance(header, dict)
-    return header
+        raise ConfigError(f"{file} has a damaged header ({tensor}: {error}); fetch the model again") from None
+    item_bytes = _ITEM_BYTES.get(dtype)
+    if start > end or (item_bytes is not None and end - start != math.prod(shape) * item_bytes):
+        raise ConfigError(f"{file}: {tensor} has an impossible size; fetch the model again")
+    if end > room:
+        missing = f"{tensor} ends at byte {end} behind the header, the file has {room}"
+        raise ConfigError(f"{file} is truncated: {missing}; fetch the model again")
+    return StoredTensor(file, name, dtype, shape)

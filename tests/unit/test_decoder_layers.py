@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True, "head_dim": 16},
     "mistral": {"family": "mistral", "head_dim": 20},
+    "every-bias": {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True},
 }
 DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "int8", "int4")
 TOKENS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-no-groups": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+    "llama-everything": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "rope_parameters": LLAMA3_ROPE},
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-everything": (
+        "Qwen3",
+        {"attention_bias": True, "head_dim": 16, "use_sliding_window": True, "sliding_window": 40, "rope_theta": 500.0},
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 8}),
 }
 TOKENS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -50,7 +59,7 @@ TOKENS = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(7))
 def save_random(directory: Path, family: str, **save_options: Any) -> torch.nn.Module:
     """Write a random model of the family as transformers does; returns it."""
     name, changes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**(SIZES | changes))
+    config = getattr(transformers, f"{name}Config")(**copy.deepcopy(SIZES | changes))
     model: torch.nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -162,7 +171,10 @@ def test_bf16_and_int8_stay_close_to_fp32() -> None:
         assert error < most, f"{dtype}: relative error {error:.3f}"
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"num_kv_heads": 1}, {"attention_out_bias": True, "mlp_bias": True}],
+)
 def test_smoothing_keeps_the_function_and_makes_int8_more_exact(changes: dict[str, Any]) -> None:
     source = RandomWeights(tiny_architecture(hidden_size=64, intermediate_size=128, head_dim=16, **changes), seed=5)
     for index in range(2):  # a few loud features, as trained models have
@@ -180,7 +192,10 @@ def test_smoothing_keeps_the_function_and_makes_int8_more_exact(changes: dict[st
     assert errors[1] < 0.9 * errors[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "llama-tied", "llama3", "llama-everything", "linear-rope", "qwen2", "qwen3", "qwen3-everything"],
+)
 def test_gguf_gives_the_same_logits_as_the_directory_it_came_from(tmp_path: Path, family: str) -> None:
     expected = reference_logits(save_random(tmp_path / "hf", family))
     source = open_weights(str(tmp_path / "hf"))
