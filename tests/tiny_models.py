@@ -144,6 +144,7 @@ def write_gguf(
         add_byte_level_tokenizer(writer, tokenizer, pre)
     for key, value in (metadata or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add |= {list: writer.add_array}
         add[type(value)](key, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor))

@@ -8,6 +8,8 @@ from typing import Literal
 
 from ssd_runtime.errors import ConfigError
 
+LARGEST_VOCABULARY = 1 << 26
+
 # What a number may be, far beyond every model there is: what it costs to believe a file stays small.
 _RANGES: dict[str, tuple[float, float]] = {
     "num_layers": (1, 10_000),
@@ -16,7 +18,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "head_dim": (2, 1 << 16),
     "hidden_size": (1, 1 << 20),
     "intermediate_size": (1, 1 << 24),
-    "vocab_size": (1, 1 << 26),
+    "vocab_size": (1, LARGEST_VOCABULARY),
     "rms_norm_eps": (0.0, 1.0),
     "rope_theta": (1.0, 1e15),
     "max_position": (1, 1 << 40),

@@ -86,8 +86,10 @@ class _Loader:
         arch, smoother = self.source.architecture, None
         self.progress(0.0)
         steps = arch.num_layers + 2  # the embedding table and the head count as a layer each
-        frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling, self.source.rope_factors())
-        check_finite(frequencies_P, f"model {self.source.path}: rotary frequencies (tensor rope_freqs.weight)")
+        factors_P = self.source.rope_factors()
+        if factors_P is not None:  # x / x: NaN for 0 too
+            check_finite(factors_P / factors_P, f"model {self.source.path}: tensor rope_freqs.weight, divisors")
+        frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling, factors_P)
         table_VE = self._matrix("embed_tokens.weight")
         embedding_VE = table_VE.to(self.device, self.kind)
         if self.calibration:
@@ -153,7 +155,8 @@ class _Loader:
     def _read(self, name: str, kind: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor as `kind`. Raises ConfigError when that leaves something in it that is no number."""
         tensor = self.source.read(name).to(kind)
-        check_finite(tensor, f"model {self.source.path}: tensor {name}")
+        kept = tensor if tensor.dim() == 2 else tensor.to(self.kind)  # vectors are rounded later
+        check_finite(kept, f"model {self.source.path}: tensor {name}")
         return tensor
 
     def _vector(self, weight: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import tokenizers
 
 from ssd_runtime.errors import ConfigError, RequestError
+from ssd_runtime.model.architecture import LARGEST_VOCABULARY
 from ssd_runtime.model.chat_template import LONGEST_TEMPLATE, ChatTemplate
-from ssd_runtime.model.files import read_json
+from ssd_runtime.model.files import file_size, read_json
 from ssd_runtime.model.gguf_file import GgufFile, open_gguf
 from ssd_runtime.model.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
 from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
@@ -64,6 +65,8 @@ class Tokenizer:
         self.special_tokens = parts.special_tokens
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(f"model {path}: its tokenizer has an id of {self.vocab_size - 1}; fetch the model again")
         self._tokens = [""] * self.vocab_size
         for token, token_id in vocabulary.items():
             self._tokens[token_id] = token
@@ -180,6 +183,7 @@ def _hf_parts(directory: Path) -> _Parts:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise ConfigError(f"model {directory} has no tokenizer.json; put the one of its model family there")
+    file_size(path)  # a regular file, or what is said of it
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (`tokenizers` raises bare Exception)

@@ -6,9 +6,10 @@ Pre-tokenizers by name: https://github.com/ggml-org/llama.cpp/blob/master/src/ll
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ssd_runtime.errors import ConfigError
@@ -52,8 +53,9 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         raise ConfigError(
             f"model {file.path}: its tokenizer does not fit together ({brief(error)}); fetch it again"
         ) from None
-    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
-    special = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in (_CONTROL, _USER_DEFINED)]
+    special = [
+        (token, kind) for token, kind in zip(tokens, _kinds(file), strict=False) if kind in (_CONTROL, _USER_DEFINED)
+    ]
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=bool(kind == _CONTROL)) for token, kind in special]
     )
@@ -88,8 +90,7 @@ def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:
     if scores is None or len(scores) != len(tokens):
         raise ConfigError(f"model {file.path} has no scores for its tokens; convert the model again with its tokenizer")
     ids = _ids(tokens)
-    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
-    unknown = next((token for token, kind in zip(tokens, kinds, strict=False) if kind == _UNKNOWN), None)
+    unknown = next((token for token, kind in zip(tokens, _kinds(file), strict=False) if kind == _UNKNOWN), None)
     model = models.BPE(ids, _merges_from_scores(ids, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
@@ -111,6 +112,12 @@ def _merges_from_scores(ids: dict[str, int], scores: Sequence[float]) -> list[tu
         merges += [(-float(scores[token_id]), left, right) for left, right in splits]
     merges.sort(key=lambda merge: merge[0])  # stable: equal scores stay in order of id
     return [(left, right) for _, left, right in merges]
+
+
+def _kinds(file: GgufFile) -> Iterable[int]:
+    """One a token, as far as they go."""
+    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
+    return kinds if isinstance(kinds, np.ndarray) else ()
 
 
 def _ids(tokens: Sequence[str]) -> dict[str, int]:

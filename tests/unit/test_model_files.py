@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model import catalogue
+from ssd_runtime.model import catalogue, files
 from ssd_runtime.model import fetch as fetching
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.card import inspect_model
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.weights_hf import read_safetensors_header
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture, tiny_tokenizer, write_gguf
 
 CONFIG: dict[str, Any] = {
@@ -166,6 +175,140 @@ def test_unsupported_gguf_files(tmp_path: Path) -> None:
     assert "'yarn'" in refusal(path)
     path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
     assert "'mamba'" in refusal(path)
+
+
+# ---- files and numbers of strangers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [10**12, 10**400, 1e9, float("inf")])
+def test_an_absurd_number_of_layers_is_refused_at_once(tmp_path: Path, layers: float) -> None:
+    started = time.monotonic()
+    assert "num_hidden_layers is " in refusal(hf_directory(tmp_path / "hf", num_hidden_layers=layers))
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_json_that_is_nested_too_deeply_is_one_line(tmp_path: Path, name: str) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    (directory / name).write_text('{"a":' * 100_000)
+    message = refusal(directory)
+    assert name in message
+    assert "nested too deeply" in message
+
+
+def test_a_header_or_an_index_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    directory, deep = hf_directory(tmp_path / "hf"), b"[" * 100_000
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep)
+    assert "model.safetensors is nested too deeply" in refusal(directory)
+    (directory / "model.safetensors").rename(directory / "model.safetensors.index.json")
+    (directory / "model.safetensors.index.json").write_bytes(deep)
+    assert "index.json is nested too deeply" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_only_regular_files_are_opened(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    (directory / name).unlink(missing_ok=True)
+    make(directory / name)
+    message = refusal(directory)
+    assert f"{name} is no regular file" in message
+    if not (directory / name).is_dir():
+        assert "is no regular file" in refusal(directory / name)  # as a GGUF file
+
+
+def test_a_text_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    os.truncate(directory / "config.json", 1 << 40)
+    assert "at most" in refusal(directory)
+
+
+def test_a_text_that_is_none_is_one_line(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    (directory / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    assert "is not UTF-8" in refusal(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.gguf"])
+def test_a_file_that_may_not_be_read_is_not_called_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    directory, file = hf_directory(tmp_path / "hf"), gguf_file(tmp_path / "model.gguf")
+    really_open = io.open
+
+    def refusing(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return really_open(path, *args, **options)
+
+    for where in ("builtins.open", "io.open"):  # the tests may run as root, who may read everything
+        monkeypatch.setattr(where, refusing)
+    message = refusal(file if name == "model.gguf" else directory)
+    assert "Permission denied" in message
+    assert "right to read" in message
+    assert "incomplete" not in message
+
+
+def test_a_folder_that_may_not_be_searched_is_told_from_a_missing_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(files.os, "stat", refusing)
+    for ask in (inspect_model, catalogue.resolve):
+        with pytest.raises(ConfigError, match="Permission denied; give this user the right"):
+            ask(str(tmp_path / "secret" / "model"))
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/model", "a\0b", "x" * 5000])
+def test_a_path_that_is_none_is_one_line(path: str) -> None:
+    for ask in (inspect_model, catalogue.resolve):
+        with pytest.raises(ConfigError) as caught:
+            ask(path)
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=150)
+@given(
+    entry=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner, max_size=3)
+        ),
+        max_leaves=8,
+    ),
+)
+def test_nonsense_in_a_safetensors_header_is_one_line(entry: Any) -> None:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        text = json.dumps({"a tensor": entry}).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text)
+        try:
+            message = str(read_safetensors_header(str(file)))  # an empty tensor of a strange dtype, perhaps
+        except ConfigError as error:
+            message = str(error)
+        assert "\n" not in message
+        assert "a tensor" in message
+
+
+@pytest.mark.parametrize("names", [[["a"]], {"b": 1}, "\0", "../config.json", "/dev/zero", "x" * 5000])
+def test_nonsense_in_an_index_is_one_line(tmp_path: Path, names: Any) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": names}}))
+    with pytest.raises(ConfigError) as caught:
+        inspect_model(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_id_beyond_every_vocabulary_is_refused(tmp_path: Path) -> None:
+    directory = hf_directory(tmp_path / "hf")
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["absurd"] = 4_000_000_000
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "an id of 4000000000" in refusal(directory)
 
 
 def test_int8_needs_a_cpu(tmp_path: Path) -> None:

@@ -204,8 +204,12 @@ def test_gguf_gives_the_same_logits_as_the_directory_it_came_from(tmp_path: Path
     torch.testing.assert_close(PagedRun(decoder).trunk(TOKENS), expected, atol=1e-4, rtol=0)
 
 
-def convert_to_gguf(path: Path, source: Any) -> str:
-    """What llama.cpp's convert_hf_to_gguf.py does to the tensors, written out independently of the reader."""
+def convert_to_gguf(path: Path, source: Any, scaling: dict[str, Any] | None = None) -> str:
+    """What llama.cpp's convert_hf_to_gguf.py does to the tensors, written out independently of the reader.
+
+    Args:
+        scaling: keys that say how rotary frequencies are scaled, in place of a tensor that does.
+    """
     from ssd_runtime.model.layers import rope_frequencies
     from ssd_runtime.model.source import expected_tensors
 
@@ -230,11 +234,11 @@ def convert_to_gguf(path: Path, source: Any) -> str:
             tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         layer = f"blk.{where[1]}." if where else ""
         tensors[f"{layer}{names[kind]}.{suffix}"] = tensor.float().numpy()
-    if arch.rope_scaling is not None:
+    if arch.rope_scaling is not None and scaling is None:
         plain = rope_frequencies(arch.head_dim, arch.rope_theta, None)
         scaled = rope_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
         tensors["rope_freqs.weight"] = (plain / scaled).numpy()
-    return write_gguf(path, arch, tensors)
+    return write_gguf(path, arch, tensors, scaling)
 
 
 def test_architecture_says_which_lengths_it_can_see() -> None:
