@@ -56,7 +56,7 @@ def test_an_example_for_h100_fits_with_its_draft(path: Path) -> None:
         "draft": MODELS[Path(config.draft.model).name],
     }
     for arch in models.values():
-        arch.check(path.name)
+        arch.check(path.name, {})
         arch.check_length(config.engine.max_model_len, path.name)
     num_nodes = 2 if "two_nodes" in path.name else 1
     made = plan(config, read(RecordedNvml(), {}), models, seats_of(config, num_nodes), range(224))
