@@ -246,6 +246,7 @@ def generate_together(
 def _request(run: Run, prompt: Prompt, workload: Workload, seed: int) -> Generate:
     return Generate(
         stream=False,
+        samples=True,
         request_id=uuid.uuid4().hex,
         messages=(ChatMessage("user", prompt.prompt),),
         params=replace(workload.params, seed=seed),

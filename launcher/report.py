@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from ssd_runtime.comm.messages_client import Chunk, Finished
+from ssd_runtime.comm.messages_client import Chunk, Finished, Series
 from ssd_runtime.metrics import percentiles, ratio
 from ssd_runtime.speculation.types import TokenLogprob
 
@@ -140,8 +140,16 @@ def summarise(finished: Sequence[Finished]) -> dict[str, Any]:
         if one.usage.completion_tokens > 1
     )
     for name in SERIES:
-        summary[name] = _percentiles(chain.from_iterable(getattr(s, name) for s in statistics))
+        summary[name] = _together([getattr(s, name) for s in statistics])
     return summary
+
+
+def _together(series: Sequence[Series]) -> dict[str, float | None]:
+    """Percentiles of one request as it tells them; over several, from their samples, which they must have."""
+    if len(series) == 1:
+        return {"p50": series[0].p50, "p95": series[0].p95}
+    assert all(one.samples or not one.count for one in series), "ask for samples where requests are summed up"
+    return _percentiles(chain.from_iterable(one.samples for one in series))
 
 
 def _percentiles(values: Iterable[float]) -> dict[str, float | None]:

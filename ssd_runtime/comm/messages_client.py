@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from ssd_runtime.bounds import AtMost, Within
 from ssd_runtime.comm.protocol import CoresByRole
 from ssd_runtime.config import Mode
+from ssd_runtime.metrics import MOST_SAMPLES
 from ssd_runtime.speculation.types import (
     MOST_ALTERNATIVES,
     MOST_LOOKAHEAD,
@@ -26,7 +27,6 @@ RequestId = Annotated[str, AtMost(256)]
 PromptText = Annotated[str, AtMost(5 * MOST_TOKENS)]  # as many bytes as the token ids take on the wire
 Seconds = Annotated[float, Within(0.0, 1e9)]
 Milliseconds = Annotated[float, Within(-1e12, 1e12)]  # what is left after others were subtracted may be below 0
-Samples = Annotated[tuple[Milliseconds, ...], AtMost(MOST_TOKENS)]
 DraftState = Literal["none", "linked", "lost", "relinking"]
 
 
@@ -43,8 +43,9 @@ class Generate:
     """Client -> leader: exactly one of prompt, messages and token_ids. None for mode or lookahead: as configured.
 
     Attributes:
-        stream: chunks as tokens come; False: one chunk at the end, which costs the leader less.
+        stream: chunks as tokens come; False: few large ones, which cost the leader less.
         logprobs: log-probabilities of the emitted tokens, with so many alternatives (0 to 20); None for none.
+        samples: tell the measurements behind each `Series` of the statistics, too.
         n: outputs wanted. Output i is what a request with seed `params.seed` + i (modulo 2^64) and n = 1 would get.
     """
 
@@ -61,6 +62,7 @@ class Generate:
     stream: bool = True
     logprobs: Annotated[int, Within(0, MOST_ALTERNATIVES)] | None = None
     n: Annotated[int, Within(1, MOST_OUTPUTS)] = 1
+    samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,24 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Measurements of one kind, in milliseconds. None where there were none.
+
+    Attributes:
+        count: how many there were.
+        p50, p95, most: of them; the percentiles of more than a thousand are those of evenly spaced ones.
+        samples: these, in order (of n outputs one after the other), if the request asked for them.
+    """
+
+    count: Count = 0
+    mean: Milliseconds | None = None
+    p50: Milliseconds | None = None
+    p95: Milliseconds | None = None
+    most: Milliseconds | None = None
+    samples: Annotated[tuple[Milliseconds, ...], AtMost(MOST_SAMPLES)] = ()
+
+
+@dataclass(frozen=True)
 class RequestStatistics:
     """What one request cost. Seconds and milliseconds as named.
 
@@ -97,8 +117,8 @@ class RequestStatistics:
         lookups, hits: of the speculation cache.
         ttft_seconds: from arrival to the first token.
         round_ms: rounds that were hits only, from the start of one verification to the start of the next.
-        verify_ms, wait_ms, other_ms: one entry a round.
-        draft_step_ms, draft_step_width: one entry a drafting step.
+        verify_ms, wait_ms, other_ms: one measurement a round.
+        draft_step_ms: one a drafting step.
     """
 
     mode: Mode
@@ -112,12 +132,11 @@ class RequestStatistics:
     prefill_seconds: Seconds = 0.0
     decode_seconds: Seconds = 0.0
     ttft_seconds: Seconds = 0.0
-    round_ms: Samples = ()
-    verify_ms: Samples = ()
-    wait_ms: Samples = ()
-    other_ms: Samples = ()
-    draft_step_ms: Samples = ()
-    draft_step_width: Annotated[tuple[Count, ...], AtMost(MOST_TOKENS)] = ()
+    round_ms: Series = Series()
+    verify_ms: Series = Series()
+    wait_ms: Series = Series()
+    other_ms: Series = Series()
+    draft_step_ms: Series = Series()
 
 
 @dataclass(frozen=True)

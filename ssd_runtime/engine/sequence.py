@@ -6,16 +6,18 @@ Knows no model and no link. `commit` is where EOS, stop strings and the length l
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Literal, Protocol
 
-from ssd_runtime.comm.messages_client import RequestStatistics
+from ssd_runtime.comm.messages_client import RequestStatistics, Series
 from ssd_runtime.config import Mode
 from ssd_runtime.engine.stop_strings import StopStrings
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt
+from ssd_runtime.metrics import Samples, percentiles
 from ssd_runtime.speculation.ngrams import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.processors import LogitsProcessors
@@ -76,7 +78,7 @@ class Delta:
 
 
 class Measurements:
-    """Counters and timings of one sequence; `freeze` makes a `RequestStatistics` of them."""
+    """Counters and timings of one sequence; `statistics_of` makes a `RequestStatistics` of them."""
 
     def __init__(self) -> None:
         self.arrived = time.monotonic()
@@ -89,12 +91,11 @@ class Measurements:
         self.accepted_per_position: list[int] = []
         self.hits = 0
         self.misses = 0
-        self.round_ms: list[float] = []
-        self.verify_ms: list[float] = []
-        self.wait_ms: list[float] = []
-        self.other_ms: list[float] = []
-        self.draft_step_ms: list[float] = []
-        self.draft_step_width: list[int] = []
+        self.round_ms = Samples()
+        self.verify_ms = Samples()
+        self.wait_ms = Samples()
+        self.other_ms = Samples()
+        self.draft_step_ms = Samples()
 
     def count_round(self, drafted: int, accepted: int) -> None:
         """One verification, of which `accepted` tokens reached the user."""
@@ -105,50 +106,6 @@ class Measurements:
         self.accepted_per_position += [0] * missing
         for k in range(accepted):
             self.accepted_per_position[k] += 1
-
-    def freeze(self, mode: Mode, num_tokens: int) -> RequestStatistics:
-        return RequestStatistics(
-            mode=mode,
-            rounds=self.rounds,
-            num_tokens=num_tokens,
-            num_draft_tokens=self.drafted,
-            num_accepted_tokens=self.accepted,
-            accepted_per_position=tuple(self.accepted_per_position),
-            lookups=self.hits + self.misses,
-            hits=self.hits,
-            ttft_seconds=max(0.0, self.first_token - self.arrived),
-            prefill_seconds=self.prefill_seconds,
-            decode_seconds=max(0.0, self.last_token - self.first_token),
-            round_ms=tuple(self.round_ms),
-            verify_ms=tuple(self.verify_ms),
-            wait_ms=tuple(self.wait_ms),
-            other_ms=tuple(self.other_ms),
-            draft_step_ms=tuple(self.draft_step_ms),
-            draft_step_width=tuple(self.draft_step_width),
-        )
-
-
-def add_up(outputs: Tokens[RequestStatistics]) -> RequestStatistics:
-    """What the outputs of one request cost together. They are decoded side by side: their times are not added."""
-    return RequestStatistics(
-        mode=outputs[0].mode,
-        rounds=sum(one.rounds for one in outputs),
-        num_tokens=sum(one.num_tokens for one in outputs),
-        num_draft_tokens=sum(one.num_draft_tokens for one in outputs),
-        num_accepted_tokens=sum(one.num_accepted_tokens for one in outputs),
-        accepted_per_position=tuple(map(sum, zip_longest(*(o.accepted_per_position for o in outputs), fillvalue=0))),
-        lookups=sum(one.lookups for one in outputs),
-        hits=sum(one.hits for one in outputs),
-        prefill_seconds=sum(one.prefill_seconds for one in outputs),
-        decode_seconds=max(one.decode_seconds for one in outputs),
-        ttft_seconds=min(one.ttft_seconds for one in outputs),
-        round_ms=tuple(chain.from_iterable(one.round_ms for one in outputs)),
-        verify_ms=tuple(chain.from_iterable(one.verify_ms for one in outputs)),
-        wait_ms=tuple(chain.from_iterable(one.wait_ms for one in outputs)),
-        other_ms=tuple(chain.from_iterable(one.other_ms for one in outputs)),
-        draft_step_ms=tuple(chain.from_iterable(one.draft_step_ms for one in outputs)),
-        draft_step_width=tuple(chain.from_iterable(one.draft_step_width for one in outputs)),
-    )
 
 
 class Sequence:
@@ -268,4 +225,38 @@ class Sequence:
         return certain if stopped else certain + self._stop.flush()
 
     def statistics(self) -> RequestStatistics:
-        return self.measured.freeze(self.request.mode, self.num_output)
+        return statistics_of([self])
+
+
+def statistics_of(outputs: Tokens[Sequence], *, samples: bool = False) -> RequestStatistics:
+    """What the outputs of one request cost together. They are decoded side by side: their times are not added.
+
+    Args:
+        samples: tell the measurements behind each `Series` too.
+    """
+    measured = [output.measured for output in outputs]
+
+    def series(of: Callable[[Measurements], Samples]) -> Series:
+        together = Samples.together([of(one) for one in measured])
+        middle = percentiles(together.kept)
+        kept = tuple(together.kept) if samples else ()
+        return Series(together.count, together.mean, middle.p50, middle.p95, together.most, kept)
+
+    return RequestStatistics(
+        mode=outputs[0].request.mode,
+        rounds=sum(one.rounds for one in measured),
+        num_tokens=sum(output.num_output for output in outputs),
+        num_draft_tokens=sum(one.drafted for one in measured),
+        num_accepted_tokens=sum(one.accepted for one in measured),
+        accepted_per_position=tuple(map(sum, zip_longest(*(m.accepted_per_position for m in measured), fillvalue=0))),
+        lookups=sum(one.hits + one.misses for one in measured),
+        hits=sum(one.hits for one in measured),
+        prefill_seconds=sum(one.prefill_seconds for one in measured),
+        decode_seconds=max(max(0.0, one.last_token - one.first_token) for one in measured),
+        ttft_seconds=min(max(0.0, one.first_token - one.arrived) for one in measured),
+        round_ms=series(lambda one: one.round_ms),
+        verify_ms=series(lambda one: one.verify_ms),
+        wait_ms=series(lambda one: one.wait_ms),
+        other_ms=series(lambda one: one.other_ms),
+        draft_step_ms=series(lambda one: one.draft_step_ms),
+    )

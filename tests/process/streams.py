@@ -49,7 +49,7 @@ def answer(client: Client, mode: Mode, max_tokens: int, on_first: Callable[[], N
         gap, last = max(gap, now - (last or now)), now
         if isinstance(message, Finished):
             statistics = message.statistics
-            wait = max(statistics.wait_ms, default=0.0) / 1e3
+            wait = (statistics.wait_ms.most or 0.0) / 1e3
             return Answer(tuple(tokens), statistics.hits / max(1, statistics.lookups), gap, wait)
         tokens += message.token_ids
     raise AssertionError("a stream without an end")

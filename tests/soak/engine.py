@@ -139,7 +139,7 @@ class Engine:
         params = SamplingParams(temperature=0.8, seed=seed)
         name = f"{mode}-{seed}-{time.monotonic_ns()}"
         request = Generate(name, prompt="the quick brown fox", params=params, max_tokens=LENGTH, ignore_eos=True)
-        request = Generate(**{**request.__dict__, "mode": mode})
+        request = Generate(**{**request.__dict__, "mode": mode, "samples": True})
         tokens: list[int] = []
         for message in client.generate(request):
             if isinstance(message, Finished):
@@ -202,7 +202,7 @@ class Engine:
         rounds = [
             wait + other
             for measured in self._measured
-            for wait, other in zip(measured.wait_ms[1:], measured.other_ms, strict=False)
+            for wait, other in zip(measured.wait_ms.samples[1:], measured.other_ms.samples, strict=False)
         ]
         return Report(
             answers=len(self._measured),
@@ -215,7 +215,7 @@ class Engine:
             hits_after=after,
             stalls=status.stalls,
             usual_ms=statistics.median(rounds),
-            verify_ms=statistics.median(ms for measured in self._measured for ms in measured.verify_ms),
+            verify_ms=statistics.median(ms for measured in self._measured for ms in measured.verify_ms.samples),
         )
 
 

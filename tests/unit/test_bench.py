@@ -20,7 +20,7 @@ from launcher.prompts import Prompt
 from launcher.report import summarise
 from launcher.scoring import Scorer, logit_gap
 from launcher.screen import bench_verdict
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Series, Usage
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
@@ -64,7 +64,7 @@ def statistics(mode: str, tokens: int) -> RequestStatistics:
         prefill_seconds=0.5,
         ttft_seconds=1.0,
         decode_seconds=(tokens - 1) / (400 if mode == "ssd" else 100),
-        verify_ms=(10.0,) * rounds,
+        verify_ms=Series(rounds, 10.0, 10.0, 10.0, 10.0, (10.0,) * rounds),
     )
 
 
