@@ -32,10 +32,8 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
         check_port(config)
     if (nodes is None or nodes.count == 1) and group is None:
         check_devices(config)
-    if group is not None:
-        check_shares(config, inspect(replace(config, draft=config.target))[0])
-        return
-    if config.speculation.mode == "ar":  # no draft is loaded
+    with_drafts = config.speculation.mode != "ar" and group is None
+    if not with_drafts and not config.deployment.holds_draft(config.speculation.mode):  # no draft is loaded
         check_shares(config, inspect(replace(config, draft=config.target))[0])
         return
     target, draft = inspect(config)

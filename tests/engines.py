@@ -197,7 +197,7 @@ def in_process(
         "ar": NoSpeculation(),
         "sd": link,
         "ssd": link,
-        "sd-colocated": ColocatedSpeculator(lambda: colocated),
+        "sd-colocated": ColocatedSpeculator(colocated),
     }
     tracer = Tracer("test", enabled=False)
     process = InProcess(

@@ -15,11 +15,13 @@ import click
 from launcher.commands import engine
 from launcher.commands.options import check_writable, config_options, connect_option, trace_option
 from launcher.commands.sampling import sampling_options, sampling_params
-from ssd_runtime.config import MODES, Config, load_config
+from ssd_runtime.config import MODES, Config, Mode, load_config
 
 if TYPE_CHECKING:
     from launcher.bench import Run
     from launcher.teams import Team
+
+WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what an engine in it can serve
 
 
 @click.command(name="bench")
@@ -166,9 +168,11 @@ def overrides_for(runs: Sequence[Any], config: Config) -> list[str]:
     if together > config.engine.max_num_seqs:
         needed.append(f"engine.max_num_seqs={together}")
     modes = {run.mode for run in runs}
-    widest = next(mode for mode in ("ssd", "sd", "sd-colocated", "ar") if mode in modes)
+    widest: Mode = next(mode for mode in WIDEST_FIRST if mode in modes)
     if widest != config.speculation.mode:
         needed.append(f"speculation.mode={widest}")
+    if "sd-colocated" in modes and not config.deployment.holds_draft(widest):
+        needed.append("deployment.colocated=true")
     return needed
 
 

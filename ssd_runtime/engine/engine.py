@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,7 +144,8 @@ class Engine:
             raise RequestError("a stop string is empty: every text would stop at once")
         if request.mode not in self._speculators:
             raise RequestError(
-                f"mode {request.mode!r} is not served by this engine, which has {', '.join(self._speculators)}"
+                f"mode {request.mode!r} is not served by this engine, which has {', '.join(self._speculators)}: "
+                f"start the engine with speculation.mode = {request.mode}"
             )
         if not 0 <= request.lookahead <= self._max_lookahead:
             raise RequestError(
@@ -152,14 +153,12 @@ class Engine:
                 f"not {request.lookahead}"
             )
 
-    def cancel(self, request_ids: Set[str]) -> list[Sequence]:
-        """Stop all sequences of these requests; returns them."""
-        waiting = [sequence for sequence in self.scheduler.waiting if sequence.request.request_id in request_ids]
-        running = [sequence for sequence in self.scheduler.running if sequence.request.request_id in request_ids]
-        for sequence in (*waiting, *running):
-            sequence.finish_reason = "abort"
-            self._end(sequence, running=sequence in running)
-        return waiting + running
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """Stop these sequences, wherever they are; those that have ended stay as they are."""
+        for sequence in sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self._end(sequence, running=sequence in self.scheduler.running)
 
     @property
     def has_work(self) -> bool:
@@ -329,8 +328,8 @@ class Engine:
             measured = sequence.measured
             measured.hits += hit is True
             measured.misses += hit is False
-            measured.draft_step_ms += [milliseconds for milliseconds, _ in proposals.draft_steps]
-            measured.draft_step_width += [rows for _, rows in proposals.draft_steps]
+            for milliseconds, _ in proposals.draft_steps:
+                measured.draft_step_ms.append(milliseconds)
             measured.wait_ms.append(wait_ms)
             if sequence.sequence_id not in self._last_verify:
                 continue

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 from typing import Protocol
 
@@ -24,16 +23,11 @@ class ColocatedSpeculator:
     """Speculative decoding on one device: the draft runs in the target's process, between verifications.
 
     Args:
-        load: makes the draft (draft/drafter.py), called when the first sequence comes: an engine with a draft rank
-            holds a second copy of the draft only if it is asked for one.
+        drafter: the draft, loaded (draft/drafter.py).
     """
 
-    def __init__(self, load: Callable[[], LocalDrafter]) -> None:
-        self._load = load
-
-    @functools.cached_property
-    def _drafter(self) -> LocalDrafter:
-        return self._load()
+    def __init__(self, drafter: LocalDrafter) -> None:
+        self._drafter = drafter
 
     def admit(self, sequences: Sequences[Sequence]) -> None:
         with self._going_on_without():

@@ -71,10 +71,10 @@ def test_a_request_larger_than_the_pool_is_refused() -> None:
 def test_a_request_cancelled_at_any_time_frees_everything_on_both_sides(mode: str, rounds: int) -> None:
     process = engine()
     asked = request(tuple(range(10, 30)), mode, request_id="gone")  # three chunks of prompt
-    process.engine.add(asked)
+    cancelled = process.engine.add(asked)
     for _ in range(rounds):
         process.engine.step()
-    (cancelled,) = process.engine.cancel({"gone"})
+    process.engine.cancel([cancelled])
     assert cancelled.finish_reason == "abort"
     assert not process.engine.has_work
     process.assert_all_blocks_are_back()
@@ -85,12 +85,12 @@ def test_cancelling_one_of_several_leaves_the_others_their_tokens() -> None:
     (alone,) = engine().run([request(PROMPT, max_tokens=30)])
     process = engine()
     stays = process.engine.add(request(PROMPT, max_tokens=30, request_id="stays"))
-    process.engine.add(request((9, 8, 7), max_tokens=30, request_id="goes"))
+    goes = process.engine.add(request((9, 8, 7), max_tokens=30, request_id="goes"))
     waits = [process.engine.add(request((i, i), max_tokens=4, request_id=f"{i}")) for i in range(3)]
     for _ in range(3):
         process.engine.step()
-    cancelled = process.engine.cancel({"goes", "2"})  # running; still waiting
-    assert {sequence.request.request_id for sequence in cancelled} == {"goes", "2"}
+    process.engine.cancel([goes, waits[2]])  # running; still waiting
+    assert goes.finish_reason == "abort"
     while process.engine.has_work:
         process.engine.step()
     assert output(stays) == output(alone)
@@ -114,10 +114,12 @@ def test_requests_that_wait_hold_no_memory_of_the_device(monkeypatch: pytest.Mon
     assert [sequence.num_output for sequence in waiting] == [4] * 50
 
 
-def test_cancelling_what_is_not_there_is_nothing() -> None:
+def test_cancelling_what_has_ended_is_nothing() -> None:
     process = engine()
-    process.run([request(PROMPT, request_id="over", max_tokens=3)])
-    assert process.engine.cancel({"over", "never"}) == []
+    sequences = process.run([request(PROMPT, request_id="over", max_tokens=3)])
+    process.engine.cancel(sequences)
+    assert [sequence.finish_reason for sequence in sequences] == ["length"]
+    process.assert_all_blocks_are_back()
 
 
 def test_a_long_prompt_does_not_keep_others_from_decoding() -> None:
@@ -176,6 +178,6 @@ def test_statistics_count_what_the_user_got() -> None:
     assert statistics.num_tokens == len(got) == 40
     assert statistics.num_accepted_tokens == sum(statistics.accepted_per_position) <= statistics.num_draft_tokens
     assert statistics.num_tokens == 1 + statistics.rounds + statistics.num_accepted_tokens
-    assert statistics.rounds == len(statistics.verify_ms) == len(statistics.wait_ms)
+    assert statistics.rounds == statistics.verify_ms.count == statistics.wait_ms.count
     assert 0 < statistics.hits <= statistics.lookups <= statistics.rounds
-    assert len(statistics.round_ms) <= statistics.hits + 1  # the last round has nothing to look up
+    assert statistics.round_ms.count <= statistics.hits + 1  # the last round has nothing to look up
