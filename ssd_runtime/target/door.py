@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.handshake import check_hello
@@ -25,6 +25,8 @@ from ssd_runtime.target.draft_peer import DraftPeer
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
+PULSE_S = 0.5  # between two looks whether the connection of one draft is there, however many knock
+SPARE_BUILDS = 2  # beyond one a place: for drafts that come in place of one that left while its link was built
 CLOSING_S = 3.0  # longest wait for the threads that close links, at the end
 
 OpenLink = Callable[[LinkAddress, LinkTiming], TargetLink]
@@ -55,7 +57,7 @@ class Terms:
         return range(hello.rank, hello.rank + 1) if hello.rank in first else guests
 
 
-@dataclass
+@dataclass(eq=False)
 class _Visit:
     """One Hello that was welcomed: its link is being built, or was. `rank` is the draft's number."""
 
@@ -63,6 +65,7 @@ class _Visit:
     hello: Hello
     rank: int
     peer: DraftPeer | None = None
+    looked_at: float = field(default_factory=time.monotonic)
 
 
 class Door:
@@ -82,7 +85,8 @@ class Door:
         self._host = host
         self._terms = terms
         self._open_link = open_link
-        self._visits: dict[str, _Visit] = {}  # by instance
+        self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
+        self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
         self._ready: list[DraftRank] = []
         self._threads: list[threading.Thread] = []
@@ -98,33 +102,57 @@ class Door:
         if reason is not None:
             self._server.send(identity, Refused(reason))
             return reason
+        self._settle()
         self._make_room(hello.instance)
         taken = {visit.rank for visit in self._visits.values()}
-        rank = next((rank for rank in self._terms.ranks_for(hello) if rank not in taken), None)
-        if rank is None:
+        free = [rank for rank in self._terms.ranks_for(hello) if rank not in taken]
+        idle = [rank for rank in free if all(visit.rank != rank for visit in self._building)]
+        if hello.instance in self._visits or (free and not idle and not self._may_build_one_more):
+            self._server.send(identity, Refused("a link for this place is being built", again=True))
+        elif not free:
             seats = len(self._terms.ranks)
             drafts = "draft" if seats == 1 else f"{seats} drafts"
             self._server.send(identity, Refused(f"this engine has its {drafts} already", again=True))
-            return None
-        address = self._host.next_address(self._terms.shape)
-        if self._server.send(identity, Welcome(address, rank)):
-            visit = self._visits[hello.instance] = _Visit(identity, hello, rank)
-            self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")
+        else:
+            self._welcome(identity, hello, (idle or free)[0])
         return None
 
     def _make_room(self, instance: str) -> None:
-        """Give up the place of whoever knocks again, and of those whose connection is gone."""
+        """Give up the places of those whose connection is gone, and of whoever has a link and knocks again."""
         for key, visit in list(self._visits.items()):
-            if key == instance or not self._server.alive(visit.identity):
+            if (key == instance and visit.peer is not None) or not self._is_there(visit):
                 del self._visits[key]
                 if visit.peer is not None:
                     visit.peer.replace()
+
+    def _is_there(self, visit: _Visit) -> bool:
+        """Now and then it is looked: that sends something, which is not to pile up at a draft because others knock."""
+        now = time.monotonic()
+        if now - visit.looked_at < PULSE_S:
+            return True
+        visit.looked_at = now
+        return self._server.alive(visit.identity)
+
+    @property
+    def _may_build_one_more(self) -> bool:
+        """Where one link for a place is being built already: each takes a thread, and seconds if nobody meets it."""
+        return len(self._building) < len(self._terms.ranks) + SPARE_BUILDS
+
+    def _welcome(self, identity: bytes, hello: Hello, rank: int) -> None:
+        address = self._host.next_address(self._terms.shape)
+        if self._server.send(identity, Welcome(address, rank)):
+            visit = self._visits[hello.instance] = _Visit(identity, hello, rank)
+            self._building.append(visit)
+            self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")
 
     def _build(self, visit: _Visit, address: LinkAddress) -> None:
         try:
             self._built.put((visit, self._open_link(address, self._terms.timing)))
         except PeerLost as lost:
             self._built.put((visit, lost))
+        except Exception as error:  # the place is to be free again
+            log.exception("this is a bug")
+            self._built.put((visit, PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")))
 
     def arrived(self) -> list[DraftRank]:
         """Drafts whose link was built since the last call."""
@@ -135,6 +163,7 @@ class Door:
     def _settle(self) -> None:
         while not self._built.empty():
             visit, link = self._built.get_nowait()
+            self._building.remove(visit)
             expected = self._visits.get(visit.hello.instance) is visit
             if isinstance(link, PeerLost):
                 log.warning("%s", link)
