@@ -1,7 +1,8 @@
 """The control plane's sockets: a ZeroMQ ROUTER that serves, DEALERs that connect. Knows messages, not what they mean.
 
 Each object has a ZeroMQ context of its own and is used by one thread. ZeroMQ's heartbeats run in its own thread, so a
-peer that computes is alive and a peer that is stopped or cut off is not. Nothing here blocks longer than it is told to.
+peer that computes is alive and a peer that is stopped or cut off is not. What a peer can make the server hold, unheard
+or unread, is bounded. Nothing here blocks longer than it is told to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
+from ssd_runtime.comm.connections import Connections
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.messages_client import Failed
 from ssd_runtime.comm.protocol import ProtocolError
@@ -30,8 +32,12 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0  # between ZeroMQ's own pings; a peer silent for three of them is lost
 LINGER_MS = 1000  # longest that close() waits for what was sent last
-QUEUE = 10_000  # messages a slow reader may leave unread before it counts as lost
+QUEUE = 10_000  # messages that may wait at a peer, to be sent or read, before it counts its server as lost
+MOST_UNREAD = 2048  # messages that a peer may leave unread before the server drops it
+MOST_UNHEARD = 1024  # messages of one peer that wait at the server; the next ones wait at the peer
+KEEPALIVE_S = 60  # silence of a connection before the kernel asks whether the other host is there
 DRAIN_S = 0.02  # longest that the server reads on while there is something to read
+GIVE_BACK_S = 1.0  # after a peer was dropped: until its memory can be given back
 BATCH = 256  # most messages of one poll, so that a flood does not starve the caller
 MOST_PARTS = 3  # of a message: its identity, itself, and one that shows that it is none
 
@@ -83,18 +89,26 @@ class ControlServer(_Socket):
     def __init__(self, host: str, port: int, *, known_as: str | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
         super().__init__(zmq.ROUTER, heartbeat_s, ASKED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # No limit on what waits to be read: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when its
-        # heartbeat meets a peer that left while its queue here was full, as a flood makes it. `poll` drains floods.
-        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, MOST_UNHEARD)
+        self._socket.setsockopt(zmq.SNDHWM, MOST_UNREAD)
+        # No pings of the server's own: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when it is about
+        # to ping a peer that left while its queue here was full, as a flood makes it. The peers ping, and `alive` looks
+        # whether they do; idle ones the kernel asks.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
         self._nonsense = 0
-        self._parts: list[bytes] = []  # of the message that is being received: identity, and what came after it
+        self._parts: list[zmq.Frame] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
+        self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
+        self._patience = 3 * heartbeat_s
         try:
             self._socket.bind(f"tcp://{host}:{port}")
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(_bind_failure(host, port, error)) from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
+        self._connections = Connections(int(bound[2]))
         self._address = f"tcp://{known_as or _reachable(host)}:{bound[2]}"
 
     @property
@@ -120,9 +134,12 @@ class ControlServer(_Socket):
             if whole is None:
                 continue
             read += 1
-            identity, *parts = whole
+            sender, *parts = whole
+            identity = sender.bytes
+            if self._connections.heard(identity, whole[-1]).ended:
+                continue
             try:
-                message = _decode_parts(parts)
+                message = _decode_parts([part.bytes for part in parts])
             except ProtocolError as error:
                 self._nonsense += 1
                 if self._nonsense.bit_count() == 1:  # 1, 2, 4, 8...: a flood of it is not to flood the log
@@ -135,12 +152,12 @@ class ControlServer(_Socket):
         self._tidy_up(read)
         return arrived
 
-    def _receive(self) -> list[bytes] | None:
+    def _receive(self) -> list[zmq.Frame] | None:
         """One more part of what a peer sends. With the last one all of them, the identity first; before, None.
 
         So millions of parts hold up nobody, and are not kept.
         """
-        part = self._socket.recv(zmq.NOBLOCK)
+        part = self._socket.recv(zmq.NOBLOCK, copy=False)
         if len(self._parts) < MOST_PARTS:
             self._parts.append(part)
         else:
@@ -154,23 +171,43 @@ class ControlServer(_Socket):
         """Once a flood is over, give back the memory in which it waited to be read."""
         if read >= BATCH:
             self._flooded = True
-        elif self._flooded and not read:
+        elif self._flooded and not read and time.monotonic() > self._give_back_at:
             self._flooded = False
             give_back()
 
     def send(self, identity: bytes, message: Message) -> bool:
-        """Send without waiting; False if this peer is gone or has stopped reading."""
+        """Send without waiting; False if this peer is gone. One that has left too much unread is dropped with this."""
+        known = self._connections.get(identity)
+        if known is not None and known.ended:
+            return False
         try:
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            if error.errno == zmq.EAGAIN:
+                self._drop(identity, f"has left {MOST_UNREAD} messages unread")
+            elif error.errno != zmq.EHOSTUNREACH:
                 raise
             return False
         return True
 
     def alive(self, identity: bytes) -> bool:
-        """Whether this peer is still connected (a heartbeat is sent to find out)."""
+        """Whether this peer is connected and has lately sent something, if only a ping (a heartbeat is sent to it)."""
+        known = self._connections.get(identity)
+        if known is not None and (silence := known.silence()) > self._patience:
+            self._drop(identity, f"has been silent for {silence:.1f} s")
         return self.send(identity, Heartbeat())
+
+    def is_local(self, identity: bytes) -> bool:
+        """Whether this peer has come over a loopback address."""
+        known = self._connections.get(identity)
+        return known is not None and known.is_loopback
+
+    def _drop(self, identity: bytes, why: str) -> None:
+        """End the connection of a peer, and so free what it left unread; ZeroMQ itself would keep both."""
+        known = self._connections.get(identity)
+        if known is not None and not known.ended and (peer := known.end()) is not None:
+            log.warning("%s (%s) %s: dropped", peer, identity.hex(), why)
+            self._flooded, self._give_back_at = True, time.monotonic() + GIVE_BACK_S
 
 
 class ControlPeer(_Socket):

@@ -1,0 +1,108 @@
+"""The connections behind the peers of a ZeroMQ server: where each comes from, whether it is silent, how it is ended.
+
+ZeroMQ tells none of that, but with every message the descriptor that it came by. Knows no messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import zmq
+
+LAST_DATA_RECEIVED = struct.Struct("=52xI")  # milliseconds ago, in Linux' struct tcp_info
+
+
+class Connection:
+    """One of them.
+
+    Args:
+        descriptor: of its socket, which is ZeroMQ's own and may be closed or another's by now.
+        host: at its other end.
+        port: at this end.
+
+    Attributes:
+        ended: it was ended from here; what still arrives of it is to be passed over.
+    """
+
+    def __init__(self, descriptor: int, host: str, port: int) -> None:
+        self.descriptor, self.host = descriptor, host
+        self.ended = False
+        self._port = port
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it came over a loopback address, which none of another host can."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def silence(self) -> float:
+        """Seconds since its peer sent anything, pings included; 0 if that cannot be told."""
+        with self._socket() as opened:
+            if opened is not None:
+                size = LAST_DATA_RECEIVED.size
+                (milliseconds,) = LAST_DATA_RECEIVED.unpack(opened.getsockopt(socket.SOL_TCP, socket.TCP_INFO, size))
+                return float(milliseconds) / 1e3
+        return 0.0
+
+    def end(self) -> str | None:
+        """End it; returns the address of its peer, None if it is gone already."""
+        self.ended = True
+        with self._socket() as opened:
+            if opened is not None:
+                host, port = opened.getpeername()[:2]
+                opened.shutdown(socket.SHUT_RDWR)
+                return f"{host}:{port}"
+        return None
+
+    @contextlib.contextmanager
+    def _socket(self) -> Iterator[socket.socket | None]:
+        """A copy of its socket; None if the descriptor is none of ours any more."""
+        with contextlib.ExitStack() as copies:
+            found = None
+            with contextlib.suppress(OSError):
+                copy = copies.enter_context(socket.socket(fileno=os.dup(self.descriptor)))
+                is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
+                if is_tcp and copy.getsockname()[1] == self._port and copy.getpeername()[0] == self.host:
+                    found = copy
+            with contextlib.suppress(OSError):  # it may go at any time
+                yield found
+
+
+class Connections:
+    """Those of one server. At most one is kept for each descriptor, so strangers cannot pile them up.
+
+    Args:
+        port: of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._by_identity: dict[bytes, Connection] = {}
+        self._identities: dict[int, bytes] = {}  # by descriptor: who was there last
+
+    def get(self, identity: bytes) -> Connection | None:
+        """That of a peer, if it has sent anything."""
+        return self._by_identity.get(identity)
+
+    def heard(self, identity: bytes, frame: zmq.Frame) -> Connection:
+        """The connection by which a peer has sent this frame."""
+        try:
+            descriptor, host = int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address"))
+        except zmq.ZMQError:
+            descriptor, host = -1, ""
+        known = self._by_identity.get(identity)
+        if known is not None and (known.descriptor, known.host) == (descriptor, host):
+            return known
+        former = self._identities.get(descriptor, b"")
+        if former in self._by_identity and self._by_identity[former].descriptor == descriptor:
+            del self._by_identity[former]
+        self._identities[descriptor] = identity
+        self._by_identity[identity] = Connection(descriptor, host, self._port)
+        return self._by_identity[identity]
