@@ -73,12 +73,14 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
     """
     ranks = Ranks(launch)
     client: Client | None = None
+    key = ""
     try:
         ranks.start()
         with loading() as on_progress:
             ready = ranks.wait_ready(on_progress)
         if (crowd := crowding(ready.cores)) is not None:
             log.warning("%s", crowd)
+        key = ready.key
         client = Client(ready.address, launch.config.timeouts.load)
         try:
             yield Session(client, ready.address, ready.cores, ranks)
@@ -90,7 +92,7 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
             raise SsdError(f"{error}; {ranks.see_log()}") from error
     finally:
         with uninterrupted():
-            _end(ranks, client)
+            _end(ranks, client, key)
             if launch.trace is not None:
                 trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
 
@@ -104,7 +106,7 @@ def joined(launch: Launch) -> Iterator[Ranks]:
         yield ranks
     finally:
         with uninterrupted():
-            _end(ranks, None)
+            _end(ranks, None, "")
             if launch.trace is not None:
                 trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
 
@@ -128,15 +130,19 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), ANSWER_S).close()
 
 
-def _end(ranks: Ranks, client: Client | None) -> None:
-    """Ask the leader to end both roles; then see to it."""
+def _end(ranks: Ranks, client: Client | None, key: str) -> None:
+    """Ask the leader to end both roles; then see to it.
+
+    Args:
+        key: of the engine; the leader may be at an address from which others may not end it.
+    """
     grace = ranks.launch.config.timeouts.shutdown
     deadline = time.monotonic() + grace
     if client is not None:
         try:
             if ranks.is_running():
-                client.shutdown()
-                ranks.wait(grace)
+                client.shutdown(key, timeout_s=grace)
+                ranks.wait(deadline - time.monotonic())
         except SsdError as error:
             log.debug("the engine does not answer to shutdown: %s", error)
         client.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,10 +66,11 @@ class TargetRank(Rank):
                     decoder, config.engine, speculation.lookahead, speculators, self._tracer, speculation.coupling
                 )
                 cores = topology.cores_by_role(config, self._place.world_size, self._place.here)
-                leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop)
+                key = secrets.token_hex(16)
+                leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop, key)
                 self._on_stop = self._set_stop
                 forget_loading()
-                self._announcer.say(Ready(server.address, cores))
+                self._announcer.say(Ready(server.address, cores, key))
                 if self._announcer.address is None:  # started by hand: nobody else says it
                     click.echo(f"address: {server.address}")
                 log.info("ready at %s", server.address)
@@ -106,10 +108,9 @@ class TargetRank(Rank):
         """How this engine can speculate: every mode the ranks at hand allow, and what drafts need."""
         config = self._config
         speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
+        if config.deployment.holds_draft(config.speculation.mode):
+            speculators["sd-colocated"] = ColocatedSpeculator(self._drafter(tokenizer))
         if not self._place.drafts_may_come:
-            if config.speculation.mode == "sd-colocated":
-                drafter = self._drafter(tokenizer)
-                speculators["sd-colocated"] = ColocatedSpeculator(lambda: drafter)
             yield speculators, None, None
             return
         with contextlib.closing(LinkHost(self._own_host(), timeout_s=config.timeouts.link)) as host:
@@ -124,8 +125,7 @@ class TargetRank(Rank):
                 drafts = Drafts(door, config.timeouts.link)
                 link = LinkSpeculator(drafts, speculation.backup, decoder.arch.vocab_size, pace, planner)
                 link.check()
-                colocated = ColocatedSpeculator(lambda: self._drafter(tokenizer))
-                speculators |= {"ssd": link, "sd": link, "sd-colocated": colocated}
+                speculators |= {"ssd": link, "sd": link}
                 yield speculators, link, door
             finally:
                 door.close(self._stop.reason or "the target failed")

@@ -152,10 +152,17 @@ class DeploymentConfig:
         drafts: D, most drafts at a time. One torchrun world has a rank for each, after the target's; with --role each
             is a torchrun of its own.
         draft_required: a target in a torchrun of its own serves only once a draft has come; else at once, without.
+        colocated: a target whose drafts have ranks of their own holds a draft of its own too, for requests in mode
+            sd-colocated; in that speculation.mode it does anyway.
     """
 
     drafts: int = 1
     draft_required: bool = False
+    colocated: bool = False
+
+    def holds_draft(self, mode: Mode) -> bool:
+        """Whether the target's process has a draft of its own, by `speculation.mode`."""
+        return self.colocated or mode == "sd-colocated"
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,8 @@ class ServeConfig:
         host: address of the leader's node to listen at; 0.0.0.0 for all.
         port: 0 takes a free one.
         announce: with host 0.0.0.0, which of the node's addresses clients and drafts are told; empty finds one.
+        allow_shutdown: whether clients of other hosts may end the engine. Those of this host may, over a loopback
+            address, and whoever started it.
         max_queued_requests: while so many wait beyond those there is a place for, further ones are refused at once.
             Each output of a request with several counts.
         max_stop_strings: most stop strings of a request.
@@ -178,6 +187,7 @@ class ServeConfig:
     max_stop_strings: int = 16
     max_stop_bytes: int = 1024
     announce: str = ""
+    allow_shutdown: bool = False
 
     @property
     def is_wildcard(self) -> bool:

@@ -35,9 +35,14 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Shutdown:
-    """Stop what you do and leave. Sent by the leader to the draft, and by the launcher to the leader."""
+    """Stop what you do and leave. Sent by the leader to the draft, and by a launcher or client to the leader.
+
+    Attributes:
+        key: of the engine (`Ready.key`), which lets whoever started it end it from anywhere.
+    """
 
     reason: Annotated[str, AtMost(2**16)]
+    key: Annotated[str, AtMost(64)] = ""
 
 
 Message = (

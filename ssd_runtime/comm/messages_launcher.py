@@ -22,10 +22,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ready:
-    """Leader -> launcher: requests are taken at `address`."""
+    """Leader -> launcher: requests are taken at `address`.
+
+    Attributes:
+        key: a secret of this engine, to be repeated in `Shutdown`.
+    """
 
     address: Annotated[str, AtMost(512)]
     cores: CoresByRole
+    key: Annotated[str, AtMost(64)] = ""
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,13 @@ class Client:
 
         Whatever ends it early (the caller, or one request failing) cancels the others.
         """
+        running = {request.request_id for request in requests}
+        if len(running) < len(requests):  # an answer could not say whose it is
+            raise RequestError("several requests have the same request_id: give each its own")
         for request in requests:
             _check(request)
         for request in requests:
             self._peer.send(request)
-        running = {request.request_id for request in requests}
         try:
             for message in self._messages():
                 if isinstance(message, Failed) and message.request_id in running:
@@ -96,9 +98,25 @@ class Client:
         assert isinstance(answer, Status)
         return answer
 
-    def shutdown(self) -> None:
-        """Ask the engine to end, both roles; does not wait for it."""
-        self._peer.send(Shutdown("asked by a client"))
+    def shutdown(self, key: str = "", timeout_s: float = 10.0) -> None:
+        """Ask the engine to end, both roles. Returns when the leader has said that it will, and does not wait for it.
+
+        Args:
+            key: of the engine, told to whoever started it; without it, an engine may refuse to be ended from elsewhere.
+            timeout_s: longest wait for the leader's word.
+
+        Raises:
+            PeerLost: the engine is gone, or silent for `timeout_s`.
+            SsdError: it refuses; the message says what would be needed.
+        """
+        self._peer.send(Shutdown("asked by a client", key))
+        deadline = time.monotonic() + timeout_s
+        while True:
+            answer = self._peer.wait_for(Status, Refused, timeout_s=max(0.001, deadline - time.monotonic()))
+            if isinstance(answer, Refused):
+                raise SsdError(f"the engine at {self._peer.address} does not end: {answer.reason}")
+            if isinstance(answer, Status) and answer.state == "stopping":
+                return
 
     def close(self) -> None:
         self._peer.close()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import deque
-from collections.abc import Set
 from dataclasses import dataclass, field
 
 from ssd_runtime.comm.control import ControlServer
@@ -24,7 +24,7 @@ from ssd_runtime.comm.messages_client import (
 from ssd_runtime.comm.messages_draft import Hello
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
-from ssd_runtime.engine.sequence import Sequence, add_up
+from ssd_runtime.engine.sequence import Delta, Sequence, statistics_of
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.model.tokenizer_gguf import brief
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.2
 MAIL_S = 0.01  # longest that messages are handled for between two rounds, so that a flood holds up nobody
+PIECE_BYTES = 16 * 1024  # sent at once to a client that does not stream, about; what it may leave unread is counted
 PULSE_S = 0.5  # between two looks at the connections of the clients
 
 
@@ -56,6 +57,7 @@ class _Output:
 
     Attributes:
         ended: its last delta has been taken in.
+        size: of what has not been sent, about, in bytes.
     """
 
     sequence: Sequence
@@ -63,15 +65,40 @@ class _Output:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    size: int = 0
+
+    def take_in(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.ended = delta.finish_reason is not None
+        self.size += len(delta.text.encode()) + 5 * len(delta.token_ids)
+        self.size += sum(40 + 16 * len(one.top) for one in delta.logprobs)
+
+    def chunk(self) -> Chunk:
+        """What has not been sent; nothing is left then."""
+        request = self.sequence.request
+        chunk = Chunk(request.request_id, self.text, tuple(self.token_ids), request.index, tuple(self.logprobs))
+        self.text, self.token_ids, self.logprobs, self.size = "", [], [], 0
+        return chunk
 
 
 @dataclass
-class _Client:
-    """Who asked, for which outputs."""
+class _Asked:
+    """One request: who asked for what, and its outputs."""
 
     identity: bytes
-    stream: bool
+    message: Generate
     outputs: list[_Output]
+
+    @property
+    def key(self) -> tuple[bytes, str]:
+        """Clients choose their ids, so different clients may choose the same."""
+        return self.identity, self.message.request_id
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [output.sequence for output in self.outputs]
 
 
 class Leader:
@@ -86,6 +113,7 @@ class Leader:
         door: where drafts come in; None if no draft may come.
         cores: role -> CPU cores, for the status.
         stop: leaves the loop when set.
+        key: with which the engine may be ended from anywhere.
     """
 
     def __init__(
@@ -98,6 +126,7 @@ class Leader:
         door: Door | None,
         cores: dict[str, tuple[int, ...]],
         stop: Stop,
+        key: str,
     ) -> None:
         self._config = config
         self._engine = engine
@@ -107,8 +136,11 @@ class Leader:
         self._door = door
         self._cores = cores
         self._stop = stop
+        self._key = key
         self._reader = RequestReader(config, tokenizer)
-        self._clients: dict[str, _Client] = {}
+        self._asked: dict[tuple[bytes, str], _Asked] = {}
+        self._by_sequence: dict[int, _Asked] = {}
+        self._num_refused = 0  # drafts
         self._mail: deque[tuple[bytes, Message]] = deque()  # arrived and not handled yet
         self._pulse_at = time.monotonic() + PULSE_S
 
@@ -135,7 +167,7 @@ class Leader:
             raise
         finally:
             reason = f"the request was not finished: {self._stop.reason or failure}"
-            unfinished = [(client.identity, request_id) for request_id, client in self._clients.items()]
+            unfinished = list(self._asked)
             unfinished += [(who, message.request_id) for who, message in self._mail if isinstance(message, Generate)]
             for identity, request_id in unfinished:
                 self._server.send(identity, Failed(request_id, "engine", reason))
@@ -156,11 +188,11 @@ class Leader:
         if isinstance(message, Generate):
             self._generate(identity, message)
         elif isinstance(message, Cancel):
-            self._cancel({message.request_id})
+            self._cancel(identity, message.request_id)
         elif isinstance(message, GetStatus):
             self._server.send(identity, self._status())
         elif isinstance(message, Shutdown):
-            self._stop.reason = self._stop.reason or message.reason
+            self._shutdown(identity, message)
         elif isinstance(message, Hello):
             self._hello(identity, message)
         else:
@@ -170,11 +202,14 @@ class Leader:
         if self._door is None:
             self._server.send(identity, Refused("this engine was started without drafts"))
         elif reason := self._door.knock(identity, message):
-            log.warning("refused a draft (rank %d): %s", message.rank, reason)
+            self._num_refused += 1
+            if self._num_refused.bit_count() == 1:  # 1, 2, 4, 8...: a flood of them is not to flood the log
+                log.warning("refused a draft (rank %d, %d so far): %s", message.rank, self._num_refused, reason)
 
     def _generate(self, identity: bytes, message: Generate) -> None:
-        if message.request_id in self._clients:
-            self._server.send(identity, Failed(message.request_id, "request", "this request id is in use"))
+        if (identity, message.request_id) in self._asked:  # no Failed: for the client that would end the first one
+            reason = f"the id of a request that still runs was given to another: {message.request_id}"
+            self._server.send(identity, Refused(reason))
             return
         queued, limit = self._engine.scheduler.num_queued, self._config.serve.max_queued_requests
         if queued >= limit:  # before any work is done for it
@@ -186,25 +221,33 @@ class Leader:
             return
         if not self._server.alive(identity):  # it left behind what was not read yet
             return
+        sequences: list[Sequence] = []
         try:
-            requests = self._reader.read(message)
             # What is refused is refused of the first: they differ in nothing that can be wrong.
-            sequences = [self._engine.add(request, Detokenizer(self._tokenizer)) for request in requests]
+            for request in self._reader.read(message):
+                sequences.append(self._engine.add(request, Detokenizer(self._tokenizer)))
         except (RequestError, ConfigError) as error:  # a model without a chat template is a ConfigError
             self._server.send(identity, Failed(message.request_id, "request", str(error)))
         except Exception as error:  # whatever it is, it is the failure of this request
             log.exception("a request could not be begun")
-            self._engine.cancel({message.request_id})  # those of its outputs that wait already
+            self._engine.cancel(sequences)  # those of its outputs that wait already
             reason = f"the request could not be begun: {brief(error) or type(error).__name__}"
             self._server.send(identity, Failed(message.request_id, "engine", reason))
         else:
-            self._clients[message.request_id] = _Client(identity, message.stream, list(map(_Output, sequences)))
+            asked = _Asked(identity, message, list(map(_Output, sequences)))
+            self._asked[asked.key] = asked
+            self._by_sequence |= {sequence.sequence_id: asked for sequence in sequences}
 
-    def _cancel(self, request_ids: Set[str]) -> None:
-        self._engine.cancel(request_ids)
-        for request_id in request_ids:
-            if (client := self._clients.pop(request_id, None)) is not None:
-                self._finish(client)
+    def _cancel(self, identity: bytes, request_id: str) -> None:
+        """The client's wish. A request that is over, or another client's, is none of its own that run."""
+        if (asked := self._asked.get((identity, request_id))) is not None:
+            self._engine.cancel(asked.sequences)
+            self._finish(asked)
+
+    def _forget(self, asked: _Asked) -> None:
+        del self._asked[asked.key]
+        for sequence in asked.sequences:
+            del self._by_sequence[sequence.sequence_id]
 
     def _cancel_the_gone(self) -> None:
         """Now and then look whether clients are still there: those who wait are sent nothing that would show it."""
@@ -212,14 +255,27 @@ class Leader:
         if now < self._pulse_at:
             return
         self._pulse_at = now + PULSE_S
-        identities = {client.identity for client in self._clients.values()}
-        gone = {identity for identity in identities if not self._server.alive(identity)}
-        if gone:
-            left = {request_id for request_id, client in self._clients.items() if client.identity in gone}
-            log.info("clients of %d requests are gone; cancelling them", len(left))
-            self._engine.cancel(left)
-            for request_id in left:
-                del self._clients[request_id]
+        identities = {asked.identity for asked in self._asked.values()}
+        for identity in identities:
+            if not self._server.alive(identity):
+                self._abandon(identity)
+
+    def _abandon(self, identity: bytes) -> None:
+        """This client is gone: nothing more is done for it."""
+        left = [asked for asked in self._asked.values() if asked.identity == identity]
+        log.info("the client of %d requests is gone; cancelling them", len(left))
+        for asked in left:
+            self._engine.cancel(asked.sequences)
+            self._forget(asked)
+
+    def _shutdown(self, identity: bytes, message: Shutdown) -> None:
+        has_key = secrets.compare_digest(message.key.encode(), self._key.encode())
+        if not (has_key or self._config.serve.allow_shutdown or self._server.is_local(identity)):
+            log.warning("refused to end the engine for a client of another host")
+            self._server.send(identity, Refused("it is ended from its own host, or with serve.allow_shutdown = true"))
+            return
+        self._stop.reason = self._stop.reason or message.reason
+        self._server.send(identity, self._status())
 
     def _status(self) -> Status:
         drafts = None if self._link is None else self._link.drafts
@@ -249,48 +305,37 @@ class Leader:
 
     def _publish(self, progressed: Progressed) -> None:
         sequence, delta = progressed.sequence, progressed.delta
-        request_id = sequence.request.request_id
-        client = self._clients.get(request_id)
-        if client is None:  # it left between two deltas of one round
+        asked = self._by_sequence.get(sequence.sequence_id)
+        if asked is None:  # its client left between two deltas of one round
             return
-        output = client.outputs[sequence.request.index]
-        output.text += delta.text
-        output.token_ids += delta.token_ids
-        output.logprobs += delta.logprobs
-        output.ended = delta.finish_reason is not None
+        output = asked.outputs[sequence.request.index]
+        output.take_in(delta)
         if progressed.failure is not None:
-            self._fail(client, output, progressed.failure)
-        elif all(one.ended for one in client.outputs):
-            del self._clients[request_id]
-            self._finish(client)
-        elif client.stream and not self._send_chunk(client, output):
-            log.info("the client of request %s is gone; cancelling it", request_id)
-            self._cancel({request_id})
+            self._fail(asked, output, progressed.failure)
+            return
+        if all(one.ended for one in asked.outputs):
+            self._finish(asked)
+            return
+        is_due = asked.message.stream or output.size > PIECE_BYTES
+        if is_due and not self._server.send(asked.identity, output.chunk()):
+            self._abandon(asked.identity)
 
-    def _fail(self, client: _Client, output: _Output, reason: str) -> None:
+    def _fail(self, asked: _Asked, output: _Output, reason: str) -> None:
         """One output has failed, and the request with it."""
-        request_id = output.sequence.request.request_id
-        del self._clients[request_id]
-        self._engine.cancel({request_id})
-        if client.stream and output.token_ids:
-            self._send_chunk(client, output)
-        self._server.send(client.identity, Failed(request_id, "engine", reason))
+        self._forget(asked)
+        self._engine.cancel(asked.sequences)
+        if asked.message.stream and output.token_ids:
+            self._server.send(asked.identity, output.chunk())
+        self._server.send(asked.identity, Failed(asked.message.request_id, "engine", reason))
 
-    def _send_chunk(self, client: _Client, output: _Output) -> bool:
-        request = output.sequence.request
-        tokens, logprobs = tuple(output.token_ids), tuple(output.logprobs)
-        chunk = Chunk(request.request_id, output.text, tokens, request.index, logprobs)
-        output.text, output.token_ids, output.logprobs = "", [], []
-        return self._server.send(client.identity, chunk)
-
-    def _finish(self, client: _Client) -> None:
+    def _finish(self, asked: _Asked) -> None:
         """All outputs have ended: send what is left of them, and what they cost."""
-        for output in client.outputs:
+        self._forget(asked)
+        for output in asked.outputs:
             if output.token_ids:
-                self._send_chunk(client, output)
-        sequences = [output.sequence for output in client.outputs]
+                self._server.send(asked.identity, output.chunk())
+        sequences = asked.sequences
         reasons = tuple(sequence.finish_reason or "abort" for sequence in sequences)
         usage = Usage(sequences[0].num_prompt, sum(sequence.num_output for sequence in sequences))
-        statistics = add_up([sequence.statistics() for sequence in sequences])
-        request_id = sequences[0].request.request_id
-        self._server.send(client.identity, Finished(request_id, reasons, usage, statistics))
+        statistics = statistics_of(sequences, samples=asked.message.samples)
+        self._server.send(asked.identity, Finished(asked.message.request_id, reasons, usage, statistics))

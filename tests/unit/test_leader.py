@@ -1,4 +1,4 @@
-"""The leader's requests of several outputs, over a played socket and a real engine of a tiny model."""
+"""The leader: requests of several outputs, whose they are, over a played socket and a real engine of a tiny model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.messages import Message, Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
 from ssd_runtime.errors import RequestError
@@ -27,33 +27,41 @@ from ssd_runtime.target.requests import RequestReader
 from tests.engines import InProcess, in_process
 from tests.tiny_models import tiny_decoder, write_hf
 
+KEY = "the engine's key"
+Arrival = Message | tuple[bytes, Message]  # of the one client, or of a named one
+
 
 class Socket:
     """Delivers what it is given, one batch a poll, and keeps what is sent."""
 
     def __init__(self, stop: Stop, process: InProcess) -> None:
         self._stop, self._process = stop, process
-        self.arriving: list[list[Message]] = []
+        self.arriving: list[list[Arrival]] = []
         self.sent: list[Message] = []
+        self.sent_to: dict[bytes, list[Any]] = {}
+        self.local: set[bytes] = set()
         self.client_is_there = True
         self.client_was_there = True
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
         if self.arriving:
-            return [(b"client", message) for message in self.arriving.pop(0)]
+            return [one if isinstance(one, tuple) else (b"client", one) for one in self.arriving.pop(0)]
         if not self._process.engine.has_work:
             self._stop.reason = "done"
         return []
 
     def send(self, identity: bytes, message: Message) -> bool:
-        assert identity == b"client"
         self.sent.append(message)
+        self.sent_to.setdefault(identity, []).append(message)
         return self.client_is_there
 
     def alive(self, identity: bytes) -> bool:
         """One that leaves is there when it is looked for first."""
         was, self.client_was_there = self.client_was_there, self.client_is_there
         return was
+
+    def is_local(self, identity: bytes) -> bool:
+        return identity in self.local
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +88,8 @@ def serve(
 ) -> list[Any]:
     stop = Stop()
     socket = Socket(stop, process)
-    socket.arriving, socket.client_is_there = list(batches), not gone
-    Leader(config, process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
+    socket.arriving, socket.client_is_there = [list(batch) for batch in batches], not gone
+    Leader(config, process.engine, tokenizer, socket, process.link, None, {}, stop, KEY).run()  # type: ignore[arg-type]
     process.assert_all_blocks_are_back()
     return socket.sent
 
@@ -361,6 +369,139 @@ def test_a_request_whose_sender_has_left_is_not_begun(process: InProcess, tokeni
     stop = Stop()
     socket = Socket(stop, process)
     socket.arriving, socket.client_is_there, socket.client_was_there = [[ASKED]], False, False
-    Leader(Config(), process.engine, tokenizer, socket, process.link, None, {}, stop).run()  # type: ignore[arg-type]
+    Leader(Config(), process.engine, tokenizer, socket, process.link, None, {}, stop, KEY).run()  # type: ignore[arg-type]
     assert socket.sent == []
     assert process.engine.scheduler.num_queued == 0
+
+
+# ---- whose request it is ---------------------------------------------------------------------------------------------
+
+
+def serve_clients(
+    process: InProcess,
+    tokenizer: Tokenizer,
+    *batches: list[tuple[bytes, Message]],
+    local: tuple[bytes, ...] = (),
+    config: Config = Config(),  # noqa: B008 (frozen)
+) -> tuple[dict[bytes, list[Any]], str]:
+    """What each client was sent, and why the leader left."""
+    stop = Stop()
+    socket = Socket(stop, process)
+    socket.arriving, socket.local = [list(batch) for batch in batches], set(local)
+    Leader(config, process.engine, tokenizer, socket, process.link, None, {}, stop, KEY).run()  # type: ignore[arg-type]
+    process.assert_all_blocks_are_back()
+    return socket.sent_to, stop.reason
+
+
+@pytest.fixture
+def plain(process: InProcess, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The right answer."""
+    return tokens_of(serve(process, tokenizer, [ASKED]))
+
+
+def test_two_clients_may_use_one_id_at_once(process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...]) -> None:
+    other = replace(ASKED, params=replace(ASKED.params, seed=6))
+    sent, _ = serve_clients(process, tokenizer, [(b"A", ASKED), (b"B", other)])
+    assert tokens_of(sent[b"A"]) == plain
+    assert tokens_of(sent[b"B"]) == tokens_of(serve(process, tokenizer, [other])) != plain
+    assert all(isinstance(messages[-1], Finished) for messages in sent.values())
+
+
+def test_nobody_cancels_the_request_of_another(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...]
+) -> None:
+    sent, _ = serve_clients(process, tokenizer, [(b"A", ASKED)], [], [(b"B", Cancel("r"))], [], [(b"B", Cancel("r"))])
+    assert b"B" not in sent
+    assert tokens_of(sent[b"A"]) == plain
+    assert sent[b"A"][-1].finish_reasons == ("length",)
+
+
+def test_ones_own_of_two_requests_with_one_id_is_cancelled(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...]
+) -> None:
+    asked: list[tuple[bytes, Message]] = [(b"A", ASKED), (b"B", replace(ASKED, n=2, max_tokens=50))]
+    sent, _ = serve_clients(process, tokenizer, asked, [], [(b"B", Cancel("r"))])
+    assert tokens_of(sent[b"A"]) == plain
+    assert sent[b"B"][-1].finish_reasons == ("abort", "abort")
+
+
+def test_cancelling_what_is_over_or_never_was_is_harmless(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...]
+) -> None:
+    short = replace(ASKED, request_id="short", max_tokens=1)
+    cancels: list[Message] = [Cancel("short"), Cancel("never"), Cancel("short")]
+    sent = serve(process, tokenizer, [ASKED, short, Cancel("never")], [], [], [], cancels)
+    assert tokens_of([m for m in sent if isinstance(m, Chunk) and m.request_id == "r"]) == plain
+    assert [message.request_id for message in sent if isinstance(message, Finished)] == ["short", "r"]
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_an_id_in_use_is_refused_and_the_first_request_goes_on(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...], rounds: int
+) -> None:
+    """`Failed` would tell the client that the first one had failed."""
+    second = replace(ASKED, params=replace(ASKED.params, seed=99), n=2)
+    batches: list[list[Message]] = [[ASKED], *[[]] * rounds, [second]] if rounds else [[ASKED, second]]
+    sent = serve(process, tokenizer, *batches)
+    assert [message for message in sent if isinstance(message, Refused)] == [
+        Refused("the id of a request that still runs was given to another: r")
+    ]
+    assert not any(isinstance(message, Failed) for message in sent)
+    assert tokens_of(sent) == plain
+    assert sum(isinstance(message, Finished) for message in sent) == 1
+
+
+def test_an_id_may_be_used_again_once_its_request_is_over(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...]
+) -> None:
+    sent = serve(process, tokenizer, [replace(ASKED, max_tokens=1)], [], [], [], [ASKED])
+    assert tokens_of(sent) == (plain[0], *plain)
+
+
+def test_all_requests_of_a_client_that_is_gone_end_without_a_word_more(
+    process: InProcess, tokenizer: Tokenizer
+) -> None:
+    asked = [replace(ASKED, request_id=str(i), n=3, max_tokens=50) for i in range(3)]
+    sent = serve(process, tokenizer, asked, gone=True)
+    assert len(sent) == 1  # by which it was noticed
+    assert not process.engine.has_work
+
+
+def test_what_a_client_that_does_not_stream_waits_for_comes_in_pieces_of_bounded_size(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, plain: tuple[int, ...]
+) -> None:
+    """So its outputs pile up neither here nor, should it not read them, in the socket."""
+    monkeypatch.setattr("ssd_runtime.target.leader.PIECE_BYTES", 150)
+    sent = serve(process, tokenizer, [replace(ASKED, stream=False)])
+    chunks = [message for message in sent if isinstance(message, Chunk)]
+    assert 1 < len(chunks) < 12
+    assert max(len(chunk.token_ids) for chunk in chunks) <= 150 // 56 + 7  # and what one round may add
+    assert tokens_of(sent) == plain
+
+
+# ---- who may end the engine ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "local", "allowed"),
+    [(Shutdown("x", KEY), False, False), (Shutdown("x"), True, False), (Shutdown("x"), False, True)],
+)
+def test_the_engine_is_ended_from_its_own_host_with_its_key_or_where_that_is_allowed(
+    process: InProcess, tokenizer: Tokenizer, message: Shutdown, local: bool, allowed: bool
+) -> None:
+    config = Config(serve=ServeConfig(allow_shutdown=allowed))
+    sent, reason = serve_clients(process, tokenizer, [(b"B", message)], local=(b"B",) * local, config=config)
+    assert reason == "x"
+    assert [answer.state for answer in sent[b"B"]] == ["stopping"]
+
+
+@pytest.mark.parametrize("key", ["", "a guess", KEY[:-1], "\N{SNOWMAN}"])
+def test_from_elsewhere_the_engine_is_not_ended(
+    process: InProcess, tokenizer: Tokenizer, plain: tuple[int, ...], caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    sent, reason = serve_clients(process, tokenizer, [(b"A", ASKED)], [(b"B", Shutdown("x", key))], local=(b"A",))
+    assert reason == "done"
+    (answer,) = sent[b"B"]
+    assert "serve.allow_shutdown = true" in answer.reason
+    assert "refused to end the engine" in caplog.text
+    assert tokens_of(sent[b"A"]) == plain
