@@ -32,6 +32,13 @@ CASES: dict[str, Case] = {
     "truncated model": (lambda models: ["--set", f"target.model={truncated(models)}"], "truncated"),
     "truncated draft": (lambda models: ["--set", f"draft.model={truncated(models)}"], "truncated"),
     "vocabularies differ": (lambda models: ["--set", f"draft.model={models}/foreign"], "do not fit"),
+    "a colocated draft does not fit": (
+        lambda models: [
+            *("--set", "speculation.mode=ar", "--set", "deployment.colocated=true"),
+            *("--set", f"draft.model={models}/foreign"),
+        ],
+        "do not fit",
+    ),
     "empty prompt": (lambda models: ["-p", ""], "the prompt is empty"),
     "long prompt": (
         lambda models: ["--set", "engine.max_model_len=20", "-p", "word " * 20],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from launcher.addresses import address_of_host
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.engine.client import Client
+from ssd_runtime.errors import SsdError
 from tests.process.conftest import Start
 from tests.process.runs import TORCHRUN, Run, error_line, eventually, free_port
 
@@ -46,6 +49,23 @@ def test_two_engines_on_one_host_do_not_meet_and_end_as_they_are_told(ssd: Start
     assert "Traceback" not in ours.err
     ours.assert_nothing_is_left(within_s=1)
     assert list(ours.temporary.iterdir()) == []
+
+
+def test_at_an_address_of_its_network_an_engine_is_ended_by_its_launcher_and_by_no_client(ssd: Start) -> None:
+    host = address_of_host()
+    assert not host.startswith("127."), "this host has loopback addresses only"
+    ours = ssd("up", "--set", f"serve.host={host}", "--set", "speculation.mode=ar")
+    address = ours.until("address: ")
+    with contextlib.closing(Client(address, 20.0)) as client:
+        with pytest.raises(SsdError, match=r"does not end: .*serve\.allow_shutdown = true"):
+            client.shutdown()
+        assert client.status().state == "ready"
+    assert len(tokens_of(address)) == 12
+    asked_at = time.monotonic()
+    ours.process.send_signal(signal.SIGTERM)
+    assert ours.exit_code(10) == 0
+    assert time.monotonic() - asked_at < 4, "it was not asked but killed"  # timeouts.shutdown = 5
+    ours.assert_nothing_is_left(within_s=1)
 
 
 def test_ctrl_c_in_the_middle_of_an_answer(ssd: Start) -> None:

@@ -19,7 +19,7 @@ from ssd_runtime.comm.messages import Message, Refused
 from ssd_runtime.comm.messages_client import Failed, Generate
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import Overloaded, PeerLost
+from ssd_runtime.errors import Overloaded, PeerLost, RequestError
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, TreeFrame
 from tests.hostile import HOSTILE
 from tests.process.impostor import garbage, hello, impostor
@@ -243,6 +243,17 @@ def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target
             thread.join(10)
         assert {message.kind for message in refused} == {"busy"}
         target.until("who is gone is not served", lambda status: status.num_running == status.num_waiting == 0)
+        assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
+
+
+def test_a_mode_that_the_engine_was_not_started_for_is_refused_and_loads_nothing(target: Target) -> None:
+    leader = target.run.rank(0)
+    before = leader.memory_info().rss
+    with contextlib.closing(Client(target.address, WAIT_S)) as client:
+        for _ in range(3):
+            with pytest.raises(RequestError, match=r"start the engine with speculation\.mode = sd-colocated"):
+                list(client.generate(asked("sd-colocated", 5)))
+        assert leader.memory_info().rss < before + 2**20
         assert answer(client, "ssd", LENGTH).tokens == target.plain.tokens
 
 

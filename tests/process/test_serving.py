@@ -39,7 +39,8 @@ def engine(config: Path) -> Iterator[Session]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in PLAIN.items():
             environment.setenv(name, value)
-        with started(Launch(load_config(config), config), unseen) as session:
+        overrides = ("deployment.colocated=true",)  # for requests in every mode
+        with started(Launch(load_config(config, overrides), config, overrides), unseen) as session:
             yield session
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from launcher.addresses import address_of_host
 from ssd_runtime.comm import control
 from ssd_runtime.comm.codec import ASKED, encode
 from ssd_runtime.comm.control import ControlPeer, ControlServer
@@ -287,6 +288,91 @@ def test_a_killed_or_stopped_peer_is_noticed_by_the_heartbeat(server: ControlSer
     finally:
         child.kill()
         child.wait(10)
+
+
+FLOODS = """
+import os, sys, time
+from ssd_runtime.comm.control import ControlPeer
+from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.errors import PeerLost
+peer = ControlPeer(sys.argv[1], heartbeat_s=float(sys.argv[2]))
+until = time.monotonic() + float(sys.argv[3])
+while time.monotonic() < until:
+    try:
+        peer.send(Cancel("x" * 200))
+    except PeerLost:  # its own queue is full, or the connection lost
+        time.sleep(0.01)
+        if not peer.alive() or len(sys.argv) > 4:
+            break
+os._exit(9)
+"""
+
+
+@pytest.mark.process
+def test_what_waits_to_be_heard_of_a_peer_is_bounded(server: ControlServer) -> None:
+    child = subprocess.Popen([sys.executable, "-c", FLOODS, server.address, "10", "20", "until its queue is full"])
+    try:
+        assert child.wait(10) == 9, "it could send without end"
+    finally:
+        child.kill()
+        child.wait(10)
+    assert server.poll(1.0)
+
+
+OVERRUN = """
+import subprocess, sys, time
+from ssd_runtime.comm import control
+from ssd_runtime.comm.messages_client import Cancel
+control.MOST_UNHEARD, control.BATCH = 16, 1  # so that little fills its queue, and it is read slowly
+with control.ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as server:
+    flood = [sys.executable, "-c", sys.argv[1], server.address, "0.1", "0.4"]
+    for _ in range(2):
+        children = [subprocess.Popen(flood) for _ in range(3)]
+        while any(child.poll() is None for child in children):
+            for identity, _ in server.poll(0.02):
+                server.send(identity, Cancel("x"))
+            time.sleep(0.02)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        server.poll(0.02)
+        time.sleep(0.02)
+    print("still there")
+"""
+
+
+@pytest.mark.process
+def test_the_death_of_those_who_flood_it_does_not_end_the_server() -> None:
+    """libzmq aborts the process where its own heartbeat meets the full queue of a peer that is gone."""
+    command = [sys.executable, "-c", OVERRUN, FLOODS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "still there\n", done.stderr
+
+
+def test_a_peer_of_this_host_is_told_from_others(server: ControlServer, peer: ControlPeer) -> None:
+    assert server.is_local(meet(server, peer))
+    assert not server.is_local(b"nobody")
+    host = address_of_host()
+    with ControlServer(host, 0) as elsewhere, ControlPeer(elsewhere.address) as other:
+        assert elsewhere.is_local(meet(elsewhere, other)) == host.startswith("127.")
+
+
+def test_a_dropped_peer_is_heard_no_more_and_one_that_comes_anew_is(
+    server: ControlServer, peer: ControlPeer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = meet(server, peer)
+    for _ in range(3):
+        peer.send(Cancel("waits"))
+    server._drop(identity, "is not wanted")
+    server._drop(identity, "is not wanted")
+    assert not server.send(identity, Cancel("x"))
+    assert not server.alive(identity)
+    eventually(lambda: not peer.alive(), SOON, "its connection is gone")
+    assert server.poll(0.1) == []
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("127.0.0.1:")
+    assert line.endswith("is not wanted: dropped")
+    with ControlPeer(server.address) as again:
+        meet(server, again)
 
 
 def test_a_port_in_use_is_a_config_error(server: ControlServer) -> None:

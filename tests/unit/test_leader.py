@@ -19,6 +19,7 @@ from ssd_runtime.comm.messages import Message, Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
 from ssd_runtime.errors import RequestError
+from ssd_runtime.metrics import Samples
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
@@ -477,6 +478,25 @@ def test_what_a_client_that_does_not_stream_waits_for_comes_in_pieces_of_bounded
     assert 1 < len(chunks) < 12
     assert max(len(chunk.token_ids) for chunk in chunks) <= 150 // 56 + 7  # and what one round may add
     assert tokens_of(sent) == plain
+
+
+@pytest.mark.parametrize(("samples", "most"), [(False, 4096), (True, 64 * 1024)])
+def test_what_a_request_cost_is_told_in_bounded_size_however_long_it_took(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, samples: bool, most: int
+) -> None:
+    """Before, the timings of every round of every output went along, and beyond 16 MiB the client was lost."""
+    append = Samples.append
+
+    def as_in_many_rounds(self: Samples, value: float) -> None:
+        for _ in range(500):
+            append(self, value)
+
+    monkeypatch.setattr(Samples, "append", as_in_many_rounds)
+    *_, finished = serve(process, tokenizer, [replace(ASKED, n=5, samples=samples, mode="sd")])
+    assert finished.statistics.verify_ms.count > 4000
+    assert 0 < finished.statistics.verify_ms.p50 <= finished.statistics.verify_ms.most
+    assert bool(finished.statistics.verify_ms.samples) == samples
+    assert len(encode(finished)) < most
 
 
 # ---- who may end the engine ------------------------------------------------------------------------------------------
