@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import zmq
 
-LAST_DATA_RECEIVED = struct.Struct("=52xI")  # milliseconds ago, in Linux' struct tcp_info
+TCP_INFO = struct.Struct("=52xI72xQ")  # Linux' struct tcp_info: milliseconds since data came last, bytes that came
 
 
 class Connection:
@@ -27,12 +27,15 @@ class Connection:
 
     Attributes:
         ended: it was ended from here; what still arrives of it is to be passed over.
+        num_read: bytes of its messages so far.
     """
 
     def __init__(self, descriptor: int, host: str, port: int) -> None:
         self.descriptor, self.host = descriptor, host
         self.ended = False
+        self.num_read = 0
         self._port = port
+        self._behind_since, self._unread_then = -1, 0
 
     @property
     def is_loopback(self) -> bool:
@@ -44,12 +47,26 @@ class Connection:
 
     def silence(self) -> float:
         """Seconds since its peer sent anything, pings included; 0 if that cannot be told."""
+        return self._told()[0] / 1e3
+
+    def behind(self, since: int) -> int:
+        """Bytes that came and were not read, beyond those at the first look.
+
+        Args:
+            since: number of the time for which the server has been behind; each has its own first look.
+        """
+        unread = self._told()[1] - self.num_read
+        if self._behind_since != since:
+            self._behind_since, self._unread_then = since, unread
+        return unread - self._unread_then
+
+    def _told(self) -> tuple[int, int]:
+        """What the kernel tells (TCP_INFO); zeros of a connection that is gone."""
         with self._socket() as opened:
             if opened is not None:
-                size = LAST_DATA_RECEIVED.size
-                (milliseconds,) = LAST_DATA_RECEIVED.unpack(opened.getsockopt(socket.SOL_TCP, socket.TCP_INFO, size))
-                return float(milliseconds) / 1e3
-        return 0.0
+                silent_ms, came = TCP_INFO.unpack(opened.getsockopt(socket.SOL_TCP, socket.TCP_INFO, TCP_INFO.size))
+                return int(silent_ms), int(came)
+        return 0, 0
 
     def end(self) -> str | None:
         """End it; returns the address of its peer, None if it is gone already."""
@@ -92,7 +109,7 @@ class Connections:
         return self._by_identity.get(identity)
 
     def heard(self, identity: bytes, frame: zmq.Frame) -> Connection:
-        """The connection by which a peer has sent this frame."""
+        """The connection by which a peer has sent this frame, the last of a message."""
         try:
             descriptor, host = int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address"))
         except zmq.ZMQError:

@@ -21,7 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
-from ssd_runtime.comm.connections import Connections
+from ssd_runtime.comm.connections import Connection, Connections
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.messages_client import Failed
 from ssd_runtime.comm.protocol import ProtocolError
@@ -35,6 +35,7 @@ LINGER_MS = 1000  # longest that close() waits for what was sent last
 QUEUE = 10_000  # messages that may wait at a peer, to be sent or read, before it counts its server as lost
 MOST_UNREAD = 2048  # messages that a peer may leave unread before the server drops it
 MOST_UNHEARD = 1024  # messages of one peer that wait at the server; the next ones wait at the peer
+MOST_BEHIND = 64 * 2**20  # bytes, large messages being few: what a peer may send beyond what is read
 KEEPALIVE_S = 60  # silence of a connection before the kernel asks whether the other host is there
 DRAIN_S = 0.02  # longest that the server reads on while there is something to read
 GIVE_BACK_S = 1.0  # after a peer was dropped: until its memory can be given back
@@ -100,6 +101,7 @@ class ControlServer(_Socket):
         self._nonsense = 0
         self._parts: list[zmq.Frame] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
+        self._times_behind = 0  # since all was read last
         self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
         self._patience = 3 * heartbeat_s
         try:
@@ -122,7 +124,8 @@ class ControlServer(_Socket):
         Nonsense is answered by Failed if it says which request it would have been about, else by Refused.
         """
         arrived: list[tuple[bytes, Message]] = []
-        read = 0
+        senders: dict[bytes, Connection] = {}
+        read, is_all = 0, False
         if timeout_s > 0:
             self._socket.poll(_milliseconds(timeout_s))
         until = time.monotonic() + DRAIN_S
@@ -130,13 +133,15 @@ class ControlServer(_Socket):
             try:
                 whole = self._receive()
             except zmq.Again:
+                is_all = True
                 break
             if whole is None:
                 continue
             read += 1
-            sender, *parts = whole
-            identity = sender.bytes
-            if self._connections.heard(identity, whole[-1]).ended:
+            identity, parts = whole[0].bytes, whole[1:]
+            sender = senders[identity] = self._connections.heard(identity, whole[-1])
+            sender.num_read += sum(map(len, parts))
+            if sender.ended:
                 continue
             try:
                 message = _decode_parts([part.bytes for part in parts])
@@ -149,6 +154,7 @@ class ControlServer(_Socket):
                 continue
             if not isinstance(message, Heartbeat):
                 arrived.append((identity, message))
+        self._catch_up(senders, is_all)
         self._tidy_up(read)
         return arrived
 
@@ -166,6 +172,15 @@ class ControlServer(_Socket):
             return None
         parts, self._parts = self._parts, []
         return parts
+
+    def _catch_up(self, senders: dict[bytes, Connection], is_all: bool) -> None:
+        """While more comes than is read, drop those who send far more than their queues here would hold back."""
+        if is_all:
+            self._times_behind += 1
+            return
+        for identity, sender in senders.items():
+            if sender.behind(self._times_behind) > MOST_BEHIND:
+                self._drop(identity, f"has sent {MOST_BEHIND >> 20} MiB more than could be read")
 
     def _tidy_up(self, read: int) -> None:
         """Once a flood is over, give back the memory in which it waited to be read."""

@@ -89,8 +89,8 @@ def honest(served: Served) -> Iterator[Streams]:
 
 ATTACKER = """
 import sys, time, zmq
-address, connections, *messages = sys.argv[1:]
-messages = [bytes.fromhex(one) for one in messages]
+address, connections = sys.argv[1:]
+messages = [bytes.fromhex(line) for line in sys.stdin]
 context = zmq.Context()
 sockets = [context.socket(zmq.DEALER) for _ in range(int(connections))]
 for socket in sockets:
@@ -108,9 +108,13 @@ while True:
 @contextlib.contextmanager
 def attacker(served: Served, *messages: Message, connections: int = 1) -> Iterator[subprocess.Popen[bytes]]:
     """Sends these messages again and again, over connections in turns, and never reads an answer."""
-    said = [encode(message).hex() for message in messages]
-    process = subprocess.Popen([sys.executable, "-c", ATTACKER, served.address, str(connections), *said])
+    process = subprocess.Popen(
+        [sys.executable, "-c", ATTACKER, served.address, str(connections)], stdin=subprocess.PIPE
+    )
     try:
+        assert process.stdin is not None
+        with process.stdin as said:
+            said.writelines(encode(message).hex().encode() + b"\n" for message in messages)
         yield process
     finally:
         process.kill()
@@ -141,6 +145,26 @@ def test_a_client_that_never_reads_is_dropped_by_name_with_its_requests(
     (line,) = [record.message for record in caplog.records if "unread" in record.message]
     assert line.startswith("127.0.0.1:")
     assert highest - before < 40 * 2**20
+
+
+def test_a_flood_of_large_messages_is_cut_off_before_it_fills_the_memory(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssd_runtime.comm.control.MOST_BEHIND", 16 * 2**20)
+    me, highest = psutil.Process(), 0
+    large = Generate("large", prompt="x" * 2**20, max_tokens=1)
+    with honest(served):
+        before = me.memory_info().rss
+        with attacker(served, large):
+
+            def dropped() -> bool:
+                nonlocal highest
+                highest = max(highest, me.memory_info().rss)
+                return "MiB more than could be read: dropped" in caplog.text
+
+            eventually(dropped, SOON_S, "it is dropped")
+        eventually(lambda: me.memory_info().rss < before + 50 * 2**20, SOON_S, "the memory is given back")
+    assert highest - before < 400 * 2**20
 
 
 HELLOS = {

@@ -362,7 +362,7 @@ def test_the_dearest_request_that_may_come_is_taken_in_at_once(process: InProces
     reader, engine = RequestReader(Config(engine=EngineConfig(max_model_len=64)), tokenizer), process.engine
     sequences = [engine.add(request) for request in reader.read(decode(encode(once)))]  # type: ignore[arg-type]
     assert time.thread_time() - begin < 1.0
-    engine.cancel({once.request_id})
+    engine.cancel(sequences)
     assert len(sequences) == 128
 
 
