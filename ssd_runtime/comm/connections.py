@@ -41,9 +41,11 @@ class Connection:
     def is_loopback(self) -> bool:
         """Whether it came over a loopback address, which none of another host can."""
         try:
-            return ipaddress.ip_address(self.host).is_loopback
+            address = ipaddress.ip_address(self.host)
         except ValueError:
             return False
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return (mapped or address).is_loopback
 
     def silence(self) -> float:
         """Seconds since its peer sent anything, pings included; 0 if that cannot be told."""

@@ -15,6 +15,7 @@ import pytest
 from launcher.addresses import address_of_host
 from ssd_runtime.comm import control
 from ssd_runtime.comm.codec import ASKED, encode
+from ssd_runtime.comm.connections import Connection
 from ssd_runtime.comm.control import ControlPeer, ControlServer
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
 from ssd_runtime.comm.messages_client import Cancel, Failed, Generate
@@ -354,6 +355,15 @@ def test_a_peer_of_this_host_is_told_from_others(server: ControlServer, peer: Co
     host = address_of_host()
     with ControlServer(host, 0) as elsewhere, ControlPeer(elsewhere.address) as other:
         assert elsewhere.is_local(meet(elsewhere, other)) == host.startswith("127.")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::ffff:127.0.0.1", True)]
+    + [(host, False) for host in ("192.0.2.2", "::ffff:192.0.2.2", "fd00::2", "fe80::1%eth0", "", "localhost")],
+)
+def test_only_loopback_addresses_are_taken_for_this_host(host: str, is_loopback: bool) -> None:
+    assert Connection(-1, host, 1).is_loopback == is_loopback
 
 
 def test_a_dropped_peer_is_heard_no_more_and_one_that_comes_anew_is(
