@@ -102,7 +102,7 @@ class Front:
         stop = Stop()
         socket: Any = _Socket([one for one in messages if not isinstance(one, Shutdown)], self._process, stop)
         config = Config(engine=ENGINE, speculation=SPECULATION)
-        Leader(config, self._process.engine, self._tokenizer, socket, self._process.link, None, {}, stop).run()
+        Leader(config, self._process.engine, self._tokenizer, socket, self._process.link, None, {}, stop, key="").run()
         self._process.assert_all_blocks_are_back()
         self._process.draft.told.clear()
         self._process.draft.frames.clear()
