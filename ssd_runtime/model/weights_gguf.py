@@ -208,7 +208,8 @@ def _architecture(file: GgufFile) -> Architecture:
         max_position=fields.integer("context_length"),
         sliding_window=fields.integer("attention.sliding_window", 0) or None,
     )
-    arch.check(fields.who, {name: fields.prefix + key for name, key in _KEYS.items()})
+    keys = _KEYS | {"factor": _factor_key(fields)}
+    arch.check(fields.who, {name: fields.prefix + key for name, key in keys.items()})
     return arch
 
 
@@ -231,9 +232,14 @@ def _rope_scaling(file: GgufFile, fields: Fields) -> RopeScaling | None:
     kind = "linear" if fields.get("rope.scaling.type") is None else fields.get("rope.scaling.type")
     if not isinstance(kind, str) or kind not in ("none", "linear"):
         raise ConfigError(f"{fields.who}: {fields.prefix}rope.scaling.type {brief(kind)} is not supported; use another")
-    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 0.0)) or 1.0
+    factor = fields.number(_factor_key(fields), 0.0) or 1.0
     if kind == "none":
         factor = 1.0
     if _ROPE_FACTORS in file.tensors:
         return RopeScaling("factors", factor=factor)
     return None if factor == 1.0 else RopeScaling("linear", factor=factor)
+
+
+def _factor_key(fields: Fields) -> str:
+    """What the file calls the factor of its rope scaling: the second name is an old one, the first counts."""
+    return "rope.scaling.factor" if fields.get("rope.scaling.factor") is not None else "rope.scale_linear"

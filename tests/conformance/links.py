@@ -27,7 +27,7 @@ BRISK = LinkTiming(build=SOON, heartbeat=0.2, silence=1.0, close=1.0)
 
 def outcomes(round: int) -> OutcomeFrame:
     rows = (
-        OutcomeRow(7, round, Outcome(3, 99), Source.DRAFT, 2),
+        OutcomeRow(7, round, Outcome(3, 99), Source.DRAFT, 2, (7, 2)),
         OutcomeRow(8, round, Outcome(0, 5), Source.NGRAM, 3, (4, 5, 6)),
         OutcomeRow(9, round, Outcome(5, 0), Source.PENDING, 0),
     )
