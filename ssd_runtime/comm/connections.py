@@ -10,10 +10,12 @@ import ipaddress
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import zmq
 
+GRAIN_S = 0.02  # what the kernel's clock and ours may differ by, and ZeroMQ's thread be late
 TCP_INFO = struct.Struct("=52xI72xQ")  # Linux' struct tcp_info: milliseconds since data came last, bytes that came
 
 
@@ -28,6 +30,7 @@ class Connection:
     Attributes:
         ended: it was ended from here; what still arrives of it is to be passed over.
         num_read: bytes of its messages so far.
+        pings: something came of it that was no message; not every client's ZeroMQ is told to ping.
     """
 
     def __init__(self, descriptor: int, host: str, port: int) -> None:
@@ -35,7 +38,13 @@ class Connection:
         self.ended = False
         self.num_read = 0
         self._port = port
+        self._heard_at = time.monotonic()
+        self.pings = False
         self._behind_since, self._unread_then = -1, 0
+        self._peer: tuple[str, int] | None = None
+        with self._socket() as opened:
+            if opened is not None:
+                self._peer = opened.getpeername()[:2]
 
     @property
     def is_loopback(self) -> bool:
@@ -47,9 +56,20 @@ class Connection:
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return (mapped or address).is_loopback
 
-    def silence(self) -> float:
-        """Seconds since its peer sent anything, pings included; 0 if that cannot be told."""
-        return self._told()[0] / 1e3
+    def heard(self) -> None:
+        """A message of it was read."""
+        self._heard_at = time.monotonic()
+
+    def silence(self, read_until: float) -> float:
+        """Seconds since its peer sent anything, pings included; 0 if that cannot be told, or while it does not ping.
+
+        Args:
+            read_until: all messages that had come by then, on the monotonic clock, are read.
+        """
+        silent = self._told()[0] / 1e3
+        came_at = time.monotonic() - silent
+        self.pings |= self._heard_at + GRAIN_S < came_at < read_until - GRAIN_S
+        return silent if self.pings else 0.0
 
     def behind(self, since: int) -> int:
         """Bytes that came and were not read, beyond those at the first look.
@@ -88,7 +108,9 @@ class Connection:
             with contextlib.suppress(OSError):
                 copy = copies.enter_context(socket.socket(fileno=os.dup(self.descriptor)))
                 is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-                if is_tcp and copy.getsockname()[1] == self._port and copy.getpeername()[0] == self.host:
+                host, port = copy.getpeername()[:2]
+                is_ours = is_tcp and copy.getsockname()[1] == self._port
+                if is_ours and host == self.host and self._peer in (None, (host, port)):
                     found = copy
             with contextlib.suppress(OSError):  # it may go at any time
                 yield found
@@ -118,6 +140,7 @@ class Connections:
             descriptor, host = -1, ""
         known = self._by_identity.get(identity)
         if known is not None and (known.descriptor, known.host) == (descriptor, host):
+            known.heard()
             return known
         former = self._identities.get(descriptor, b"")
         if former in self._by_identity and self._by_identity[former].descriptor == descriptor:

@@ -94,7 +94,7 @@ class ControlServer(_Socket):
         self._socket.setsockopt(zmq.SNDHWM, MOST_UNREAD)
         # No pings of the server's own: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when it is about
         # to ping a peer that left while its queue here was full, as a flood makes it. The peers ping, and `alive` looks
-        # whether they do; idle ones the kernel asks.
+        # whether one that did still does; those that never did the kernel asks.
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
@@ -102,6 +102,7 @@ class ControlServer(_Socket):
         self._parts: list[zmq.Frame] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
         self._times_behind = 0  # since all was read last
+        self._read_until = 0.0  # all that had come by then is read
         self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
         self._patience = 3 * heartbeat_s
         try:
@@ -177,6 +178,7 @@ class ControlServer(_Socket):
         """While more comes than is read, drop those who send far more than their queues here would hold back."""
         if is_all:
             self._times_behind += 1
+            self._read_until = time.monotonic()
             return
         for identity, sender in senders.items():
             if sender.behind(self._times_behind) > MOST_BEHIND:
@@ -206,9 +208,9 @@ class ControlServer(_Socket):
         return True
 
     def alive(self, identity: bytes) -> bool:
-        """Whether this peer is connected and has lately sent something, if only a ping (a heartbeat is sent to it)."""
+        """Whether this peer is connected and, if its ZeroMQ pings, still does (a heartbeat is sent to it)."""
         known = self._connections.get(identity)
-        if known is not None and (silence := known.silence()) > self._patience:
+        if known is not None and (silence := known.silence(self._read_until)) > self._patience:
             self._drop(identity, f"has been silent for {silence:.1f} s")
         return self.send(identity, Heartbeat())
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from launcher.addresses import address_of_host
 from ssd_runtime.comm import control
@@ -284,11 +285,34 @@ def test_a_killed_or_stopped_peer_is_noticed_by_the_heartbeat(server: ControlSer
     child = subprocess.Popen([sys.executable, "-c", CHILD, server.address])
     try:
         identity, _ = receive(server)
+        connection = server._connections.get(identity)
+        while not connection.pings:
+            server.poll(0.05)
+            assert server.alive(identity)
         os.kill(child.pid, signal_number)
         assert wait_until_gone(server, identity) < 3
     finally:
         child.kill()
         child.wait(10)
+
+
+def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    try:
+        with ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as server:
+            dealer.connect(server.address)
+            dealer.send(encode(Cancel("x")))
+            identity, _ = receive(server)
+            connection = server._connections.get(identity)
+            while (
+                connection._told()[0] < 3 * 300
+            ):  # ms of silence, three times what one that pings may have
+                server.poll(0.05)
+                assert server.alive(identity)
+    finally:
+        dealer.close(0)
+        context.term()
 
 
 FLOODS = """
