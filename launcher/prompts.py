@@ -8,6 +8,9 @@ from importlib import resources
 from pathlib import Path
 
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.reading import read_text
+
+MOST_BYTES = 1 << 26  # of a file
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,10 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
         ConfigError: unreadable, empty, or a line that is not what a prompt is; names the line.
     """
     name = "the embedded prompt set" if path is None else str(path)
-    try:
-        if path is None:
-            text = resources.files("launcher").joinpath("prompts.jsonl").read_text(encoding="utf-8")
-        else:
-            text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read prompts {name}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"prompts {name} are not UTF-8: {error.reason} at byte {error.start}") from None
+    if path is None:
+        text = resources.files("launcher").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+    else:
+        text = read_text(path, "prompts", MOST_BYTES)
     lines = enumerate(text.split("\n"), 1)
     prompts = [_parse(line, number, name) for number, line in lines if line.strip()]
     if not prompts:
@@ -54,6 +52,15 @@ def _parse(line: str, number: int, name: str) -> Prompt:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested beyond what Python follows
+        raise ConfigError(f"{where}: a number too long, or nested too deeply") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ConfigError(f'{where}: expected {{"id": ..., "set": ..., "prompt": "some text"}}')
-    return Prompt(str(entry.get("id", number)), str(entry.get("set", "")), entry["prompt"])
+    names = entry.get("id", number), entry.get("set", "")
+    if not all(isinstance(one, str | int) for one in names):
+        raise ConfigError(f"{where}: id and set must be text or a number")
+    try:
+        entry["prompt"].encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: the prompt has half of a surrogate pair, which is no text") from None
+    return Prompt(str(names[0]), str(names[1]), entry["prompt"])

@@ -1,6 +1,8 @@
 """The configuration of one run: frozen dataclasses read from TOML. Knows no devices, opens no model files.
 
-Read once, passed down; each class takes what it uses. Unknown keys and ill-typed values are errors that name the key.
+Read once, passed down; each class takes what it uses. A file is data of strangers: every number has a range and every
+text and list a size, said in its annotation and checked in `_typed`. Unknown keys and values that are not as they must
+be are errors that name the key.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import difflib
 import hashlib
 import json
 import tomllib
-import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from ssd_runtime.bounds import AtMost, Within, shown, split
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.reading import read_text
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
@@ -24,7 +28,11 @@ Mode = Literal["ar", "sd", "sd-colocated", "ssd"]
 Numerics = Literal["fast", "invariant"]
 NUMERICS: tuple[Numerics, ...] = ("fast", "invariant")
 Coupling = Literal["shared-noise", "rejection"]
-MOST_TOP_M = 1024  # each token of each branch carries that many words
+MOST_LOOKAHEAD = 256
+MOST_BYTES = 1 << 14  # of a file; a key of so many dots takes a second to parse
+MOST_SLOTS = 1 << 31  # of a KV pool
+MOST_WORDS = 1 << 24  # of the largest frame that a draft sends: one number for each token of each branch of a batch
+Seconds = Annotated[float, Within(0.01, 86400.0)]
 MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
 
 
@@ -42,12 +50,12 @@ class ModelConfig:
         tensor_parallel: ranks that share the model, the first of the world; for the target only.
     """
 
-    model: str = "smollm2-135m-instruct"
+    model: Annotated[str, AtMost(4096)] = "smollm2-135m-instruct"
     dtype: Dtype = "bf16"
     device: Device = "cpu"
-    threads: int = 1
-    cores: tuple[int, ...] = ()
-    tensor_parallel: int = 1
+    threads: Annotated[int, Within(1, 1024)] = 1
+    cores: Annotated[tuple[Annotated[int, Within(0, 8191)], ...], AtMost(1024)] = ()
+    tensor_parallel: Annotated[int, Within(1, 256)] = 1
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,11 @@ class EngineConfig:
             round so anyway; elsewhere one forward a sequence, of a fixed shape. "fast" leaves it to the operators.
     """
 
-    max_model_len: int = 2048
-    max_num_seqs: int = 4
-    block_size: int = 16
-    num_blocks: int = 0
-    prefill_chunk: int = 256
+    max_model_len: Annotated[int, Within(2, 1 << 24)] = 2048
+    max_num_seqs: Annotated[int, Within(1, 4096)] = 4
+    block_size: Annotated[int, Within(1, 1 << 16)] = 16
+    num_blocks: Annotated[int, Within(0, 1 << 24)] = 0
+    prefill_chunk: Annotated[int, Within(1, 1 << 16)] = 256
     numerics: Numerics = "fast"
 
     @property
@@ -105,17 +113,17 @@ class SpeculationConfig:
     """
 
     mode: Mode = "ssd"
-    lookahead: int = 6
+    lookahead: Annotated[int, Within(0, MOST_LOOKAHEAD)] = 6
     adapt: bool = True
     fan_out: Literal["uniform", "geometric", "confidence", "list"] = "confidence"
-    fan_out_list: tuple[int, ...] = ()
-    budget: int = 8
-    recycle: int = 3
+    fan_out_list: Annotated[tuple[Annotated[int, Within(0, 1024)], ...], AtMost(MOST_LOOKAHEAD + 1)] = ()
+    budget: Annotated[int, Within(1, 1024)] = 8
+    recycle: Annotated[int, Within(0, 1024)] = 3
     backup: Literal["draft", "ngram", "none", "auto"] = "draft"
     coupling: Coupling = "shared-noise"
-    top_m: int = 32
-    saguaro_c: float = 1.0
-    saguaro_f: int = 4
+    top_m: Annotated[int, Within(1, 1024)] = 32
+    saguaro_c: Annotated[float, Within(0.0, 1.0)] = 1.0
+    saguaro_f: Annotated[int, Within(1, 1024)] = 4
 
     @property
     def sent_probabilities(self) -> int:
@@ -136,12 +144,12 @@ class TimeoutConfig:
         shutdown: how long ranks may take to leave.
     """
 
-    load: float = 300.0
-    handshake: float = 60.0
-    link: float = 20.0
-    idle_heartbeat: float = 5.0
-    rejoin: float = 120.0
-    shutdown: float = 10.0
+    load: Seconds = 300.0
+    handshake: Seconds = 60.0
+    link: Seconds = 20.0
+    idle_heartbeat: Seconds = 5.0
+    rejoin: Seconds = 120.0
+    shutdown: Seconds = 10.0
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ class DeploymentConfig:
             sd-colocated; in that speculation.mode it does anyway.
     """
 
-    drafts: int = 1
+    drafts: Annotated[int, Within(1, 256)] = 1
     draft_required: bool = False
     colocated: bool = False
 
@@ -181,12 +189,12 @@ class ServeConfig:
         max_stop_bytes: most bytes of UTF-8 of each.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 0
-    max_queued_requests: int = 1024
-    max_stop_strings: int = 16
-    max_stop_bytes: int = 1024
-    announce: str = ""
+    host: Annotated[str, AtMost(255)] = "127.0.0.1"
+    port: Annotated[int, Within(0, 65535)] = 0
+    max_queued_requests: Annotated[int, Within(1, 1 << 20)] = 1024
+    max_stop_strings: Annotated[int, Within(0, 256)] = 16
+    max_stop_bytes: Annotated[int, Within(1, 1 << 16)] = 1024
+    announce: Annotated[str, AtMost(255)] = ""
     allow_shutdown: bool = False
 
     @property
@@ -210,26 +218,51 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_toml(self) -> str:
+        """All of it as a file that `load_config` reads back. JSON's numbers, lists and text are TOML's as well."""
+        lines = []
+        for section, values in self.to_dict().items():
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        return "\n".join(lines[1:]) + "\n"
+
     def digest(self) -> str:
         """What both roles must agree on, as 16 hexadecimal digits (models and cores may differ in spelling)."""
         shared = {"engine": dataclasses.asdict(self.engine), "speculation": dataclasses.asdict(self.speculation)}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+@dataclass(frozen=True)
+class ConfigFile:
+    """A configuration file that has been read: a pipe gives its text only once.
+
+    Attributes:
+        path: where it was.
+        text: TOML, as yet unparsed.
+    """
+
+    path: Path
+    text: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> ConfigFile:
+        """Raises ConfigError for a file that cannot be read, is too large, or is not text."""
+        return cls(Path(path), read_text(path, "config", MOST_BYTES))
+
+
+def load_config(source: str | Path | ConfigFile | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read TOML, apply `section.key=value` overrides, validate.
 
     Raises:
         ConfigError: unreadable file, unknown section or key, ill-typed value, impossible combination.
     """
     tree: dict[str, Any] = {}
-    if path is not None:
+    if source is not None:
+        file = source if isinstance(source, ConfigFile) else ConfigFile.read(source)
         try:
-            tree = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path} is not valid TOML: {error}") from None
+            tree = tomllib.loads(file.text)
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+            raise ConfigError(f"config {file.path} is not valid TOML: {_reason(error)}") from None
     for override in overrides:
         _override(tree, override)
     return config_from_dict(tree)
@@ -242,33 +275,38 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     return config
 
 
+def _reason(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
 def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) != 2 or not all(parts):
-        raise ConfigError(f"--set {text!r}: expected section.key=value, as in speculation.lookahead=3")
+        raise ConfigError(f"--set {shown(text)}: expected section.key=value, as in speculation.lookahead=3")
     try:
-        parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        parsed = value  # a bare word is a string: --set target.model=/path/to/model
+        parsed = tomllib.loads(f"x = {value}")
+    except (ValueError, RecursionError):
+        parsed = {}
     section = tree.setdefault(parts[0], {})
     if not isinstance(section, dict):
-        raise ConfigError(f"--set {text!r}: {parts[0]} is not a section")
-    section[parts[1]] = parsed
+        raise ConfigError(f"--set {shown(text)}: {shown(parts[0])} is not a section")
+    # A bare word is a string: --set target.model=/path/to/model
+    section[parts[1]] = parsed["x"] if list(parsed) == ["x"] else value
 
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
-        raise ConfigError(f"config key {where!r} must be a section, not {values!r}")
-    hints = typing.get_type_hints(cls)
+        raise ConfigError(f"config key {where!r} must be a section, not {shown(values)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
     defaults = Config() if cls is Config else None
     arguments = {}
     for key, value in values.items():
         name = f"{where}.{key}" if where else key
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
+            close = difflib.get_close_matches(key[:64], hints, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(hints)}"
-            raise ConfigError(f"unknown config key {name!r}{hint}")
+            raise ConfigError(f"unknown config key {shown(name)}{hint}")
         if dataclasses.is_dataclass(hints[key]):
             base = dataclasses.asdict(getattr(defaults, key)) if defaults else {}
             if isinstance(value, dict):
@@ -280,56 +318,50 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
+    """The value of one key, if it is of the type and within the bound that its annotation says."""
+    hint, bound = split(hint)
+    if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value in options:
             return value
-        raise ConfigError(f"config key {name!r} must be one of {', '.join(options)}, not {value!r}")
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, list | tuple):
-            return tuple(_typed(v, item, name) for v in value)
-        raise ConfigError(f"config key {name!r} must be a list, not {value!r}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type | types.UnionType) and type(value) is hint:
-        return value
-    raise ConfigError(f"config key {name!r} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+        raise ConfigError(f"config key {name!r} must be one of {', '.join(options)}, not {shown(value)}")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"config key {name!r} must be a list, not {shown(value)}")
+        if bound is not None and not bound.allows(value):  # type: ignore[arg-type]
+            raise ConfigError(f"config key {name!r} must be a list of {bound.wanted}, not of {len(value)}")
+        return tuple(_typed(one, typing.get_args(hint)[0], name) for one in value)
+    is_number = hint is float and type(value) is int
+    if type(value) is not hint and not is_number:
+        raise ConfigError(f"config key {name!r} must be {hint.__name__}, not {shown(value)}")
+    if bound is not None and not bound.allows(value):
+        kind = "text of " if hint is str else ""
+        raise ConfigError(
+            f"config key {name!r} must be {kind}{bound.wanted}{' bytes' * (hint is str)}, not {shown(value)}"
+        )
+    if hint is str and any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+        raise ConfigError(f"config key {name!r} must be UTF-8 without control characters, not {shown(value)}")
+    return float(value) if is_number else value
 
 
 def _validate(config: Config) -> None:
-    def at_least(section: str, key: str, least: float) -> None:
-        value = getattr(getattr(config, section), key)
-        if value < least:
-            raise ConfigError(f"config key '{section}.{key}' must be at least {least}, not {value}")
-
-    for key, least in (
-        ("max_model_len", 2),
-        ("max_num_seqs", 1),
-        ("block_size", 1),
-        ("num_blocks", 0),
-        ("prefill_chunk", 1),
-    ):
-        at_least("engine", key, least)
-    at_least("deployment", "drafts", 1)
-    at_least("serve", "max_queued_requests", 1)
-    at_least("serve", "max_stop_strings", 0)
-    at_least("serve", "max_stop_bytes", 1)
-    at_least("speculation", "lookahead", 0)
-    at_least("speculation", "budget", 1)
-    at_least("speculation", "recycle", 0)
-    _validate_fan_out(config.speculation)
-    _validate_coupling(config.speculation)
-    for role in ("target", "draft"):
-        at_least(role, "threads", 1)
-        at_least(role, "tensor_parallel", 1)
+    """Raise ConfigError for values that do not go together."""
+    engine, speculation = config.engine, config.speculation
+    _validate_fan_out(speculation)
+    _validate_coupling(speculation)
+    words = engine.max_num_seqs * (speculation.budget + 1) * (speculation.lookahead + 1)
+    words *= 1 + speculation.sent_probabilities
+    if words > MOST_WORDS:
+        keys = "engine.max_num_seqs, speculation.budget and speculation.lookahead"
+        keys += ", with speculation.top_m," * bool(speculation.sent_probabilities)
+        raise ConfigError(f"config keys {keys} make frames of {words} numbers, above {MOST_WORDS}: lower one of them")
+    if engine.pool_blocks * engine.block_size > MOST_SLOTS:
+        keys = (
+            "engine.num_blocks and engine.block_size" if engine.num_blocks else "engine.max_num_seqs and max_model_len"
+        )
+        raise ConfigError(f"config keys {keys} make a pool of more than {MOST_SLOTS} KV slots: lower one of them")
     if config.draft.tensor_parallel != 1:
         raise ConfigError("config key 'draft.tensor_parallel' must be 1: a draft is one rank; start several instead")
-    for spec in dataclasses.fields(TimeoutConfig):
-        at_least("timeouts", spec.name, 0.01)
-    if not 0 <= config.serve.port <= 65535:
-        raise ConfigError(f"config key 'serve.port' must be between 0 and 65535, not {config.serve.port}")
     if config.serve.announce and not config.serve.is_wildcard:
         host = config.serve.host
         raise ConfigError(
@@ -343,8 +375,8 @@ def _validate_fan_out(speculation: SpeculationConfig) -> None:
         if counts:
             raise ConfigError(f'{key} is for speculation.fan_out = "list", which is {speculation.fan_out!r}')
         return
-    if len(counts) != speculation.lookahead + 1 or min(counts) < 0:
-        wanted = f"speculation.lookahead + 1 = {speculation.lookahead + 1} numbers of at least 0"
+    if len(counts) != speculation.lookahead + 1:
+        wanted = f"speculation.lookahead + 1 = {speculation.lookahead + 1} numbers"
         raise ConfigError(f"{key} must have {wanted}, not {list(counts)}")
     if sum(counts) > speculation.budget:
         raise ConfigError(f"{key} sums to {sum(counts)}: raise speculation.budget = {speculation.budget} to that")
@@ -352,12 +384,6 @@ def _validate_fan_out(speculation: SpeculationConfig) -> None:
 
 def _validate_coupling(speculation: SpeculationConfig) -> None:
     top_m, c, f = speculation.top_m, speculation.saguaro_c, speculation.saguaro_f
-    if not 1 <= top_m <= MOST_TOP_M:
-        raise ConfigError(f"config key 'speculation.top_m' must be between 1 and {MOST_TOP_M}, not {top_m}")
-    if not 0.0 <= c <= 1.0:
-        raise ConfigError(f"config key 'speculation.saguaro_c' must be between 0 and 1 (1 is off), not {c}")
-    if f < 1:
-        raise ConfigError(f"config key 'speculation.saguaro_f' must be at least 1, not {f}")
     if c == 1.0:
         return
     if speculation.coupling != "rejection":

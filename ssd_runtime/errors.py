@@ -2,7 +2,8 @@
 
 The command line prints the message of every `SsdError` as one line and leaves with its exit code: 2 for what the user
 can mend (`ConfigError`, `RequestError`), 75 (EX_TEMPFAIL of sysexits.h) for what may be tried again later
-(`Overloaded`), 1 for what broke while running.
+(`Overloaded`), 74 (EX_IOERR) for what could not be read or written (`InputOutputError`), 1 for what broke while
+running.
 """
 
 
@@ -22,6 +23,12 @@ class RequestError(SsdError):
     """A request that cannot be served as asked (empty prompt, too long, unknown parameter)."""
 
     exit_code = 2
+
+
+class InputOutputError(SsdError):
+    """A file or stream of the user's that could not be read or written: a full disk, a pipe nobody reads."""
+
+    exit_code = 74
 
 
 class Overloaded(SsdError):
