@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import zmq
@@ -49,17 +49,14 @@ class Launch:
     """What the ranks are started with.
 
     Attributes:
-        config: the parsed configuration, for sizes and deadlines.
-        config_path: the TOML file the ranks read; None for the defaults.
-        overrides: `section.key=value`, as given on the command line.
+        config: of the run; the ranks read a copy of it in the run directory.
         trace: where the ranks leave their parts of a trace; None for no trace.
         nodes: of the world, and which of them this one is.
         group: of ranks that have one role only.
     """
 
     config: Config
-    config_path: Path | None = None
-    overrides: tuple[str, ...] = ()
+    _: KW_ONLY
     trace: Path | None = None
     nodes: Nodes = field(default_factory=Nodes)
     group: Group | None = None
@@ -90,6 +87,7 @@ class Ranks:
         self.launch = launch
         self.directory = Path(_temporary()) / f"ssd-{secrets.token_hex(4)}"
         self.log_path = self.directory / LOG
+        self._config_path = self.directory / "config.toml"
         self._context = zmq.Context()
         self._announcements = self._context.socket(zmq.PULL)
         self._announcements.linger = 0
@@ -107,6 +105,11 @@ class Ranks:
         environment = {**environment_of_ranks(os.environ, self.directory), announcer.KEY: self._key}
         grace_s = self.launch.config.timeouts.shutdown
         self._process = Kept(self.command(), environment, self.directory, grace_s)
+        try:
+            self._config_path.write_text(self.launch.config.to_toml(), encoding="utf-8")
+        except OSError as error:
+            remedy = "set TMPDIR to a folder with room in it"
+            raise ConfigError(f"cannot write {self._config_path}: {error.strerror}; {remedy}") from None
         self._process.start()
 
     def command(self) -> list[str]:
@@ -118,11 +121,7 @@ class Ranks:
         torchrun += ["--nproc-per-node", str(here)]
         torchrun += nodes.torchrun(self.launch.config.timeouts.load)
         torchrun += ["--log-dir", str(self.directory)]
-        worker = ["-m", "launcher.worker", "--announce", self._endpoint]
-        if self.launch.config_path is not None:
-            worker += ["--config", str(self.launch.config_path.resolve())]
-        for override in self.launch.overrides:
-            worker += ["--set", override]
+        worker = ["-m", "launcher.worker", "--announce", self._endpoint, "--config", str(self._config_path)]
         if self.launch.group is not None:
             worker += ["--role", self.launch.group.role]
             worker += ["--target", self.launch.group.target] if self.launch.group.target else []

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.commands import engine
-from launcher.commands.options import check_writable, config_options, connect_option, trace_option
+from launcher.commands.options import check_writable, config_options, connect_option, trace_option, writing
 from launcher.commands.sampling import sampling_options, sampling_params
-from ssd_runtime.config import MODES, Config, Mode, load_config
+from ssd_runtime.config import MODES, Config, ConfigFile, Mode, load_config
 
 if TYPE_CHECKING:
     from launcher.bench import Run
@@ -51,7 +51,7 @@ WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what 
 @connect_option
 @trace_option
 def bench_command(
-    config_path: Path | None,
+    config_file: ConfigFile | None,
     overrides: tuple[str, ...],
     modes: str,
     lookaheads: tuple[str, ...],
@@ -72,14 +72,14 @@ def bench_command(
     from launcher import bench, screen, teams
     from launcher.prompts import read_prompts
 
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     modes_asked = [mode.strip() for mode in modes.split(",")]
     runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
     _check_options(connect, numerics, drafts, divide_budget)
     compared = [] if drafts is None else teams.teams_of(drafts, config.speculation.budget, divide=divide_budget)
     prompts = tuple(read_prompts(prompts_path, limit))
     overrides = (*overrides, *overrides_for(runs, config))
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     check_writable(out)
     params = sampling_params(sampling, max_tokens)
     longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
@@ -89,19 +89,19 @@ def bench_command(
         from launcher import preflight  # with the libraries of model files: after what can be told without
 
         for one in engines:  # all before the first, which takes minutes
-            preflight.check_devices(load_config(config_path, one.overrides))
+            preflight.check_devices(load_config(config_file, one.overrides))
     measured: dict[str, list[bench.Measured]] = {}
     machines: dict[str, dict[str, Any]] = {}
     for one in engines:
-        config = load_config(config_path, one.overrides)
-        with engine.open_session(config, config_path, one.overrides, connect, trace, request) as session:
+        config = load_config(config_file, one.overrides)
+        with engine.open_session(config, connect, trace, request) as session:
             devices = bench.devices_by_mode(config, session.cores)
             workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
             with screen.counting(f"benchmark {one.name}".strip(), bench.count_steps(one.runs, workload)) as advance:
                 measured[one.name] = bench.measure(session.client, one.runs, workload, advance)
             machines[one.name] = _machine(session.cores)
     if compared:
-        config = load_config(config_path, overrides)  # the rows say in what the engines differ
+        config = load_config(config_file, overrides)  # the rows say in what the engines differ
         report = teams.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
     else:
         report = bench.join_numerics(
@@ -119,9 +119,10 @@ def bench_command(
         "sampling": sampling,
         "config": config.to_dict(),
     }
+    screen.show_bench(report)  # first: a full disk is not to cost what took minutes to measure
     if out is not None:
-        out.write_text(json.dumps(report, indent=1) + "\n")
-    screen.show_bench(report)
+        with writing(out):
+            out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

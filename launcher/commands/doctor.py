@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import config_options
-from ssd_runtime.config import load_config
+from launcher.commands.options import MOST_NODES, config_options
+from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
     from ssd_runtime.cores import Role
@@ -16,14 +15,18 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes like this one.")
+@click.option("--nnodes", type=click.IntRange(1, MOST_NODES), default=1, show_default=True, help="Nodes like this one.")
 @click.option("--nproc-per-node", metavar="N[,N...]", help="Ranks on each; default: the target's together, in front.")
 @click.option("--role", type=click.Choice(["target", "draft"]), help="Only these ranks, as with ssd up --role.")
 def doctor(
-    config_path: Path | None, overrides: tuple[str, ...], nnodes: int, nproc_per_node: str | None, role: Role | None
+    config_file: ConfigFile | None,
+    overrides: tuple[str, ...],
+    nnodes: int,
+    nproc_per_node: str | None,
+    role: Role | None,
 ) -> int:
     """Say whether this machine can run the configuration, or so many nodes like it, and print which rank goes where."""
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     from launcher import doctor as physician  # with the libraries of model files: after what can be told without
     from launcher import screen
 

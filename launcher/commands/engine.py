@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import check_writable
+from launcher.commands.options import check_replaceable
 from ssd_runtime.config import Config, Mode
 from ssd_runtime.speculation.types import SamplingParams
 
@@ -25,8 +25,6 @@ CONNECT_TIMEOUT_S = 300.0  # longest silence of an engine that has answered befo
 
 def open_session(
     config: Config,
-    config_path: Path | None,
-    overrides: tuple[str, ...],
     connect: str | None,
     trace: Path | None,
     request: Generate | None,
@@ -53,14 +51,14 @@ def open_session(
         from launcher import session
 
         return session.connected(connect, CONNECT_TIMEOUT_S)
-    check_writable(trace)
+    check_replaceable(trace)
     preflight.check_engine(config, nodes, group)
     if request is not None:
         preflight.check_request(request, config)
     from launcher import screen, session  # after the checks, which are to answer at once
     from launcher.torchrun import Launch
 
-    launch = Launch(config, config_path, overrides, trace, group=group)
+    launch = Launch(config, trace=trace, group=group)
     return session.started(launch if nodes is None else replace(launch, nodes=nodes), screen.loading)
 
 

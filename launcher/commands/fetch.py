@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from launcher.commands.options import config_options
-from ssd_runtime.config import load_config
+from ssd_runtime.config import ConfigFile, load_config
 
 
 @click.command()
 @click.argument("names", nargs=-1)
 @config_options
-def fetch(names: tuple[str, ...], config_path: Path | None, overrides: tuple[str, ...]) -> None:
+def fetch(names: tuple[str, ...], config_file: ConfigFile | None, overrides: tuple[str, ...]) -> None:
     """Bring embedded models into the cache: NAMES, or those the configuration uses."""
     from launcher import screen
     from ssd_runtime.model.catalogue import CATALOGUE, resolve
     from ssd_runtime.model.fetch import fetch as fetch_model
 
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     for name in names or dict.fromkeys([config.target.model, config.draft.model]):
         if not names and name not in CATALOGUE:
             click.echo(f"{name}: {resolve(name)}")  # the user's own file: there, or an error

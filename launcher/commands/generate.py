@@ -13,7 +13,11 @@ import click
 from launcher.commands import engine
 from launcher.commands.options import config_options, connect_option, trace_option
 from launcher.commands.sampling import sampling_options, sampling_params
-from ssd_runtime.config import MODES, Mode, load_config
+from ssd_runtime.config import MODES, ConfigFile, Mode, load_config
+from ssd_runtime.errors import ConfigError
+from ssd_runtime.reading import decode
+
+MOST_BYTES = 1 << 24  # of a prompt; messages are no larger
 
 
 @click.command()
@@ -31,7 +35,7 @@ from ssd_runtime.config import MODES, Mode, load_config
 @connect_option
 @trace_option
 def generate(
-    config_path: Path | None,
+    config_file: ConfigFile | None,
     overrides: tuple[str, ...],
     prompt: str,
     max_tokens: int,
@@ -53,16 +57,16 @@ def generate(
         overrides = (*overrides, f"speculation.mode={mode}")
     if lookahead is not None:
         overrides = (*overrides, f"speculation.lookahead={lookahead}")
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     from launcher import answers, bench, preflight  # with the libraries of model files: after what can be told without
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _standard_input()
     request = engine.request_for(prompt, raw, max_tokens, stop, mode, sampling_params(sampling, max_tokens))
     streams = not as_json and n == 1
     request = replace(request, lookahead=lookahead, stream=streams, logprobs=logprobs, n=n)
     preflight.check_not_empty(request)
-    with engine.open_session(config, config_path, overrides, connect, trace, request) as session:
+    with engine.open_session(config, connect, trace, request) as session:
         try:
             generation = bench.generate(session.client, request, _stream if streams else _nothing)
         finally:
@@ -74,6 +78,13 @@ def generate(
             if not streams:
                 click.echo(answers.as_text(generation))
             click.echo(answers.summary_line(generation, session.cores), err=True)
+
+
+def _standard_input() -> str:
+    """All of it; raises ConfigError for what is no prompt: closed, larger than a message may be, not UTF-8."""
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed: give the prompt as --prompt TEXT, or in a file or pipe")
+    return decode(sys.stdin.buffer.read(MOST_BYTES + 1), "standard input", MOST_BYTES)
 
 
 def _stream(text: str) -> None:

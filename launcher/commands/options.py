@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssd_runtime.errors import ConfigError
+from ssd_runtime.config import ConfigFile
+from ssd_runtime.errors import ConfigError, InputOutputError
+
+MOST_NODES, MOST_RANKS = 1024, 512  # of a world; on a node
+
+
+class ConfigParameter(click.ParamType):
+    """A configuration file, read at once and once: it may be a pipe."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ConfigFile:
+        return value if isinstance(value, ConfigFile) else ConfigFile.read(value)
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -22,9 +35,7 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 config_options = _together(
-    click.option(
-        "--config", "config_path", type=click.Path(path_type=Path), help="TOML file; the defaults without it."
-    ),
+    click.option("--config", "config_file", type=ConfigParameter(), help="TOML file or pipe; the defaults without it."),
     click.option(
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key."
     ),
@@ -37,5 +48,24 @@ trace_option = click.option(
 
 def check_writable(path: Path | None) -> None:
     """Raise ConfigError unless the file that an option names can be written; without a path, nothing."""
+    if path is not None and not path.exists():
+        check_replaceable(path)
+    elif path is not None and not os.access(path, os.W_OK):
+        raise ConfigError(f"cannot write {path}: it may not be written to")
+
+
+def check_replaceable(path: Path | None) -> None:
+    """The same for a file that is replaced by a new one when that is complete: a device or a pipe cannot be."""
+    if path is not None and path.exists() and not path.is_file():
+        raise ConfigError(f"cannot write {path}: it is no ordinary file")
     if path is not None and not os.access(path.parent, os.W_OK):
         raise ConfigError(f"cannot write {path}: {path.parent} is not a directory one may write to")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file of the user's could not be written, as InputOutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputOutputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from launcher.commands.options import MOST_NODES
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 
@@ -24,7 +25,9 @@ def slurm() -> None:
 @click.option(
     "--two-jobs/--single-job", "two_jobs", default=True, help="Target and draft apart (default), or together."
 )
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Of the job with the target.")
+@click.option(
+    "--nodes", type=click.IntRange(1, MOST_NODES), default=1, show_default=True, help="Of the job with the target."
+)
 @click.option(
     "--nproc-per-node", metavar="N[,N...]", help="Ranks on each of them; default: the target's together, in front."
 )

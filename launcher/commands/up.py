@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands import engine
-from launcher.commands.options import check_writable, config_options, trace_option
-from ssd_runtime.config import load_config
+from launcher.commands.options import MOST_NODES, MOST_RANKS, check_replaceable, config_options, trace_option
+from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
     from launcher.torchrun import Launch
@@ -25,18 +25,18 @@ UP_POLL_S = 0.5
 @click.command()
 @config_options
 @trace_option
-@click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Nodes of the world.")
+@click.option("--nnodes", type=click.IntRange(1, MOST_NODES), default=1, show_default=True, help="Nodes of the world.")
 @click.option("--node-rank", type=click.IntRange(min=0), default=0, show_default=True, help="Of this node; 0 leads.")
 @click.option("--rendezvous", metavar="HOST:PORT", help="Of node 0, the same on all nodes.")
 @click.option(
     "--nproc-per-node",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_RANKS),
     help="Ranks on this node; default: the target's together on the first.",
 )
 @click.option("--role", type=click.Choice(["target", "draft"]), help="Start only these ranks: both may fail apart.")
 @click.option("--target", metavar="HOST:PORT", help="With --role draft: the address that the target prints.")
 def up(
-    config_path: Path | None,
+    config_file: ConfigFile | None,
     overrides: tuple[str, ...],
     trace: Path | None,
     nnodes: int,
@@ -58,14 +58,13 @@ def up(
 
     group = group_of(role, target)
     nodes = Nodes(nnodes, node_rank, rendezvous, nproc_per_node or 0)
-    config = load_config(config_path, overrides)
-    overrides = (*overrides, *nodes.overrides(config))
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
+    config = load_config(config_file, (*overrides, *nodes.overrides(config)))
     try:
         if not nodes.leads or role == "draft":
-            _stay(Launch(config, config_path, overrides, trace, nodes, group))
+            _stay(Launch(config, trace=trace, nodes=nodes, group=group))
             return
-        with engine.open_session(config, config_path, overrides, None, trace, None, nodes, group) as session:
+        with engine.open_session(config, None, trace, None, nodes, group) as session:
             from launcher import screen
 
             click.echo(f"address: {session.address}")
@@ -84,7 +83,7 @@ def _stay(launch: Launch) -> None:
     from launcher import preflight
 
     nodes, group = launch.nodes, launch.group
-    check_writable(launch.trace)
+    check_replaceable(launch.trace)
     preflight.check_engine(launch.config, nodes, group)
     from launcher import screen, session
     from ssd_runtime.cores import crowded

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ssd_runtime.config import Config, load_config
+from launcher.commands.options import config_options
+from ssd_runtime.config import Config, ConfigFile, load_config
 from ssd_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ FIGURES = ("3", "4", "5", "6")
 
 
 @click.command(name="study")
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="TOML file; the defaults without it.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one configuration key.")
+@config_options
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Directory to write into.")
 @click.option("--figures", default="3,4,5,6", show_default=True, help="Which of the paper's figures.")
 @click.option("--offline", is_flag=True, help="Only what follows from recorded text: no engine, no speeds.")
@@ -48,7 +48,7 @@ FIGURES = ("3", "4", "5", "6")
 )
 @click.option("--recording", type=click.Path(dir_okay=False, path_type=Path), help="Keep, or take, the recorded text.")
 def study(
-    config_path: Path | None,
+    config_file: ConfigFile | None,
     overrides: tuple[str, ...],
     out: Path,
     figures: str,
@@ -77,7 +77,7 @@ def study(
     if redraw or merge:
         click.echo(f"written: {_redraw(out, merge)}")
         return
-    config = load_config(config_path, overrides)
+    config = load_config(config_file, overrides)
     wanted = _figures(figures, offline, live)
     heats = _temperatures(temperatures)
     sizes = bench.parse_batches(batches)
@@ -97,7 +97,7 @@ def study(
         records = _records(config, texts, heats, max_tokens, recording)
         grown = _grow(grown, run, _from_records(records, config, wanted))
     if not offline:
-        for found in _live(config, config_path, overrides, texts, heats, max_tokens, sizes, wanted):
+        for found in _live(config, config_file, overrides, texts, heats, max_tokens, sizes, wanted):
             grown = _grow(grown, run, found)
     click.echo(f"written: {out / 'README.md'}")
 
@@ -199,7 +199,7 @@ def _from_records(records: Sequence[Record], config: Config, wanted: Sequence[st
 
 def _live(
     config: Config,
-    config_path: Path | None,
+    config_file: ConfigFile | None,
     overrides: tuple[str, ...],
     prompts: Sequence[Prompt],
     temperatures: Sequence[float],
@@ -215,7 +215,7 @@ def _live(
     @contextlib.contextmanager
     def engines(extra: tuple[str, ...]) -> Iterator[Generates]:
         own = (*overrides, *extra)
-        with started(Launch(load_config(config_path, own), config_path, own), screen.loading) as session:
+        with started(Launch(load_config(config_file, own)), screen.loading) as session:
             yield session.client
 
     lookahead = config.speculation.lookahead

@@ -161,7 +161,7 @@ class ForgetfulRanks(Ranks):
 @contextmanager
 def engine(config: Path | None, overrides: tuple[str, ...]) -> Iterator[tuple[Generates, Path]]:
     """A client of the engine, and the file into which its leader writes rounds."""
-    launch = Launch(load_config(config, overrides), config, overrides)
+    launch = Launch(load_config(config, overrides))
     preflight.check_engine(launch.config)
     with tempfile.TemporaryDirectory(prefix="ssd-misses-") as directory:
         rounds = Path(directory) / "rounds.jsonl"

@@ -35,7 +35,7 @@ def client(config: Path, models: Path) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in PLAIN.items():
             environment.setenv(name, value)
-        launch = Launch(load_config(config, overrides), config, overrides)
+        launch = Launch(load_config(config, overrides))
         with started(launch, unseen) as session, contextlib.closing(Client(session.address, 30.0)) as connected:
             yield connected
 

@@ -40,7 +40,7 @@ def engine(config: Path) -> Iterator[Session]:
         for name, value in PLAIN.items():
             environment.setenv(name, value)
         overrides = ("deployment.colocated=true",)  # for requests in every mode
-        with started(Launch(load_config(config, overrides), config, overrides), unseen) as session:
+        with started(Launch(load_config(config, overrides)), unseen) as session:
             yield session
 
 

@@ -187,14 +187,14 @@ def test_what_strangers_send_to_the_launcher_is_ignored_and_told_of_once(play, c
 
 
 def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
-    launch = Launch(load_config(None), Path("x.toml"), ("speculation.lookahead=3",), tmp_path / "trace.json")
+    launch = Launch(load_config(None), trace=tmp_path / "trace.json")
     one, other = Ranks(launch), Ranks(launch)
     try:
         assert one.directory != other.directory
         differing = [a for a, b in zip(one.command(), other.command(), strict=True) if a != b]
-        assert len(differing) == 3  # the rendezvous id, the run directory and where to announce
+        assert len(differing) == 4  # the rendezvous id, the run directory, where to announce, the configuration
         tail = " ".join(one.command()).partition("--config ")[2]
-        assert tail == f"{Path('x.toml').resolve()} --set speculation.lookahead=3 --trace {tmp_path}/trace.json"
+        assert tail == f"{one.directory}/config.toml --trace {tmp_path}/trace.json"
     finally:
         one.stop(0.1)
         other.stop(0.1)
