@@ -1,10 +1,12 @@
 """Batch scripts for Slurm: one job with everything in it, or two, target and draft, that fail apart.
 
-Writes text; submits nothing. The templates are in launcher/templates.
+Writes text; submits nothing. The templates are in launcher/templates. What goes into a command is quoted (`_shared`);
+what goes where nothing can be quoted, into comments and Slurm's own lines, is refused unless it is plain (`_check`).
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -63,6 +65,7 @@ class Plan:
 
 def render(plan: Plan) -> dict[str, str]:
     """File name -> text. Raises ConfigError for a plan that cannot be."""
+    _check(plan)
     mode = plan.config.speculation.mode
     if plan.form == "single-job":
         return {plan.files[0]: _single(plan)}
@@ -70,6 +73,27 @@ def render(plan: Plan) -> dict[str, str]:
         raise ConfigError(f"speculation.mode = {mode} uses no draft of its own: render it with --single-job")
     submit = _template("submit.sh.j2", _shared(plan) | {"drafts": plan.config.deployment.drafts})
     return dict(zip(plan.files, (_target(plan), _draft(plan), submit), strict=True))
+
+
+def _check(plan: Plan) -> None:
+    """Raise ConfigError for what would not stand in a script as it was meant."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", plan.name):
+        raise ConfigError(f"--name {plan.name!r}: a job's name has letters, digits, dots, dashes and underscores here")
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", plan.time, re.ASCII | re.IGNORECASE):
+        raise ConfigError(f"--time {plan.time!r}: expected minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS")
+    for option in plan.sbatch:
+        try:
+            plain = option.isprintable() and shlex.split(option, comments=True) == shlex.split(option)
+        except ValueError:  # a quotation without its end
+            plain = False
+        if not option.startswith("-") or not plain:
+            remedy = "expected an option in one line, as in --partition=gpu, with quotes around spaces and #"
+            raise ConfigError(f"--sbatch {option!r}: {remedy}")
+
+
+def _in_one_line(command: str) -> str:
+    """For a comment: nothing in it ends the line."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in command)
 
 
 def wasted(plan: Plan) -> str | None:
@@ -148,7 +172,7 @@ def _shared(plan: Plan) -> dict[str, Any]:
     worker = [] if plan.config_path is None else ["--config", str(plan.config_path)]
     worker += [part for override in plan.overrides for part in ("--set", override)]
     return {
-        "written_by": plan.written_by,
+        "written_by": _in_one_line(plan.written_by),
         "name": plan.name,
         "time": plan.time,
         "sbatch": plan.sbatch,

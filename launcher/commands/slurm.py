@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from launcher.commands.options import MOST_NODES
+from launcher.commands.options import MOST_NODES, writing
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 
@@ -55,8 +54,11 @@ def render(
     """Write the batch scripts of a configuration."""
     from launcher import slurm as scripts
 
-    _check_name(name)
     config = load_config(config_path, overrides)
+    if config_path is not None and not config_path.is_file():
+        raise ConfigError(
+            f"--config {config_path}: the nodes read it when the job runs; give a file that all of them see"
+        )
     plan = scripts.Plan(
         config=config,
         config_path=None if config_path is None else config_path.resolve(),
@@ -73,21 +75,17 @@ def render(
     texts = scripts.render(plan)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for file, text in texts.items():
-            (out / file).write_text(text)
-            (out / file).chmod(0o755)
-            click.echo(f"wrote {out / file}")
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}") from None
+    for file, text in texts.items():
+        with writing(out / file):
+            (out / file).write_text(text, encoding="utf-8")
+            (out / file).chmod(0o755)
+        click.echo(f"wrote {out / file}")
     if (waste := scripts.wasted(plan)) is not None:
         click.echo(f"note: {waste}")
     submit = f"{out / plan.files[-1]}"
     click.echo(f"submit: {'bash' if two_jobs else 'sbatch'} {shlex.quote(submit)}")
-
-
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(f"--name {name!r}: a job's name has letters, digits, dots, dashes and underscores here")
 
 
 def _arguments() -> list[str]:

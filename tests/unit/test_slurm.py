@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launcher.cli import main
 from launcher.slurm import Plan, render
@@ -100,11 +103,11 @@ def test_nodes_may_run_different_numbers_of_ranks(tmp_path: Path, capsys: pytest
 
 def test_what_a_node_runs_is_chosen_by_its_number(tmp_path: Path) -> None:
     """The array in the script is bash's to read: run the part that srun runs, with python played by echo."""
-    script = render(plan("target.tensor_parallel=2", form="single-job", nodes=2, python="echo"))["ssd.sbatch"]
+    script = render(plan("target.tensor_parallel=2", form="single-job", nodes=2))["ssd.sbatch"]
     body = script.partition("bash -c '")[2].partition("' \\\n")[0]
     for node, ranks in (("0", "2"), ("1", "1")):
         environment = {"SLURM_NNODES": "2", "SLURM_NODEID": node, "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
-        command = ["bash", "-c", body, "head:1"]
+        command = ["bash", "-c", body, "head:1", "echo"]
         said = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20, check=True).stdout
         assert f"--nnodes 2 --node-rank {node} --nproc-per-node {ranks} --max-restarts 0" in said
 
@@ -157,14 +160,69 @@ def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsy
     script = (tmp_path / "mine.sbatch").read_text()
     assert "# Written by: ssd slurm render --set=speculation.lookahead=3 --single-job --name=mine" in script
     assert (options(script)["partition"], options(script)["time"]) == ("gpu", "1:00:00")
-    assert f"exec {sys.executable} -m torch.distributed.run" in script
-    assert "-m launcher.worker --set speculation.lookahead=3" in script
+    assert f"{sys.executable} -m launcher.worker --set speculation.lookahead=3" in script
+
+
+STUBS = {
+    "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 exec "$@"',
+    "scontrol": "echo head",
+    "getent": "echo 10.0.0.1 STREAM head",
+}
+RECORDER = '#!/bin/bash\nprintf \'%s\\0\' "$@" > "$SEEN"\n'
+WORDS = st.sampled_from(
+    ["opt", "my env", "$HOME", "`id`", "$(id)", ";id", "'", '"', "\\", "\n", "#", "{{ name }}", "*", "é", "-"]
+)
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@settings(max_examples=30)
+@given(
+    python=st.lists(WORDS, min_size=1).map("".join).filter(lambda name: len(name.encode()) < 200),
+    texts=st.lists(TEXTS | st.lists(WORDS, min_size=1).map("".join), min_size=2, max_size=2),
+    form=st.sampled_from(["two-jobs", "single-job"]),
+)
+def test_every_argument_arrives_as_it_was_given(tmp_path_factory, python: str, texts: list[str], form: str) -> None:
+    """The script with a Slurm that runs the one task here, and an interpreter that writes down what it is given."""
+    directory = tmp_path_factory.mktemp("job")
+    for name, text in STUBS.items():
+        (directory / name).write_text(f"#!/bin/bash\n{text}\n")
+        (directory / name).chmod(0o755)
+    interpreter = directory / python
+    interpreter.write_text(RECORDER)
+    interpreter.chmod(0o755)
+    fields = {"config_path": Path("/") / texts[0], "python": str(interpreter), "written_by": f"ssd {texts[0]}"}
+    scripts = render(replace(plan(form=form), overrides=(texts[1],), **fields))
+    script = directory / "script"
+    script.write_text(next(iter(scripts.values())), encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True, timeout=20).stderr == b""
+    variables = {
+        "SLURM_JOB_NODELIST": "head",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+        "SEEN": str(directory / "seen"),
+    }
+    environment = {**os.environ, **variables, "PATH": f"{directory}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(script)], cwd=directory, env=environment, capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    seen = (directory / "seen").read_bytes().decode().split("\0")[:-1]
+    worker = seen[seen.index("launcher.worker") + 1 :]
+    assert worker[:4] == ["--config", str(fields["config_path"]), "--set", texts[1]]
+    assert seen[seen.index("--rdzv-endpoint") + 1] == "10.0.0.1:10015"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--name", "a b"], "--name 'a b'"),
+        (["--name", "a\nb"], "--name 'a\\nb'"),
+        (["--time", "1:00\nrm"], "--time '1:00\\nrm'"),
+        (["--time", "soon"], "--time 'soon': expected minutes"),
+        (["--sbatch", "--comment=a\nrm -rf x"], "--sbatch '--comment=a\\nrm -rf x': expected an option in one line"),
+        (["--sbatch", "--comment='a"], "with quotes around spaces"),
+        (["--sbatch", "--comment=a #b"], "with quotes around spaces and #"),
+        (["--sbatch", "partition=gpu"], "expected an option"),
+        (["--config", "/dev/null"], "give a file that all of them see"),
+        (["--nodes", "1000000000"], "--nodes"),
         (["--out", "/dev/null/x"], "cannot write to /dev"),
         (["--single-job", "--nodes", "3"], "3 nodes are too many for 2 rank(s)"),
         (["--single-job", "--nproc-per-node", "3"], "makes 3 ranks, and the configuration has 2"),
