@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from launcher import streams
 from launcher.commands.bench import bench_command
 from launcher.commands.doctor import doctor
 from launcher.commands.fetch import fetch
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         with _input_and_output():
-            _check_streams()
+            streams.prepare()
             logs.setup("launcher")
             environment.check(os.environ)
             _check_arguments(given)
@@ -77,45 +78,8 @@ def _input_and_output() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        at_fault = _failing_streams() or ([f"{error.filename}"] if error.filename else [])
-        where = f"{' and '.join(at_fault)}: " if at_fault else ""
+        where = "" if error.filename is None else f"{error.filename}: "
         raise InputOutputError(f"{where}{error.strerror or error}") from error
-
-
-def _failing_streams() -> list[str]:
-    """Which of the standard streams cannot be written; what is left in their buffers goes nowhere from now on."""
-    failing = []
-    for stream, name in ((sys.stdout, "standard output"), (sys.stderr, "standard error")):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            failing.append(f"cannot write {name}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also keeps the flush at exit quiet
-    return failing
-
-
-def _check_streams() -> None:
-    """Make the standard streams fit for any text, and raise for a process that was started without an output.
-
-    A closed descriptor would be given to the next file or socket that is opened, and be written to as standard output.
-    """
-    closed = [number for number in (0, 1, 2) if not _is_open(number)]
-    for _ in closed:  # the lowest free descriptor is taken first
-        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if 1 in closed:
-        raise InputOutputError("standard output is closed: give it a file or a pipe, or /dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows the rest
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:

@@ -22,10 +22,17 @@ if TYPE_CHECKING:
 WIDTH_OF_A_FILE = 120
 
 
+class _Console(Console):
+    """Left to itself, rich ends the process in silence where nobody reads its output."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that does not fold tables to 80 columns when it writes to a file or pipe."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH_OF_A_FILE)
+    found = _Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else _Console(stderr=stderr, highlight=False, width=WIDTH_OF_A_FILE)
 
 
 @contextlib.contextmanager
