@@ -63,7 +63,10 @@ def sources(with_cuda: bool) -> list[str]:
 
 def extension_arguments() -> dict[str, object]:
     """Keyword arguments of setup() for the extension, or none and one line that says why."""
-    if os.environ.get("SSD_BUILD_EXT") == "0":
+    asked = os.environ.get("SSD_BUILD_EXT", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"SSD_BUILD_EXT={asked!r} means nothing; use 0 or 1, or unset it")
+    if asked == "0":
         print("cuda_ext: not built (SSD_BUILD_EXT=0); the runtime will use plain torch")
         return {}
     try:

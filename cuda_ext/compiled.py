@@ -18,11 +18,21 @@ from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGro
 
 
 def _load() -> None:
-    """Load the shared library; raises ImportError when it was not built, OSError when it does not fit this torch."""
+    """Load the shared library.
+
+    Raises:
+        ImportError: it was not built.
+        OSError: it does not fit this torch.
+        ValueError: SSD_CPU_LEVEL asks for kernels that do not run here.
+    """
     spec = importlib.util.find_spec("cuda_ext._C")
     if spec is None or spec.origin is None:
         raise ImportError("cuda_ext._C is not built (make ext)")
     torch.ops.load_library(spec.origin)
+    try:
+        torch.ops.ssd_runtime.cpu_level()
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 _load()

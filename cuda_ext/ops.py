@@ -68,7 +68,7 @@ def _kernels() -> ModuleType:
 
 
 def backend() -> Literal["compiled", "plain"]:
-    """Which implementation this process uses."""
+    """Which implementation this process uses; raises ValueError for kernels asked for that do not run here."""
     return "plain" if _kernels() is reference else "compiled"
 
 

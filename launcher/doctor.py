@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from launcher import layout, nccl, preflight
 from launcher.layout import Seat
 from launcher.torchrun import num_ranks, ranks_by_role
+from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError, SsdError
@@ -102,6 +103,7 @@ def _torch() -> str:
 def _operators() -> str:
     from cuda_ext import ops
 
+    environment.check_operators()
     return ops.about()
 
 

@@ -17,7 +17,7 @@ from launcher.draft_rank import DraftRank
 from launcher.follower_rank import FollowerRank
 from launcher.rank import Surroundings
 from launcher.target_rank import TargetRank
-from ssd_runtime import logs, topology
+from ssd_runtime import environment, logs, topology
 from ssd_runtime.comm.messages_launcher import WorkerFailed
 from ssd_runtime.config import load_config
 from ssd_runtime.cores import about_binding, crowding
@@ -40,10 +40,12 @@ def run(
     Args:
         ignored: variables of the environment, as `cores.forget_binding` returns them.
     """
-    rank = os.environ.get("RANK", "0")
-    role: Any = group_role or ("target" if rank == "0" else "draft")
+    told = os.environ.get("RANK", "0")
+    rank = int(told) if told.isdecimal() else 0  # topology.place says what is wrong with it
+    role: Any = group_role or ("target" if rank == 0 else "draft")
     try:
-        logs.setup(role, None if group_role == "draft" else int(rank))  # such a draft gets its number from the target
+        logs.setup(role, None if group_role == "draft" else rank)  # such a draft gets its number from the target
+        environment.check(os.environ)
         if ignored:
             log.warning("%s", about_binding(ignored))
         config = load_config(config_path, overrides)
@@ -54,7 +56,7 @@ def run(
         place = topology.place(config, os.environ, group)
         if place.role != role:
             role = place.role
-            logs.setup(role, int(rank))
+            logs.setup(role, rank)
         if place.rank == place.here.start and (group is None or role == "target"):  # one for the host
             crowd = crowding(topology.cores_by_role(config, place.world_size, place.here))
             if crowd is not None:
@@ -65,11 +67,11 @@ def run(
     except SsdError as error:
         code = 2 if isinstance(error, ConfigError) else 1
         log.error("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))
-        announcer.say(WorkerFailed(role, int(rank), "config" if code == 2 else "runtime", str(error)))
+        announcer.say(WorkerFailed(role, rank, "config" if code == 2 else "runtime", str(error)))
         return code
     except Exception as error:  # the last resort: the log has the traceback, the user a line
         log.exception("this is a bug")
-        announcer.say(WorkerFailed(role, int(rank), "runtime", f"{role} rank {rank}: {type(error).__name__}: {error}"))
+        announcer.say(WorkerFailed(role, rank, "runtime", f"{role} rank {rank}: {type(error).__name__}: {error}"))
         return 1
     finally:
         announcer.close()

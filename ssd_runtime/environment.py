@@ -23,3 +23,13 @@ def check(environ: Mapping[str, str]) -> None:
         value = environ.get(name, "")
         if value and value not in choices:
             raise ConfigError(f"{name}={shown(value)} means nothing; use one of {', '.join(choices)}, or unset it")
+
+
+def check_operators() -> None:
+    """Raise ConfigError for compiled operators asked for that do not run on this CPU. Loads them, and torch."""
+    from cuda_ext import ops
+
+    try:
+        ops.backend()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

@@ -2,25 +2,42 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "kernels.h"
 
 namespace ssd {
 namespace {
 
+struct Level {
+  const char* name;
+  bool runs_here;
+  const Kernels& (*kernels)();
+};
+
+// Throws for a level that is none, or that this CPU does not run: another one would be slow, or crash, in silence.
 const Kernels& pick() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("SSD_CPU_LEVEL");
-  const bool any = wanted == nullptr || *wanted == 0;
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
-  if (avx512 && (any || std::strcmp(wanted, "avx512") == 0)) return avx512_kernels();
-  if (avx2 && (any || std::strcmp(wanted, "avx2") == 0)) return avx2_kernels();
+  const Level levels[] = {{"avx512", avx512, avx512_kernels}, {"avx2", avx2, avx2_kernels},
+                          {"baseline", true, baseline_kernels}};
+#else
+  const Level levels[] = {{"baseline", true, baseline_kernels}};
 #endif
-  return baseline_kernels();
+  const char* wanted = std::getenv("SSD_CPU_LEVEL");
+  const bool any = wanted == nullptr || *wanted == 0;
+  std::string here;
+  for (const Level& level : levels) {
+    if (level.runs_here && (any || std::strcmp(wanted, level.name) == 0)) return level.kernels();
+    if (level.runs_here) here += std::string(here.empty() ? "" : ", ") + level.name;
+  }
+  throw std::runtime_error("SSD_CPU_LEVEL=" + std::string(wanted) + " is no level of kernels that this CPU runs: " + here +
+                           "; use one of these, or unset it");
 }
 
 struct Scratch {

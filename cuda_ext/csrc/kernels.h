@@ -144,7 +144,8 @@ const Kernels& avx512_kernels();
 // At least `bytes` of 64-byte aligned memory of the calling thread, valid until its next call.
 char* thread_scratch(int64_t bytes);
 
-// The best level this CPU runs; SSD_CPU_LEVEL in the environment asks for a lower one (for tests).
+// The best level this CPU runs; SSD_CPU_LEVEL in the environment asks for a lower one (for tests). Throws for a level
+// that this CPU does not run.
 const Kernels& kernels();
 
 }  // namespace ssd

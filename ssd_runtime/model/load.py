@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ssd_runtime import environment
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.card import open_weights
@@ -35,9 +36,10 @@ def load_decoder(
 
     Raises:
         PeerLost: a rank of the group is gone.
-        ConfigError: as `open_weights`; a model that does not divide among the group; or a dtype that does not run on
-            the device.
+        ConfigError: as `open_weights`; a model that does not divide among the group; a dtype that does not run on the
+            device; or operators asked for that do not run here.
     """
+    environment.check_operators()
     check_dtype(dtype, device)
     source = open_weights(path)
     calibration = Tokenizer.from_model(path).encode(CALIBRATION_TEXT) if dtype == "int8" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -55,10 +56,35 @@ for kind in ("bf16", "fp32"):
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_cpu_levels_give_the_same_integers(level):
     pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
-    picked, digest = run_python(LEVEL_DIGEST, SSD_CPU_LEVEL=level).split()
-    if picked != level:
+    if level not in refusal("avx521"):
         pytest.skip(f"this CPU has no {level}")
+    picked, digest = run_python(LEVEL_DIGEST, SSD_CPU_LEVEL=level).split()
+    assert picked == level
     assert digest == run_python(LEVEL_DIGEST, SSD_CPU_LEVEL="").split()[1]
+
+
+@functools.cache
+def refusal(level: str) -> str:
+    """What is said of a level; "" if it is picked."""
+    code = """
+from ssd_runtime import environment
+from ssd_runtime.errors import ConfigError
+try:
+    environment.check_operators()
+except ConfigError as error:
+    print(error)
+"""
+    return run_python(code, SSD_CPU_LEVEL=level)
+
+
+def test_a_cpu_level_that_is_mistyped_or_not_run_here_is_refused_and_the_others_are_named():
+    pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    said = refusal("avx521")
+    assert said.startswith("SSD_CPU_LEVEL=avx521 is no level of kernels that this CPU runs: ")
+    named = said.partition("runs: ")[2].partition(";")[0].split(", ")
+    assert {"baseline"} <= set(named) <= {"baseline", "avx2", "avx512"}
+    for level in {"avx2", "avx512"} - set(named):
+        assert refusal(level).startswith(f"SSD_CPU_LEVEL={level} is no level")
 
 
 def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
