@@ -17,6 +17,7 @@ from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.config import Config
 from ssd_runtime.cores import Claims
+from ssd_runtime.errors import InputOutputError
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
@@ -73,11 +74,18 @@ class Rank:
         finally:
             self._claims.release()
             if self._trace is not None:
-                self._tracer.write(part_path(self._trace, self._place.rank))
+                self._leave_trace(self._trace)
 
     def serve(self) -> None:
         """The work of the role."""
         raise NotImplementedError
+
+    def _leave_trace(self, path: Path) -> None:
+        """This rank's part of it. Without one the launcher says so; how the rank ended is another matter."""
+        try:
+            self._tracer.write(part_path(path, self._place.rank))
+        except InputOutputError as error:
+            log.error("%s", error)
 
     def _signalled(self, signum: int, frame: FrameType | None) -> None:
         reason = f"received {signal.Signals(signum).name}"

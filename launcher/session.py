@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ssd_runtime import trace
 from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
-from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError, SsdError
+from ssd_runtime.errors import ConfigError, InputOutputError, Overloaded, PeerLost, RequestError, SsdError
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
     finally:
         with uninterrupted():
             _end(ranks, client, key)
-            if launch.trace is not None:
-                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
+            _join_trace(launch)
 
 
 @contextlib.contextmanager
@@ -107,8 +107,7 @@ def joined(launch: Launch) -> Iterator[Ranks]:
     finally:
         with uninterrupted():
             _end(ranks, None, "")
-            if launch.trace is not None:
-                trace.merge_parts(launch.trace, trace.part_paths(launch.trace, launch.num_ranks))
+            _join_trace(launch)
 
 
 @contextlib.contextmanager
@@ -128,6 +127,23 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("tcp://").rpartition(":")
     if colon and port.isdigit() and 0 < int(port) < 65536:
         socket.create_connection((host, int(port)), ANSWER_S).close()
+
+
+def _join_trace(launch: Launch) -> None:
+    """One trace of the parts that ranks of this host left; raises InputOutputError if it is not whole."""
+    if launch.trace is None:
+        return
+    another = isinstance(sys.exception(), SsdError)  # is on its way already, and says more
+    parts = trace.part_paths(launch.trace, launch.num_ranks)
+    lost = [str(rank) for rank, part in enumerate(parts) if launch.nodes.count == 1 and not part.exists()]
+    try:
+        trace.merge_parts(launch.trace, parts)
+        if lost:
+            reason = f"rank {', '.join(lost)} left no part: it was killed, or could not write there"
+            raise InputOutputError(f"trace {launch.trace} is not whole: {reason}")
+    except InputOutputError:
+        if not another:
+            raise
 
 
 def _end(ranks: Ranks, client: Client | None, key: str) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssd_runtime.errors import InputOutputError
+
 Event = tuple[str, int, int, str, dict[str, Any] | None]  # name, start_ns, end_ns, thread, arguments
 
 
@@ -68,16 +70,21 @@ class Tracer:
 
 
 def write_events(path: str | Path, events: Sequence[dict[str, Any]]) -> None:
-    """Write a trace file so that nobody ever sees half of it."""
+    """Write a trace file so that nobody ever sees half of it; raises InputOutputError if it cannot be written."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+            part = Path(file.name)
         try:
-            json.dump({"traceEvents": list(events), "displayTimeUnit": "ms"}, file)
+            with part.open("w") as file:
+                json.dump({"traceEvents": list(events), "displayTimeUnit": "ms"}, file)
+            part.chmod(0o644)
+            part.replace(path)
         except BaseException:
-            Path(file.name).unlink()
+            part.unlink()
             raise
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
+    except OSError as error:
+        raise InputOutputError(f"cannot write trace {path}: {error.strerror}") from None
 
 
 def part_path(path: str | Path, rank: int) -> Path:
@@ -95,6 +102,9 @@ def merge_parts(path: str | Path, parts: Sequence[str | Path]) -> int:
 
     Returns:
         The number of events (names of rows not counted). Parts that do not exist are left out.
+
+    Raises:
+        InputOutputError: the whole cannot be written; the parts stay.
     """
     present = [Path(part) for part in parts if Path(part).exists()]
     events = [event for part in present for event in json.loads(part.read_text())["traceEvents"]]
