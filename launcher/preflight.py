@@ -5,6 +5,8 @@ Never imports torch, which takes seconds, unless a device is a GPU: torch is ask
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 from dataclasses import replace
 
@@ -20,13 +22,17 @@ from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.limits import check_processors, check_sampling
-from ssd_runtime.topology import Group
+from ssd_runtime.topology import Group, Role
+
+LEAST_FILES = 256  # descriptors that a rank may need to come up, with a link to each of a few drafts
+LOOPBACK_S = 2.0
 
 
 def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None = None) -> None:
     """Raise ConfigError for what would keep the engine from starting; each of several nodes checks its devices."""
+    check_host()
     if group is not None and group.role == "draft":
-        inspect(replace(config, target=config.draft))
+        check_memory(config, "draft", inspect(replace(config, target=config.draft))[0])
         return
     if nodes is None or nodes.leads:
         check_port(config)
@@ -34,13 +40,37 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
         check_devices(config)
     with_drafts = config.speculation.mode != "ar" and group is None
     if not with_drafts and not config.deployment.holds_draft(config.speculation.mode):  # no draft is loaded
-        check_shares(config, inspect(replace(config, draft=config.target))[0])
+        target, _ = inspect(replace(config, draft=config.target))
+        check_shares(config, target)
+        check_memory(config, "target", target)
         return
     target, draft = inspect(config)
     check_shares(config, target)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
+    check_memory(config, "target", target)
+    check_memory(config, "draft", draft)
+
+
+def check_host() -> None:
+    """Raise ConfigError for a host on which no rank would come up: too few open files, or no loopback interface.
+
+    A soft limit of open files is raised, for the ranks too, where the hard one allows it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < LEAST_FILES:  # negative is no limit
+        if 0 <= hard < LEAST_FILES:
+            raise ConfigError(f"only {hard} files may be open here, and ranks need {LEAST_FILES}: raise ulimit -n")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (LEAST_FILES, hard))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), LOOPBACK_S).close()
+    except OSError as error:
+        reason = error.strerror or "no answer"
+        raise ConfigError(
+            f"this host does not reach itself at 127.0.0.1 ({reason}), where its ranks meet: ip link set lo up"
+        ) from None
 
 
 def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
@@ -54,6 +84,21 @@ def check_shares(config: Config, target: ModelCard) -> None:
     """Raise ConfigError for a target that does not divide among target.tensor_parallel ranks."""
     if config.target.tensor_parallel > 1:
         target.arch.check_divides(config.target.tensor_parallel, f"target model {config.target.model}")
+
+
+def check_memory(config: Config, role: Role, card: ModelCard) -> None:
+    """Raise ConfigError for a KV pool of one rank on the CPU that is larger than this host's memory."""
+    model, engine, arch = getattr(config, role), config.engine, card.arch
+    heads = max(1, arch.num_kv_heads // model.tensor_parallel)
+    slot = arch.num_layers * 2 * heads * arch.head_dim * (4 if model.dtype == "fp32" else 2)
+    pool, memory = (
+        engine.pool_blocks * engine.block_size * slot,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+    if model.device == "cpu" and pool > memory:
+        keys = "engine.num_blocks" if engine.num_blocks else "engine.max_num_seqs or engine.max_model_len"
+        needs = f"the KV pool of the {role} needs {pool / 2**30:.1f} GiB"
+        raise ConfigError(f"{needs}, and this host has {memory / 2**30:.1f} GiB of memory: lower {keys}")
 
 
 def check_port(config: Config) -> None:

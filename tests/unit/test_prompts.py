@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import prompts
 from launcher.prompts import Prompt, read_prompts
 from ssd_runtime.errors import ConfigError
 
@@ -33,6 +34,10 @@ def test_line_separators_inside_a_prompt_do_not_split_it(tmp_path: Path) -> None
         (b'["x"]\n', "line 1: expected"),
         (b"\n\n", "there is no prompt in it"),
         (b"\xff\xfe", "not UTF-8"),
+        (b'{"prompt": "x"}\n{"a": ' + b"[" * 50_000, "line 2: a number too long, or nested too deeply"),
+        (b'{"prompt": ' + b"9" * 50_000 + b"}", "line 1: a number too long"),
+        (b'{"prompt": "\\ud800"}', "line 1: the prompt has half of a surrogate pair"),
+        (b'{"prompt": "x", "id": [[]]}', "line 1: id and set must be text or a number"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -40,6 +45,12 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, mes
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_prompts(path)
+
+
+def test_a_file_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 16)
+    with pytest.raises(ConfigError, match="prompts /dev/zero has more than 65536 bytes"):
+        read_prompts("/dev/zero")
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The trace file: what Perfetto needs is there, parts of several processes join on one clock."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ssd_runtime.errors import InputOutputError
 from ssd_runtime.trace import Tracer, merge_parts, part_path, part_paths, write_events
 
 
@@ -55,6 +58,23 @@ def test_parts_are_joined_on_one_clock_and_removed(tmp_path: Path) -> None:
     assert (verify["ts"], grow["ts"]) == (0.0, 1000.0)
     assert verify["pid"] != grow["pid"]
     assert [p.name for p in tmp_path.iterdir()] == ["trace.json"]
+
+
+def test_a_trace_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputOutputError, match=r"cannot write trace .*trace\.json: No such file or directory"):
+        write_events(tmp_path / "gone" / "trace.json", [])
+    code = """
+import resource, signal, sys
+from ssd_runtime.errors import InputOutputError
+from ssd_runtime.trace import write_events
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+write_events(sys.argv[1], [])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "trace.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "trace.json: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unwritable_event_leaves_neither_file_nor_part(tmp_path: Path) -> None:
