@@ -91,10 +91,8 @@ def check_memory(config: Config, role: Role, card: ModelCard) -> None:
     model, engine, arch = getattr(config, role), config.engine, card.arch
     heads = max(1, arch.num_kv_heads // model.tensor_parallel)
     slot = arch.num_layers * 2 * heads * arch.head_dim * (4 if model.dtype == "fp32" else 2)
-    pool, memory = (
-        engine.pool_blocks * engine.block_size * slot,
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    )
+    pool = engine.pool_blocks * engine.block_size * slot
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if model.device == "cpu" and pool > memory:
         keys = "engine.num_blocks" if engine.num_blocks else "engine.max_num_seqs or engine.max_model_len"
         needs = f"the KV pool of the {role} needs {pool / 2**30:.1f} GiB"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import config_options
+from launcher.commands.options import config_options, writing
 from ssd_runtime.config import Config, ConfigFile, load_config
 from ssd_runtime.errors import ConfigError
 
@@ -179,7 +179,8 @@ def _records(
                 records.append(both.record(text))
                 advance(f"T={temperature:g}")
     if path is not None:
-        store.save(path, about, records)
+        with writing(path):
+            store.save(path, about, records)
     return records
 
 
@@ -251,8 +252,9 @@ def _grow(study: Folder, run: Run, found: Mapping[str, Sequence[Point]]) -> Fold
     from launcher.study.folder import Figure
 
     study = study.grown(study.subject, {name: Figure(run, tuple(points)) for name, points in found.items()})
-    study.save(list(found))
-    _draw(study, list(found))
+    with writing(study.path):
+        study.save(list(found))
+        _draw(study, list(found))
     return study
 
 
@@ -276,8 +278,9 @@ def _redraw(out: Path, others: Sequence[Path]) -> Path:
     if study is None:
         raise ConfigError(f"there is no figure in {out} to draw again")
     _make_directory(out)
-    study.save(taken)
-    _draw(study, list(study.figures))
+    with writing(out):
+        study.save(taken)
+        _draw(study, list(study.figures))
     return out / folder.PAGE
 
 

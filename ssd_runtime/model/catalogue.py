@@ -41,8 +41,12 @@ CATALOGUE = {
 
 
 def cache_directory() -> Path:
-    """$SSD_CACHE, else ~/.cache/ssd-runtime/models."""
-    return Path(os.environ.get("SSD_CACHE") or Path.home() / ".cache" / "ssd-runtime" / "models")
+    """$SSD_CACHE, else ~/.cache/ssd-runtime/models; raises ConfigError where nobody knows what ~ is."""
+    named = os.environ.get("SSD_CACHE") or "~/.cache/ssd-runtime/models"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError:  # no such user, or one without a home
+        raise ConfigError(f"{named}: there is no such home directory; set SSD_CACHE to a directory") from None
 
 
 def resolve(name_or_path: str) -> str:
@@ -53,10 +57,10 @@ def resolve(name_or_path: str) -> str:
     """
     model = CATALOGUE.get(name_or_path)
     if model is not None:
-        path = cache_directory() / model.file
-        if not path.exists():
-            raise ConfigError(f"model {name_or_path} is not there yet ({path}); run `ssd fetch {name_or_path}`")
-        return str(path)
+        cached = cache_directory() / model.file
+        if not cached.exists():
+            raise ConfigError(f"model {name_or_path} is not there yet ({cached}); run `ssd fetch {name_or_path}`")
+        return str(cached)
     expanded = os.path.expanduser(name_or_path)
     if look(expanded) is not None:
         return expanded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +152,29 @@ def test_a_draft_with_another_vocabulary_is_refused_on_both_sides(rank: Start, m
     assert (target.exit_code(40), draft.exit_code(10)) == (2, 2)
     for done in (target, draft):
         assert "choose a draft of the target's family" in last_line(done.err)
+
+
+def test_a_configuration_may_come_through_a_pipe(run: Start, config: Path) -> None:
+    command = f"{shlex.join(SSD)} generate -p Hello --max-tokens 5 --json --config <(cat {config})"
+    done = run("bash", "-c", command)
+    assert done.exit_code(AT_ONCE_S) == 0, done.err
+    assert len(json.loads(done.out)["token_ids"]) == 5
+
+
+def test_a_trace_that_cannot_be_written_is_said_at_the_end(ssd: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    up = ssd("up", "--trace", str(folder / "trace.json"))
+    up.until("address: ")
+    folder.rmdir()
+    up.process.terminate()
+    assert up.exit_code(AT_ONCE_S) == 74
+    assert f"cannot write trace {folder}/trace.json: No such file" in error_line(up.err)
+    up.assert_nothing_is_left()
+
+
+def test_an_answer_that_nobody_can_read_ends_the_engine(run: Start, config: Path) -> None:
+    done = run("bash", "-c", f"{shlex.join(SSD)} generate -p Hello --max-tokens 5 --config {config} > /dev/full")
+    assert done.exit_code(AT_ONCE_S) == 74
+    assert "standard output: No space left on device" in error_line(done.err)
+    done.assert_nothing_is_left()

@@ -44,6 +44,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["generate", "-p", "x", "--set", "speculation.lookahead=many"], "must be int"),
         (["generate", "-p", "x", "--set", "target.model=/nope"], "model /nope does not exist"),
         (["generate", "-p", "x", "--set", "draft.model=/nope"], "does not exist"),
+        (["generate", "-p", "x", "--set", "target.model=~no-such-user/m"], "does not exist"),
         (["generate", "-p", "x", "--set", "serve.host=192.0.2.1"], "cannot listen on 192.0.2.1"),
         (["generate", "-p", "x", "--temperature", "-1"], "--temperature"),
         (["generate", "-p", "x", "--top-p", "0"], "--top-p"),
@@ -107,6 +108,13 @@ def test_a_model_that_was_not_fetched_names_the_remedy(
 ) -> None:
     monkeypatch.setenv("SSD_CACHE", str(tmp_path))
     assert "run `ssd fetch smollm2-135m-instruct`" in fails(capsys, ["generate", "-p", "x"])
+
+
+def test_a_cache_below_no_home_names_the_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSD_CACHE", "~no-such-user/models")
+    assert "no such home directory; set SSD_CACHE" in fails(capsys, ["generate", "-p", "x"])
 
 
 def test_a_damaged_model_file_is_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -186,6 +186,14 @@ def test_what_strangers_send_to_the_launcher_is_ignored_and_told_of_once(play, c
     assert caplog.text.count("ignored what somebody sent") == 1
 
 
+def test_the_ranks_read_what_the_launcher_has_read(play) -> None:
+    """A copy: the file may be a pipe, or be edited while the models load."""
+    ranks = play("time.sleep(60)", "engine.num_blocks=77", "speculation.mode=sd")
+    command = Ranks.command(ranks)
+    assert load_config(command[command.index("--config") + 1]) == ranks.launch.config
+    assert ranks.launch.config.engine.num_blocks == 77
+
+
 def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
     launch = Launch(load_config(None), trace=tmp_path / "trace.json")
     one, other = Ranks(launch), Ranks(launch)
