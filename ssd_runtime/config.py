@@ -73,7 +73,7 @@ class EngineConfig:
             round so anyway; elsewhere one forward a sequence, of a fixed shape. "fast" leaves it to the operators.
     """
 
-    max_model_len: Annotated[int, Within(2, 1 << 24)] = 2048
+    max_model_len: Annotated[int, Within(2, 1 << 20)] = 2048
     max_num_seqs: Annotated[int, Within(1, 4096)] = 4
     block_size: Annotated[int, Within(1, 1 << 16)] = 16
     num_blocks: Annotated[int, Within(0, 1 << 24)] = 0
