@@ -1,7 +1,8 @@
-"""The IPv4 addresses of this host, and which of them to tell others. Listens nowhere, sends nothing."""
+"""The addresses of this host, and which of them to tell others. Listens nowhere, sends nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import socket
 import struct
@@ -10,11 +11,11 @@ from collections.abc import Iterator
 from ssd_runtime.comm.hosts import is_loopback, own_address
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
-ELSEWHERE = "192.0.2.1"  # no host has it (RFC 5737): the way there is the default route
+ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # no host has these (RFC 5737, 3849): the way there is the default route
 
 
 def interfaces() -> Iterator[tuple[str, str]]:
-    """Name and address of each interface that has one, in the kernel's order."""
+    """Name and IPv4 address of each interface that has one, in the kernel's order."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -27,18 +28,7 @@ def interfaces() -> Iterator[tuple[str, str]]:
 def address_of_host() -> str:
     """Where others most likely reach this host: the address of the default route, or without one the first that is not
     loopback, or loopback if there is no other."""
-    try:
-        return own_address(ELSEWHERE, 9)
-    except OSError:
-        return next((address for _, address in interfaces() if not is_loopback(address)), "127.0.0.1")
-
-
-def is_own(host: str) -> bool:
-    """Whether `host`, an address or a name, is of this host; a wildcard is not."""
-    try:
-        there = socket.getaddrinfo(host, 0, socket.AF_INET, socket.SOCK_STREAM)[0][4]
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind(there)
-    except OSError:
-        return False
-    return there[0] != "0.0.0.0"
+    for host in ELSEWHERE:
+        with contextlib.suppress(OSError):
+            return own_address(host, 9)
+    return next((address for _, address in interfaces() if not is_loopback(address)), "127.0.0.1")

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from launcher import layout
-from ssd_runtime.comm.hosts import is_loopback, own_address
+from ssd_runtime.comm.hosts import is_loopback, own_address, split
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 
@@ -53,7 +53,7 @@ class Nodes:
         nodes by their addresses, and the target with them.
         """
         if self.count == 1:
-            arguments = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+            arguments = ["--nnodes", "1", "--rdzv-backend", "static", "--rdzv-endpoint", "127.0.0.1:0"]
             return [*arguments, "--rdzv-id", uuid.uuid4().hex, "--local-addr", "127.0.0.1"]
         arguments = ["--nnodes", str(self.count), "--node-rank", str(self.rank), "--rdzv-backend", "static"]
         arguments += ["--rdzv-endpoint", str(self.rendezvous), "--rdzv-id", f"ssd-{self.rendezvous}"]
@@ -76,7 +76,7 @@ class Nodes:
 
 
 def _host_and_port(endpoint: str) -> tuple[str, int]:
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--rendezvous {endpoint!r} is not an address; expected HOST:PORT")
-    return host, int(port)
+    try:
+        return split(endpoint)
+    except ValueError as error:
+        raise ConfigError(f"--rendezvous {endpoint!r} is not an address; {error}") from None

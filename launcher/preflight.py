@@ -10,10 +10,10 @@ import resource
 import socket
 from dataclasses import replace
 
-from launcher.addresses import is_own
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
 from ssd_runtime import topology
+from ssd_runtime.comm import hosts
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.engine.stop_strings import check_stop_strings
@@ -32,6 +32,7 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
     """Raise ConfigError for what would keep the engine from starting; each of several nodes checks its devices."""
     check_host()
     if group is not None and group.role == "draft":
+        check_target(group)
         check_memory(config, "draft", inspect(replace(config, target=config.draft))[0])
         return
     if nodes is None or nodes.leads:
@@ -103,15 +104,25 @@ def check_port(config: Config) -> None:
     """Raise ConfigError if the configured port is taken or the host, or the address to announce, is not ours."""
     host, port = config.serve.host, config.serve.port
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
+        family, address = hosts.resolve(host, port)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         remedy = "set serve.port to another, or to 0 for any free one"
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
-    if config.serve.announce and not is_own(config.serve.announce):
+        raise ConfigError(
+            f"cannot listen on {hosts.join(hosts.bare(host), port)}: {error.strerror}; {remedy}"
+        ) from None
+    if config.serve.announce and not hosts.is_own(config.serve.announce):
         raise ConfigError(f"serve.announce = {config.serve.announce} is not an address of this node")
+
+
+def check_target(group: Group) -> None:
+    """Raise ConfigError for a draft's --target that is no address."""
+    try:
+        hosts.split(group.target or "")
+    except ValueError as error:
+        raise ConfigError(f"--target {group.target!r} is not an address; {error}") from None
 
 
 def check_devices(config: Config) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.addresses import address_of_host, is_own
-from ssd_runtime.comm.hosts import is_loopback, own_address
+from launcher.addresses import address_of_host
+from ssd_runtime.comm.hosts import bare, is_loopback, is_own, own_address
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 
@@ -50,12 +50,12 @@ def own_host(config: Config, *, guests: bool = False) -> str:
         ConfigError: there are ranks on other nodes and the front door is for this node only; or `serve.announce` is
             not of this node, where the link to a draft has to listen.
     """
-    host = config.serve.host
+    host = bare(config.serve.host)
     if config.serve.is_wildcard:
         if announced := config.serve.announce:
             if not is_own(announced):
                 raise ConfigError(f"serve.announce = {announced} is not an address of this node")
-            return announced
+            return bare(announced)
         here = way_to_store()
         return address_of_host() if guests and is_loopback(here) else here
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and is_loopback(host):

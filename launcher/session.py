@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from launcher.torchrun import Launch, Ranks
 from ssd_runtime import trace
+from ssd_runtime.comm.hosts import resolve, split
 from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
@@ -124,9 +125,11 @@ def uninterrupted() -> Iterator[None]:
 
 def _knock(address: str) -> None:
     """Raise OSError at once if nobody listens there; ZeroMQ would go on trying."""
-    host, colon, port = address.removeprefix("tcp://").rpartition(":")
-    if colon and port.isdigit() and 0 < int(port) < 65536:
-        socket.create_connection((host, int(port)), ANSWER_S).close()
+    with contextlib.suppress(ValueError):  # the client says what is wrong with it
+        host, port = split(address)
+        with socket.socket((there := resolve(host, port))[0]) as probe:
+            probe.settimeout(ANSWER_S)
+            probe.connect(there[1])
 
 
 def _join_trace(launch: Launch) -> None:

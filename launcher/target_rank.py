@@ -15,7 +15,7 @@ from launcher.rank import Rank, Surroundings, forget_loading, link_timing
 from launcher.target_group import joined
 from ssd_runtime import topology
 from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.meeting import LinkHost, open_target_link
+from ssd_runtime.comm.meeting import LinkHost
 from ssd_runtime.comm.messages_launcher import Ready
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import Mode
@@ -113,7 +113,7 @@ class TargetRank(Rank):
         if not self._place.drafts_may_come:
             yield speculators, None, None
             return
-        with contextlib.closing(LinkHost(self._own_host(), timeout_s=config.timeouts.link)) as host:
+        with contextlib.closing(LinkHost(self._own_host())) as host:
             door = self._door(server, host, tokenizer)
             try:
                 if awaited := self._place.num_drafts or int(config.deployment.draft_required):
@@ -162,5 +162,5 @@ class TargetRank(Rank):
             server,
             host,
             terms,
-            lambda address, timing: open_target_link(address, timing, **self._frames_travel_by()),
+            lambda address, timing: host.open(address, timing, **self._frames_travel_by()),
         )

@@ -115,7 +115,7 @@ class Ranks:
     def command(self) -> list[str]:
         """The command line, which works by hand too."""
         nodes = self.launch.nodes
-        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--max-restarts", "0"]
+        torchrun = [sys.executable, "-P", "-m", "launcher.agent", "--max-restarts", "0"]
         group = self.launch.group
         here = nodes.ranks_here(*ranks_by_role(self.launch.config, group.role if group else None))
         torchrun += ["--nproc-per-node", str(here)]

@@ -178,7 +178,7 @@ class ServeConfig:
     """The front door.
 
     Attributes:
-        host: address of the leader's node to listen at; 0.0.0.0 for all.
+        host: address of the leader's node to listen at; 0.0.0.0 for all, :: for those of IPv6 too.
         port: 0 takes a free one.
         announce: with host 0.0.0.0, which of the node's addresses clients and drafts are told; empty finds one.
         allow_shutdown: whether clients of other hosts may end the engine. Those of this host may, over a loopback
@@ -200,7 +200,7 @@ class ServeConfig:
     @property
     def is_wildcard(self) -> bool:
         """Whether `host` is all addresses, and so none to tell others."""
-        return self.host in ("0.0.0.0", "*")
+        return self.host.strip("[]") in ("0.0.0.0", "::", "*")
 
 
 @dataclass(frozen=True)

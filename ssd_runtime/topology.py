@@ -162,9 +162,9 @@ def _role_in(group: Group, config: Config, world_size: int) -> Role:
 
 def _is_here(address: str) -> bool:
     """Whether an address of another process is one of this host; a name is taken for another host's."""
-    host = address.removeprefix("tcp://").rpartition(":")[0]
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))
     except OSError:
         return False

@@ -124,7 +124,10 @@ def meet_target_ranks(store: Any, rank: int, size: int, local_host: str, deadlin
     Raises:
         PeerLost: they did not all come.
     """
+    here = [f"here/{one}" for one in range(size)]
     try:
+        store.set(here[rank], "")
+        store.wait(here, timedelta(seconds=deadline_s))  # nobody listens before all are there
         group = gloo_group(store, rank, local_host, timedelta(seconds=deadline_s), size)
         return TargetGroup(group, rank, size, deadline_s)
     except (RuntimeError, OSError) as error:

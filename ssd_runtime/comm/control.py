@@ -22,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
 from ssd_runtime.comm.connections import Connection, Connections
+from ssd_runtime.comm.hosts import WILDCARDS, bare, is_ipv6, join, split
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.messages_client import Failed
 from ssd_runtime.comm.protocol import ProtocolError
@@ -105,14 +106,16 @@ class ControlServer(_Socket):
         self._read_until = 0.0  # all that had come by then is read
         self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
         self._patience = 3 * heartbeat_s
+        host = bare(host)
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(host))
         try:
-            self._socket.bind(f"tcp://{host}:{port}")
+            self._socket.bind(f"tcp://{join(host, port)}")
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(_bind_failure(host, port, error)) from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
         self._connections = Connections(int(bound[2]))
-        self._address = f"tcp://{known_as or _reachable(host)}:{bound[2]}"
+        self._address = f"tcp://{join(known_as or _reachable(host), int(bound[2]))}"
 
     @property
     def address(self) -> str:
@@ -242,6 +245,7 @@ class ControlPeer(_Socket):
     def __init__(self, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> None:
         self.address = _checked(address)
         super().__init__(zmq.DEALER, heartbeat_s, ANSWERED)
+        self._socket.setsockopt(zmq.IPV6, is_ipv6(split(address)[0]))
         self._role, self._rank = role, rank
         self._waiting: deque[Message] = deque()  # arrived while wait_for awaited something else
         self._connected, self._lost = False, False
@@ -358,10 +362,10 @@ def _decode_parts(parts: list[bytes], limits: Limits = ASKED) -> Message:
 
 def _checked(address: str) -> str:
     """tcp://host:port for host:port; raises ConfigError if it is no such thing."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    if not host or "/" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{address!r} is not an address; expected host:port")
-    return f"tcp://{host}:{port}"
+    try:
+        return f"tcp://{join(*split(address))}"
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is not an address; {error}") from None
 
 
 def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:
@@ -369,12 +373,13 @@ def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:
         return f"port {port} on {host} is in use; choose another with --set serve.port=N, or 0 for any free one"
     if error.errno == errno.EACCES:
         return f"port {port} on {host} needs privileges; choose one above 1023 with --set serve.port=N"
-    return f"cannot serve on {host}:{port}: {os.strerror(error.errno or 0)}; is serve.host an address of this machine?"
+    why = os.strerror(error.errno or 0)
+    return f"cannot serve on {join(host, port)}: {why}; is serve.host an address of this machine?"
 
 
 def _reachable(host: str) -> str:
     """The host to tell others: a wildcard is not an address."""
-    if host not in ("*", "0.0.0.0"):
+    if host not in WILDCARDS:
         return host
     try:
         return socket.gethostbyname(socket.gethostname())

@@ -38,8 +38,8 @@ class LinkAddress:
     """Where and under which name the two sides meet for one data link.
 
     Attributes:
-        host, port: of the target's TCPStore.
-        session: random name of this engine, so that a stranger on a reused port is not met.
+        host, port: where the target listens until this draft has come.
+        session: a secret of this link; whoever comes without it is not met.
         epoch: counts the links of this engine.
         shape: sizes of the frames.
     """

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssd_runtime.comm.ears import heard_while_built
+
 WINDOW = 16  # receives posted at once
 
 
@@ -107,11 +109,11 @@ class NcclPipe:
 
 
 def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta, size: int = 2) -> Any:
-    """A group between CPUs that listens at `local_host`."""
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=local_host)]
-    options._timeout, options._threads = timeout, 1
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    """A group between CPUs. It listens at `local_host` while it is built."""
+    with heard_while_built(lambda: dist.ProcessGroupGloo.create_device(hostname=local_host)) as device:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._timeout, options._threads = [device], timeout, 1
+        return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta, size: int = 2) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.handshake import check_hello
 from ssd_runtime.comm.link import LinkTiming, TargetLink
-from ssd_runtime.comm.meeting import LinkHost, open_target_link
+from ssd_runtime.comm.meeting import LinkHost
 from ssd_runtime.comm.messages import Refused, Shutdown
 from ssd_runtime.comm.messages_draft import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
@@ -78,9 +78,7 @@ class Door:
         open_link: builds the target's end of a link; blocks.
     """
 
-    def __init__(
-        self, server: ControlServer, host: LinkHost, terms: Terms, open_link: OpenLink = open_target_link
-    ) -> None:
+    def __init__(self, server: ControlServer, host: LinkHost, terms: Terms, open_link: OpenLink) -> None:
         self._server = server
         self._host = host
         self._terms = terms
@@ -139,8 +137,14 @@ class Door:
         return len(self._building) < len(self._terms.ranks) + SPARE_BUILDS
 
     def _welcome(self, identity: bytes, hello: Hello, rank: int) -> None:
-        address = self._host.next_address(self._terms.shape)
-        if self._server.send(identity, Welcome(address, rank)):
+        try:
+            address = self._host.next_address(self._terms.shape)
+        except OSError as error:
+            self._server.send(identity, Refused(f"no port for a link: {error.strerror}", again=True))
+            return
+        if not self._server.send(identity, Welcome(address, rank)):
+            self._host.forget(address)
+        else:
             visit = self._visits[hello.instance] = _Visit(identity, hello, rank)
             self._building.append(visit)
             self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")

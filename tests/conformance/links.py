@@ -14,7 +14,7 @@ import torch
 from ssd_runtime.comm.codec import decode, encode
 from ssd_runtime.comm.inproc import inproc_pair
 from ssd_runtime.comm.link import DraftLink, LinkTiming, TargetLink
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link, open_target_link
+from ssd_runtime.comm.meeting import LinkHost, open_draft_link
 from ssd_runtime.comm.messages_draft import LinkAddress, Welcome
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
@@ -63,7 +63,7 @@ def make_gloo_threads(timing: LinkTiming = BRISK) -> Iterator[Pair]:
 
     thread = threading.Thread(target=open_draft)
     thread.start()
-    target = open_target_link(address, timing)
+    target = host.open(address, timing)
     thread.join(SOON)
     yield Pair(target, opened[0])
     target.close()
@@ -75,7 +75,7 @@ def make_gloo_processes(process: RemoteProcess) -> Iterator[Pair]:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     process.start_opening("draft", address, BRISK)
-    target = open_target_link(address, BRISK)
+    target = host.open(address, BRISK)
     process.finish()
     yield Pair(target, RemoteDraftLink(process))
     target.close()
@@ -94,6 +94,12 @@ class RemoteProcess:
         theirs.close()
         assert self._process.pid is not None
         self.pid = self._process.pid
+
+    def next_address(self) -> LinkAddress:
+        """A link that this process will open as the target."""
+        message = decode(self.call("next_address"))
+        assert isinstance(message, Welcome)
+        return message.link
 
     def start_opening(self, role: str, address: LinkAddress, timing: LinkTiming) -> None:
         self._pipe.send(("open", (role, encode(Welcome(address, 1)), timing)))
@@ -140,6 +146,7 @@ class RemoteDraftLink:
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     link: Any = None
+    host = LinkHost("127.0.0.1")
     while True:
         try:
             name, arguments = pipe.recv()
@@ -150,8 +157,10 @@ def _serve(pipe: Connection) -> None:
                 role, welcome, timing = arguments
                 message = decode(welcome)
                 assert isinstance(message, Welcome)
-                link = (open_draft_link if role == "draft" else open_target_link)(message.link, timing)
+                link = (open_draft_link if role == "draft" else host.open)(message.link, timing)
                 value = None
+            elif name == "next_address":
+                value = encode(Welcome(host.next_address(SHAPE), 1))
             else:
                 value = getattr(link, name)(*arguments)
         except PeerLost as lost:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link, open_target_link
+from ssd_runtime.comm.meeting import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import (
     BRISK,
@@ -58,15 +58,29 @@ def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.Monke
 
     def group(store: object, rank: int, host: str, timeout: timedelta) -> object:
         given.append(timeout.total_seconds())
-        if len(given) == 2:
+        if len(given) > 2:
             raise RuntimeError("nobody came")
         time.sleep(0.2)
         return object()
 
     monkeypatch.setattr("ssd_runtime.comm.meeting.gloo_group", group)
-    with contextlib.closing(LinkHost("127.0.0.1")) as host, pytest.raises(PeerLost, match="nobody came"):
-        open_target_link(host.next_address(SHAPE), LinkTiming(build=SOON))
-    assert given[1] <= given[0] - 0.2 < SOON
+    timing, lost = LinkTiming(build=SOON), []
+    with contextlib.closing(LinkHost("127.0.0.1")) as host:
+        address = host.next_address(SHAPE)
+
+        def come() -> None:
+            try:
+                open_draft_link(address, timing)
+            except PeerLost as error:
+                lost.append(error)
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        with pytest.raises(PeerLost):
+            host.open(address, timing)
+        thread.join(SOON)
+    assert len(lost) == 1
+    assert given[2] <= given[0] - 0.2 < SOON
 
 
 def test_garbage_on_the_wire_loses_the_peer(pair: Pair) -> None:
@@ -108,7 +122,7 @@ def test_closing_leaves_no_thread_and_no_socket() -> None:
 def test_a_peer_that_never_comes_is_missed_at_the_deadline() -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
-    for open_link, role in ((open_target_link, "draft"), (open_draft_link, "target")):
+    for open_link, role in ((host.open, "draft"), (open_draft_link, "target")):
         start = time.monotonic()
         with pytest.raises(PeerLost, match=f"{role} rank . .*did not meet at 127.0.0.1") as caught:
             open_link(address, IMPATIENT)
@@ -117,7 +131,7 @@ def test_a_peer_that_never_comes_is_missed_at_the_deadline() -> None:
     host.close()
 
 
-def test_a_store_that_is_not_there_is_a_lost_target() -> None:
+def test_a_meeting_place_that_is_not_there_is_a_lost_target() -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     host.close()
@@ -128,7 +142,7 @@ def test_a_store_that_is_not_there_is_a_lost_target() -> None:
 
 
 @pytest.mark.parametrize("change", [{"session": "of another engine"}, {"epoch": 99}])
-def test_strangers_do_not_meet_on_one_store(change: dict[str, object]) -> None:
+def test_strangers_are_not_met(change: dict[str, object]) -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     lost: list[PeerLost] = []
@@ -142,7 +156,7 @@ def test_strangers_do_not_meet_on_one_store(change: dict[str, object]) -> None:
     thread = threading.Thread(target=come_as_a_stranger)
     thread.start()
     with pytest.raises(PeerLost):
-        open_target_link(address, IMPATIENT)
+        host.open(address, IMPATIENT)
     thread.join(SOON)
     assert len(lost) == 1
     host.close()
@@ -169,9 +183,9 @@ def test_a_killed_or_stopped_peer_is_noticed_and_closing_stays_quick(
     victim: RemoteProcess, role: str, signal_number: int, within: float
 ) -> None:
     host = LinkHost("127.0.0.1")
-    address = host.next_address(SHAPE)
+    address = host.next_address(SHAPE) if role == "draft" else victim.next_address()
     victim.start_opening(role, address, BRISK)
-    link = (open_target_link if role == "draft" else open_draft_link)(address, BRISK)
+    link = (host.open if role == "draft" else open_draft_link)(address, BRISK)
     victim.finish()
     wait = link.wait_trees if role == "draft" else link.wait_outcomes  # type: ignore[union-attr]
     assert wait(0) == []
@@ -193,7 +207,7 @@ def test_closing_is_bounded_beside_a_stopped_peer_that_was_not_missed_yet(victim
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     victim.start_opening("draft", address, patient)
-    link = open_target_link(address, patient)
+    link = host.open(address, patient)
     victim.finish()
     os.kill(victim.pid, signal.SIGSTOP)
     for round in range(100):  # more than the wire takes from a peer that does not read
@@ -209,7 +223,7 @@ def test_after_a_loss_the_next_epoch_is_a_new_link(victim: RemoteProcess) -> Non
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     victim.start_opening("draft", address, BRISK)
-    link = open_target_link(address, BRISK)
+    link = host.open(address, BRISK)
     victim.finish()
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(PeerLost):
@@ -220,7 +234,7 @@ def test_after_a_loss_the_next_epoch_is_a_new_link(victim: RemoteProcess) -> Non
     try:
         address = host.next_address(SHAPE)
         successor.start_opening("draft", address, BRISK)
-        link = open_target_link(address, BRISK)
+        link = host.open(address, BRISK)
         successor.finish()
         link.send_outcomes(outcomes(1))
         assert successor.call("wait_outcomes", SOON) == [outcomes(1)]

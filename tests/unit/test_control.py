@@ -422,7 +422,7 @@ def test_a_host_that_is_not_ours_is_a_config_error() -> None:
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "bogus://x:1", "127.0.0.1:99999", "127.0.0.1:x"])
 def test_an_address_that_is_none_is_a_config_error(address: str) -> None:
-    with pytest.raises(ConfigError, match="expected host:port"):
+    with pytest.raises(ConfigError, match="expected HOST:PORT"):
         ControlPeer(address)
 
 

@@ -53,6 +53,9 @@ class Host:
         self.epoch += 1
         return LinkAddress("127.0.0.1", 1, "session", self.epoch, shape)
 
+    def forget(self, address: LinkAddress) -> None:
+        self.forgotten = address.epoch
+
 
 def hello(name: str, rank: int = 0) -> Hello:
     return Hello(PROTOCOL_VERSION, "draft", rank, "digest", VOCABULARY, name)
