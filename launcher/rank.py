@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ssd_runtime.model.parallel import ALONE, Collective
 from ssd_runtime.trace import Tracer, part_path
 
 log = logging.getLogger("ssd.rank")
+
+DESCRIPTORS = 1 << 16  # a process may want; connections of strangers take some of them for a while
 
 
 class Stopped(Exception):  # not an error: a signal came before the loop was there to be asked
@@ -67,6 +70,7 @@ class Rank:
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._signalled)
         self._cores = topology.settle(self._place, self._claims)
+        _allow_descriptors()
         try:
             self.serve()
         except Stopped as stopped:
@@ -107,6 +111,14 @@ class Rank:
         decoder = load_decoder(resolve(model), dtype, self._place.device, progress, group)
         decoder.arch.check_length(self._config.engine.max_model_len, f"{phase} model {model}")
         return decoder
+
+
+def _allow_descriptors() -> None:
+    """Raise the limit of open files as far as this process may, DESCRIPTORS at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def forget_loading() -> None:

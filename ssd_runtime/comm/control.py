@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0  # between ZeroMQ's own pings; a peer silent for three of them is lost
 LINGER_MS = 1000  # longest that close() waits for what was sent last
+HANDSHAKE_MS = 3000  # longest that a connection may be open before its first words are through
 QUEUE = 10_000  # messages that may wait at a peer, to be sent or read, before it counts its server as lost
 MOST_UNREAD = 2048  # messages that a peer may leave unread before the server drops it
 MOST_UNHEARD = 1024  # messages of one peer that wait at the server; the next ones wait at the peer
@@ -56,6 +57,7 @@ class _Socket:
             (zmq.SNDHWM, QUEUE),
             (zmq.RCVHWM, QUEUE),
             (zmq.MAXMSGSIZE, limits.bytes),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
             (zmq.CONNECT_TIMEOUT, 3 * beat),  # else a lost SYN is sent again after up to a minute
             (zmq.HEARTBEAT_IVL, beat),
             (zmq.HEARTBEAT_TIMEOUT, 3 * beat),

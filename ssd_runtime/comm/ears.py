@@ -22,9 +22,9 @@ from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
-STRANGERS = 256  # descriptors that this process may gain while a group is built; then its port is shut
+STRANGERS = 256  # descriptors that this process may gain while a group is built, and a quarter of the limit at most
 LOOK_S = 0.005  # between two looks at them
-SPARE = 512  # descriptors that must be free before a port is opened: more than come between two looks
+SPARE = 512  # descriptors that must be free before a port is opened, and half the limit at most
 BACKLOG = 16  # connections that wait in the kernel until Gloo accepts them, also after its port was shut
 SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 DROP = struct.pack("HBBI", 0x06, 0, 0, 0)  # return 0: of a packet nothing is kept (BPF_RET, linux/bpf_common.h)
@@ -61,9 +61,9 @@ def heard_while_built(make: Callable[[], Device]) -> Iterator[Device]:
 
 def _guard(ports: list[socket.socket], built: threading.Event) -> None:
     """Shut the ports if strangers come in numbers: the build then fails at its deadline, or succeeds without them."""
-    limit = _descriptors() + STRANGERS
+    most = _descriptors() + min(STRANGERS, _limit() // 4)
     while not built.wait(LOOK_S):
-        if _descriptors() > limit:
+        if _descriptors() > most:
             _deafen(ports)
             log.warning("strangers came to a port that is for building a link; it hears nobody any more")
             return
@@ -80,9 +80,15 @@ def _deafen(ports: list[socket.socket]) -> None:
 
 
 def _check_spare() -> None:
+    taken, limit = _descriptors(), _limit()
+    if taken + min(SPARE, limit // 2) > limit:
+        raise OSError(f"{taken} of {limit} descriptors are taken, too many to listen to strangers (see ulimit -n)")
+
+
+def _limit() -> int:
+    """How many descriptors this process may have."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit != resource.RLIM_INFINITY and _descriptors() + SPARE > limit:
-        raise OSError(f"{_descriptors()} of {limit} descriptors are taken, which leaves too few to listen (ulimit -n)")
+    return 1 << 30 if limit == resource.RLIM_INFINITY else limit
 
 
 def _descriptors() -> int:

@@ -20,7 +20,13 @@ def split(address: str) -> tuple[str, int]:
         ValueError: it is not written so; says how.
     """
     host, colon, port = address.removeprefix("tcp://").rpartition(":")
-    if not colon or not host or "/" in host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+    if (
+        not colon
+        or not bare(host)
+        or "/" in host
+        or not (port.isascii() and port.isdigit())
+        or not 0 < int(port) < 65536
+    ):
         raise ValueError("expected HOST:PORT")
     if host.startswith("[") != host.endswith("]"):
         raise ValueError("expected [HOST]:PORT for an IPv6 address")

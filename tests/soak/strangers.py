@@ -1,6 +1,6 @@
 """Strangers at every port of a running engine, while a stream goes on whose tokens are checked.
 
-    python -m tests.strangers --connections 10000
+    python -m tests.soak.strangers --connections 10000
 
 At each port of each process so many come and leave at once, so many talk nonsense and leave, and some stay. Ends with a
 table; the exit code is 1 if a process keeps descriptors, a token was wrong or lost, or the draft is not linked.
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.soak.engine import Engine
+
 AT_ONCE = 200  # connections of one visitor
 ANSWER_MS = 50  # what a port that hears takes at most to accept on one machine
 STAYING = 100  # at each port
@@ -35,12 +37,14 @@ def listening(pid: int) -> list[tuple[str, int]]:
 def visit(host: str, port: int, count: int, said: bytes = b"") -> int:
     """Come `count` times, say something and leave at once; returns how many were let in."""
     came = 0
-    for first in range(0, count, AT_ONCE):
-        with coming(host, port, min(AT_ONCE, count - first)) as visitors:
-            came += len(visitors)
+    while came < count:
+        with coming(host, port, min(AT_ONCE, count - came)) as visitors:
             for one in visitors:
                 with contextlib.suppress(OSError):
                     one.send(said) if said else None
+        if not visitors:
+            break
+        came += len(visitors)
     return came
 
 
@@ -67,8 +71,6 @@ def coming(host: str, port: int, count: int) -> Iterator[list[socket.socket]]:
 
 
 def main() -> int:
-    from tests.soak.engine import Engine
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--connections", type=int, default=10_000)
     options = parser.parse_args()
@@ -83,9 +85,14 @@ def main() -> int:
     return 0 if well else 1
 
 
+def listeners(launchers: list[int]) -> list[psutil.Process]:
+    """Processes under these, themselves included, that listen somewhere."""
+    return [child for pid in launchers for child in family(pid) if listening(child.pid)]
+
+
 def besiege(launchers: list[int], count: int) -> int:
     """Visit every port under some processes; prints a row for each port, returns the descriptors that were kept."""
-    processes = [child for pid in launchers for child in family(pid) if listening(child.pid)]
+    processes = listeners(launchers)
     before = {process.pid: process.num_fds() for process in processes}
     print(f"{'process':<12} {'port':<24} {'came':>7} {'talked':>7} {'stayed':>7} {'descriptors':>24}")
     for process in processes:
