@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ssd_runtime.comm import ears, exchange
+from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.meeting import LinkHost, open_draft_link
 from ssd_runtime.comm.pipes import gloo_group
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_gloo_threads, outcomes, tree
 from tests.soak.strangers import listening, visit
+from tests.target_ranks import on_every_rank
 
 MANY = ears.STRANGERS + 500  # those who come between two looks included
 GARBAGE = [b"", b"\0" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096]
@@ -140,6 +143,35 @@ def test_strangers_may_spoil_a_build_and_leave_nothing_behind(caplog: pytest.Log
 
 
 def test_a_process_with_hardly_a_descriptor_left_builds_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda which: (2 * descriptors() - 1, -1))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (2 * descriptors() - 2, -1))
     with pytest.raises(OSError, match="descriptors are taken"):
         gloo_group(dist.HashStore(), 0, "127.0.0.1", timedelta(seconds=1))
+
+
+def test_the_ranks_of_one_target_hear_nobody_once_they_have_met() -> None:
+    found = ports()
+
+    def meet(group: TargetGroup) -> int:
+        group.gather(torch.zeros(1))  # all have met
+        heard = sum(visit(host, port, 20) for host, port in ports() - found) if group.rank == 0 else 0
+        return heard + int(group.gather(torch.ones(1)).sum())
+
+    assert on_every_rank(3, meet) == [3, 3, 3]
+
+
+def test_a_rank_listens_nowhere_before_all_are_there() -> None:
+    found, store, lost = ports(), dist.HashStore(), []
+
+    def come() -> None:
+        try:
+            meet_target_ranks(store, 0, 2, "127.0.0.1", 0.5)
+        except PeerLost as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    until(lambda: store.check(["here/0"]), "it has come")
+    while thread.is_alive():
+        assert ports() == found
+    thread.join(SOON)
+    assert len(lost) == 1

@@ -225,3 +225,21 @@ def test_a_place_is_free_again_however_the_building_of_its_link_ended(caplog: py
         assert said in caplog.text
         builds.outcome = None
         assert number(opened, "b") == 1
+
+
+def test_a_welcome_that_does_not_arrive_leaves_no_port_open() -> None:
+    opened, server = door(range(1, 2))
+    server.gone.add(b"a")
+    knock((opened, server), "a")
+    assert opened._host.forgotten == 1  # type: ignore[attr-defined]
+    assert not opened.is_building
+
+
+def test_a_draft_for_which_no_port_is_left_is_put_off_and_the_leader_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = door(range(1, 2))
+
+    def full(host: Host, shape: FrameShape) -> LinkAddress:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Host, "next_address", full)
+    assert knock(opened, "a") == Refused("no port for a link: Too many open files", again=True)
