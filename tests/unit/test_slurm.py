@@ -160,6 +160,7 @@ def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsy
     script = (tmp_path / "mine.sbatch").read_text()
     assert "# Written by: ssd slurm render --set=speculation.lookahead=3 --single-job --name=mine" in script
     assert (options(script)["partition"], options(script)["time"]) == ("gpu", "1:00:00")
+    assert 'exec "$1" -m launcher.agent' in script
     assert f"{sys.executable} -m launcher.worker --set speculation.lookahead=3" in script
 
 
