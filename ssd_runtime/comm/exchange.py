@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ssd_runtime.comm.ears import opening
+from ssd_runtime.comm.gloo_ports import opening
 from ssd_runtime.comm.hosts import listen
 
 GUESTS = 64  # connections that may be about to say the secret; when one more comes the oldest is hung up on

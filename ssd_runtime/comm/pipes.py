@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssd_runtime.comm.ears import heard_while_built
+from ssd_runtime.comm.gloo_ports import heard_while_built
 
 WINDOW = 16  # receives posted at once
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssd_runtime.comm import ears, exchange
+from ssd_runtime.comm import exchange, gloo_ports
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.meeting import LinkHost, open_draft_link
@@ -25,7 +25,7 @@ from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_gloo_threads,
 from tests.soak.strangers import listening, visit
 from tests.target_ranks import on_every_rank
 
-MANY = ears.STRANGERS + 500  # those who come between two looks included
+MANY = gloo_ports.STRANGERS + 500  # those who come between two looks included
 GARBAGE = [b"", b"\0" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096]
 
 
@@ -136,7 +136,7 @@ def test_strangers_may_spoil_a_build_and_leave_nothing_behind(caplog: pytest.Log
         most = max(most, descriptors() - before)
     thread.join(SOON)
     assert failed
-    assert ears.STRANGERS / 2 < most < MANY
+    assert gloo_ports.STRANGERS / 2 < most < MANY
     assert came < MANY  # who came after that was not heard
     assert "it hears nobody any more" in caplog.text
     until(lambda: descriptors() <= before + 1, "all descriptors are given back")

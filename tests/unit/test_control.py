@@ -305,9 +305,7 @@ def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
             dealer.send(encode(Cancel("x")))
             identity, _ = receive(server)
             connection = server._connections.get(identity)
-            while (
-                connection._told()[0] < 3 * 300
-            ):  # ms of silence, three times what one that pings may have
+            while connection._told()[0] < 3 * 300:  # ms of silence, three times what one that pings may have
                 server.poll(0.05)
                 assert server.alive(identity)
     finally:

@@ -59,7 +59,7 @@ def served(tokenizer: Tokenizer) -> Iterator[Served]:
     stop = Stop()
     terms = Terms("digest", VOCABULARY, FrameShape.of(4, 6, 8, 0), LinkTiming(build=1.0), range(2, 4))
     with ControlServer("127.0.0.1", 0) as server, contextlib.closing(LinkHost("127.0.0.1")) as host:
-        door = Door(server, host, terms)
+        door = Door(server, host, terms, host.open)
         leader = Leader(Config(), process.engine, tokenizer, server, process.link, door, {}, stop, "key")
         thread = threading.Thread(target=leader.run, daemon=True)
         thread.start()

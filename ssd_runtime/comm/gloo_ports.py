@@ -49,7 +49,7 @@ def heard_while_built(make: Callable[[], Device]) -> Iterator[Device]:
         for port in ports:
             port.listen(BACKLOG)
         built = threading.Event()
-        guard = threading.Thread(target=_guard, args=(ports, built), name="ears", daemon=True)
+        guard = threading.Thread(target=_guard, args=(ports, built), name="gloo-ports", daemon=True)
         guard.start()
         try:
             yield device
