@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from ssd_runtime.comm import hosts
 
 HOSTS = st.one_of(
-    st.ip_addresses(v=4).map(str), st.ip_addresses(v=6).map(str), st.from_regex(r"[a-z][a-z0-9.-]{0,30}\Z")
+    st.ip_addresses(v=4).map(str),
+    st.ip_addresses(v=6).map(str),
+    st.from_regex(r"[a-z][a-z0-9.-]{0,30}", fullmatch=True),
 )
 
 
