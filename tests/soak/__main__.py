@@ -1,11 +1,11 @@
-"""A soak: streams run while drafts are killed, stopped, replaced by liars, and the front door is flooded.
+"""A soak: streams run while drafts are killed, stopped, replaced by liars, and strangers attack every port.
 
     python -m tests.soak --seconds 600 --faults 50 --seed 1
 
 Two torchrun groups with tiny models. Ends with a table; the exit code is 1 if an answer was wrong or lost, if the
-target stalled longer than --stall-ms beyond a round, or if its memory grew by more than --grow-mib after the first
-quarter. A stall is the time between two verifications; what the system ran in it instead of the target, though that
-could have gone on, is shown and not held against it.
+target stalled longer than --stall-ms beyond a round, or if, after the first quarter, its memory grew by more than
+--grow-mib, or its threads or open files grew. A stall is the time between two verifications; what the system ran in it
+instead of the target, though that could have gone on, is shown and not held against it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.soak.attacks import ATTACKS
 from tests.soak.engine import Engine
 from tests.soak.faults import FAULTS
 
 SHOWN = 12  # stalls
+SPARE = 4  # threads and open files more at the end than after a quarter: of a link that is being closed
 
 
 def main() -> int:
@@ -34,7 +36,8 @@ def main() -> int:
     parser.add_argument("--grow-mib", type=float, default=32.0)
     options = parser.parse_args()
     chance = random.Random(options.seed)
-    names = list(FAULTS)
+    acts = FAULTS | ATTACKS
+    names = list(acts)
     plan = [names[i % len(names)] for i in range(options.faults)]
     chance.shuffle(plan)
     done: list[tuple[float, str]] = []
@@ -46,7 +49,7 @@ def main() -> int:
             at = start + (number + chance.random()) * options.seconds / len(plan)
             engine.run_until(at)
             done.append((time.monotonic(), name))
-            FAULTS[name](engine, chance)
+            acts[name](engine, chance)
             sizes += engine.sizes_while_linked()
             memory = f"target {engine.size().resident / 2**20:.0f} MiB"
             print(f"{time.monotonic() - start:6.1f} s  {name:<28} {engine.summary()}; {memory}", flush=True)
@@ -77,6 +80,7 @@ def main() -> int:
         print(f"{stall.at - start:6.1f} s  {fault:<28} {stall}")
     kept = not report.wrong and not report.failed and report.answers > 0
     kept = kept and own - report.usual_ms <= options.stall_ms and grown <= options.grow_mib
+    kept = kept and max(sizes[-1].threads - first.threads, sizes[-1].files - first.files) <= SPARE
     print("KEPT" if kept else "BROKEN: a promise in the table above was not kept")
     return 0 if kept else 1
 

@@ -75,6 +75,7 @@ class Engine:
         self._runs: list[Run] = []
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._running: set[str] = set()  # ids of requests
         self._lock = threading.Lock()  # guards the four below
         self._measured: list[RequestStatistics] = []
         self._wrong: list[int] = []
@@ -141,11 +142,19 @@ class Engine:
         request = Generate(name, prompt="the quick brown fox", params=params, max_tokens=LENGTH, ignore_eos=True)
         request = Generate(**{**request.__dict__, "mode": mode, "samples": True})
         tokens: list[int] = []
-        for message in client.generate(request):
-            if isinstance(message, Finished):
-                return tuple(tokens), message.statistics
-            tokens += message.token_ids
+        self._running.add(name)
+        try:
+            for message in client.generate(request):
+                if isinstance(message, Finished):
+                    return tuple(tokens), message.statistics
+                tokens += message.token_ids
+        finally:
+            self._running.discard(name)
         raise AssertionError("a stream without an end")
+
+    def running_ids(self) -> list[str]:
+        """Of the streams' requests, now."""
+        return list(self._running)
 
     # -- watching ------------------------------------------------------------------------------------------------
 
