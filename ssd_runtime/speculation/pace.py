@@ -130,7 +130,7 @@ class Pace:
     def rate(self) -> float | None:
         """Tokens a second of one sequence over the last rounds; None before the first."""
         tokens, seconds = self._round_tokens.value, self._round_seconds.value
-        return tokens / seconds if tokens and seconds else None
+        return (tokens / seconds or None) if tokens and seconds else None  # or so little that it is nothing
 
     @property
     def unfinished_seconds(self) -> float:
