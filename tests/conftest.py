@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -11,8 +12,11 @@ from hypothesis import HealthCheck, settings
 
 from ssd_runtime.model import catalogue, fetch
 
-# A loaded machine may pause any process for a second, in the middle of an example or of drawing one.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A loaded machine may pause any process for a second, in the middle of an example or of drawing one. Examples are new
+# in every run, so that they find something some day; where CI is set they are the same, as hypothesis itself has it.
+settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("patient")
 ENGINES = ("tests/cluster/", "tests/process/")
 
