@@ -31,7 +31,6 @@ from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
 from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.speculation.logprobs import token_logprobs
-from ssd_runtime.speculation.processors import processors_of
 from ssd_runtime.speculation.types import MOST_ALTERNATIVES, Outcome, Speculation
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
@@ -104,18 +103,8 @@ class Engine:
         if request.index == 0:  # the other outputs of a request differ in nothing that can be wrong
             self._check(request)
         table = BlockTable(self.allocator, self._config.block_size, self._config.max_model_len, self._decoder.device)
-        params, prompt, end_tokens = request.params, request.prompt_tokens, request.eos_token_ids
-        processors = processors_of(params, prompt, self._decoder.arch.vocab_size, end_tokens)
-        longest = self._config.max_model_len
-        sequence = Sequence(
-            self._next_id,
-            request,
-            table,
-            text or NoText(),
-            longest,
-            processors,
-            share_unit(self._decoder, self._config),
-        )
+        longest, unit = self._config.max_model_len, share_unit(self._decoder, self._config)
+        sequence = Sequence(self._next_id, request, table, text or NoText(), longest, unit)
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence
@@ -210,8 +199,11 @@ class Engine:
 
     def _admit(self) -> None:
         admitted = self.scheduler.admit()
+        for sequence in admitted:
+            with self._contained([sequence], "admitting"):
+                sequence.begin(self._decoder.arch.vocab_size)
         for mode, speculator in self._speculators.items():
-            if members := [sequence for sequence in admitted if sequence.request.mode == mode]:
+            if members := [one for one in admitted if one.request.mode == mode and not one.finish_reason]:
                 with self._contained(members, "admitting"):
                     speculator.admit(members)
 

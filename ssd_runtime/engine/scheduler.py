@@ -43,6 +43,11 @@ class Scheduler:
         """How many wait beyond those that there is a place for."""
         return max(0, len(self.waiting) + len(self.running) - self._config.max_num_seqs)
 
+    @property
+    def num_tokens_waiting(self) -> int:
+        """Tokens that those who wait came with; what the outputs of one request share is counted once."""
+        return sum(one.request.num_tokens for one in self.waiting if one.request.index == 0)
+
     def admit(self) -> list[Sequence]:
         """Move waiting sequences to the running ones while there is room; returns those that moved."""
         admitted = []

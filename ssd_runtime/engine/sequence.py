@@ -20,7 +20,7 @@ from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.metrics import Samples, percentiles
 from ssd_runtime.speculation.ngrams import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
-from ssd_runtime.speculation.processors import LogitsProcessors
+from ssd_runtime.speculation.processors import LogitsProcessors, processors_of
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, SamplingParams, Speculation, TokenLogprob
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -65,6 +65,12 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     index: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and those that the parameters name: what its memory grows with."""
+        named = (self.params.allowed_tokens or (), self.params.banned_tokens, self.params.logit_bias)
+        return len(self.prompt_tokens) + sum(map(len, named))
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,13 @@ class Measurements:
 class Sequence:
     """A request being decoded.
 
+    While it waits it is little more than its request, whose prompt all outputs share: what grows with the prompt comes
+    with `begin`.
+
     Attributes:
         sequence_id: unique for the life of the engine.
-        tokens: prompt and output. The last one has no KV row yet: it is the first row of the next forward.
+        tokens: prompt and output, once it has begun. The last one has no KV row yet: it is the first row of the next
+            forward.
         turn: verifications so far; -1 until the prefill has chosen the first token.
         outcome: of the last verification (of the prefill: no draft token, the first token).
         failure: why it failed, if it did; it has ended with the tokens that came before.
@@ -128,15 +138,14 @@ class Sequence:
         table: BlockTable,
         text: TextStream,
         max_length: int,
-        processors: LogitsProcessors | None = None,
         share_unit: int | None = None,
     ) -> None:
         self.sequence_id = sequence_id
         self.request = request
         self.table = table
         self.prompt = Prompt(request.prompt_tokens, table, share_unit)
-        self.processors = processors
-        self.tokens = list(request.prompt_tokens)
+        self.processors: LogitsProcessors | None = None
+        self.tokens: list[int] = []
         self.max_tokens = min(request.max_tokens, max_length - len(request.prompt_tokens))
         self.turn = -1
         self.outcome: Outcome | None = None
@@ -148,13 +157,23 @@ class Sequence:
         self._stop = StopStrings(request.stop)
         self._hashed = (0, EMPTY_TEXT)  # how many tokens, their hash
 
+    def begin(self, vocab_size: int) -> None:
+        """It is admitted.
+
+        Args:
+            vocab_size: width of the logits.
+        """
+        request = self.request
+        self.tokens = list(request.prompt_tokens)
+        self.processors = processors_of(request.params, request.prompt_tokens, vocab_size, request.eos_token_ids)
+
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_tokens)
 
     @property
     def num_output(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return max(0, len(self.tokens) - self.num_prompt)
 
     @property
     def prefilled(self) -> bool:

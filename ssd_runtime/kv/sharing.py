@@ -9,6 +9,7 @@ prompt at most one computes it, and only while no other has it; so a pool that c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 from ssd_runtime.kv.paged import BlockTable
 
@@ -31,7 +32,10 @@ class Prompt:
         self.table = table
         self.rows = shared_rows(len(tokens), unit or table.block_size)
         self._tokens = tokens
-        self._hash = hash(tokens)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._tokens)
 
     @property
     def blocks(self) -> int:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.2
 MAIL_S = 0.01  # longest that messages are handled for between two rounds, so that a flood holds up nobody
+MOST_TOKENS_WAITING = 2**23  # of all requests that wait, beyond which none is taken: 36 bytes each
 PIECE_BYTES = 16 * 1024  # sent at once to a client that does not stream, about; what it may leave unread is counted
 PULSE_S = 0.5  # between two looks at the connections of the clients
 
@@ -85,16 +86,18 @@ class _Output:
 
 @dataclass
 class _Asked:
-    """One request: who asked for what, and its outputs."""
+    """One request: who asked for it, how it is answered, and its outputs. The text that it came with is not kept."""
 
     identity: bytes
-    message: Generate
+    request_id: str
+    stream: bool
+    samples: bool
     outputs: list[_Output]
 
     @property
     def key(self) -> tuple[bytes, str]:
         """Clients choose their ids, so different clients may choose the same."""
-        return self.identity, self.message.request_id
+        return self.identity, self.request_id
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -211,13 +214,8 @@ class Leader:
             reason = f"the id of a request that still runs was given to another: {message.request_id}"
             self._server.send(identity, Refused(reason))
             return
-        queued, limit = self._engine.scheduler.num_queued, self._config.serve.max_queued_requests
-        if queued >= limit:  # before any work is done for it
-            reason = (
-                f"{queued} requests are waiting and serve.max_queued_requests is {limit}: "
-                "try again later, or raise the limit"
-            )
-            self._server.send(identity, Failed(message.request_id, "busy", reason))
+        if busy := self._busy():  # before any work is done for it
+            self._server.send(identity, Failed(message.request_id, "busy", busy))
             return
         if not self._server.alive(identity):  # it left behind what was not read yet
             return
@@ -234,9 +232,21 @@ class Leader:
             reason = f"the request could not be begun: {brief(error) or type(error).__name__}"
             self._server.send(identity, Failed(message.request_id, "engine", reason))
         else:
-            asked = _Asked(identity, message, list(map(_Output, sequences)))
+            asked = _Asked(identity, message.request_id, message.stream, message.samples, list(map(_Output, sequences)))
             self._asked[asked.key] = asked
             self._by_sequence |= {sequence.sequence_id: asked for sequence in sequences}
+
+    def _busy(self) -> str | None:
+        """Why nothing more may wait now."""
+        scheduler, limit = self._engine.scheduler, self._config.serve.max_queued_requests
+        if scheduler.num_queued >= limit:
+            return (
+                f"{scheduler.num_queued} requests are waiting and serve.max_queued_requests is {limit}: "
+                "try again later, or raise the limit"
+            )
+        if scheduler.num_tokens_waiting > MOST_TOKENS_WAITING:
+            return f"the requests that wait have {scheduler.num_tokens_waiting} tokens together: try again later"
+        return None
 
     def _cancel(self, identity: bytes, request_id: str) -> None:
         """The client's wish. A request that is over, or another client's, is none of its own that run."""
@@ -316,7 +326,7 @@ class Leader:
         if all(one.ended for one in asked.outputs):
             self._finish(asked)
             return
-        is_due = asked.message.stream or output.size > PIECE_BYTES
+        is_due = asked.stream or output.size > PIECE_BYTES
         if is_due and not self._server.send(asked.identity, output.chunk()):
             self._abandon(asked.identity)
 
@@ -324,9 +334,9 @@ class Leader:
         """One output has failed, and the request with it."""
         self._forget(asked)
         self._engine.cancel(asked.sequences)
-        if asked.message.stream and output.token_ids:
+        if asked.stream and output.token_ids:
             self._server.send(asked.identity, output.chunk())
-        self._server.send(asked.identity, Failed(asked.message.request_id, "engine", reason))
+        self._server.send(asked.identity, Failed(asked.request_id, "engine", reason))
 
     def _finish(self, asked: _Asked) -> None:
         """All outputs have ended: send what is left of them, and what they cost."""
@@ -337,5 +347,5 @@ class Leader:
         sequences = asked.sequences
         reasons = tuple(sequence.finish_reason or "abort" for sequence in sequences)
         usage = Usage(sequences[0].num_prompt, sum(sequence.num_output for sequence in sequences))
-        statistics = statistics_of(sequences, samples=asked.message.samples)
-        self._server.send(asked.identity, Finished(asked.message.request_id, reasons, usage, statistics))
+        statistics = statistics_of(sequences, samples=asked.samples)
+        self._server.send(asked.identity, Finished(asked.request_id, reasons, usage, statistics))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
+from dataclasses import replace
 
 import pytest
 
@@ -112,6 +114,42 @@ def test_requests_that_wait_hold_no_memory_of_the_device(monkeypatch: pytest.Mon
     while process.engine.has_work:
         process.engine.step()
     assert [sequence.num_output for sequence in waiting] == [4] * 50
+
+
+def test_an_output_that_waits_holds_little_memory_however_long_its_prompt() -> None:
+    process = engine(replace(ENGINE, max_model_len=20_000, num_blocks=5_000))
+    named = tuple(range(96))
+    params = SamplingParams(repetition_penalty=1.5, banned_tokens=named[50:], logit_bias=tuple((i, 1.0) for i in named))
+    first = request(named * 200, "ar", params=params)
+    tracemalloc.start()
+    try:
+        waiting = [process.engine.add(replace(first, index=index)) for index in range(100)]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / len(waiting) < 10_000  # of a prompt of 19,200 tokens
+    process.engine.step()
+    assert [len(sequence.tokens) for sequence in waiting[:4]] == [19_200] * 3 + [0]
+    assert [sequence.processors is None for sequence in waiting[:4]] == [False] * 3 + [True]
+    process.engine.cancel(waiting)
+    assert {sequence.num_output for sequence in waiting} == {0}
+    process.assert_all_blocks_are_back()
+
+
+def test_a_request_that_cannot_begin_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = engine()
+    begin = Sequence.begin
+
+    def refuse_one(sequence: Sequence, vocab_size: int) -> None:
+        if sequence.request.request_id == "bad":
+            raise MemoryError("no room")
+        begin(sequence, vocab_size)
+
+    monkeypatch.setattr(Sequence, "begin", refuse_one)
+    bad, good = process.run([request(PROMPT, request_id=name, max_tokens=8) for name in ("bad", "good")])
+    assert bad.failure == "admitting failed: MemoryError: no room"
+    assert good.num_output == 8
+    process.assert_all_blocks_are_back()
 
 
 def test_cancelling_what_has_ended_is_nothing() -> None:

@@ -184,6 +184,24 @@ def test_more_than_may_wait_are_refused_at_once_and_no_other_is_touched(
     assert sum(isinstance(message, Finished) for message in sent) == 5
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_more_tokens_than_may_wait_are_refused_at_once(
+    process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Whatever they stand for; outputs of one request share them."""
+    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", 60.0)  # all of them before the first round
+    monkeypatch.setattr("ssd_runtime.target.leader.MOST_TOKENS_WAITING", 30)
+    costly = replace(ASKED, n=n, params=SamplingParams(banned_tokens=tuple(range(9)), logit_bias=((250, 1.0),)))
+    length = len(tokenizer.encode("the fox")) + 10
+    taken = 30 // length + 1
+    sent = serve(process, tokenizer, [replace(costly, request_id=str(i)) for i in range(taken + 2)])
+    refused = [message for message in sent if isinstance(message, Failed)]
+    assert [message.request_id for message in refused] == [str(taken), str(taken + 1)]
+    reason = f"the requests that wait have {length * taken} tokens together: try again later"
+    assert {(message.kind, message.reason) for message in refused} == {("busy", reason)}
+    assert sum(isinstance(message, Finished) for message in sent) == taken
+
+
 def test_a_request_of_many_outputs_is_taken_whole_or_not_at_all(process: InProcess, tokenizer: Tokenizer) -> None:
     limit = Config(serve=ServeConfig(max_queued_requests=1))
     *_, finished = serve(process, tokenizer, [replace(ASKED, n=7), replace(ASKED, request_id="late")], config=limit)

@@ -35,6 +35,7 @@ def sequence(stop: tuple[str, ...] = (), max_tokens: int = 100, max_length: int 
     request = Request("r", (1,) * prompt, SamplingParams(), "ssd", 4, max_tokens, stop, (EOS,))
     table = BlockTable(BlockAllocator(50), 4, max_length, torch.device("cpu"))
     begun = Sequence(0, request, table, Utf8(), max_length)
+    begun.begin(vocab_size=256)
     assert not begun.prefilled
     return begun
 

@@ -44,9 +44,13 @@ class Pool:
         self.scheduler.add(sequence)
         return sequence
 
+    def admit(self) -> None:
+        for one in self.scheduler.admit():
+            one.begin(vocab_size=200)
+
     def step(self) -> None:
         """Admit, compute a chunk of a prompt, decode a token of everybody else."""
-        self.scheduler.admit()
+        self.admit()
         sequence = self.scheduler.prefilling()
         if sequence is not None:
             self.scheduler.share_prompt(sequence)
@@ -137,7 +141,7 @@ def test_the_prompt_is_computed_once_and_what_no_block_is_full_of_again() -> Non
     pool = Pool()
     for _ in range(3):
         pool.add(tuple(range(10)), 1)  # the first token is the last: each leaves when its prompt is computed
-    pool.scheduler.admit()
+    pool.admit()
     first, second, third = pool.scheduler.running
     pool.step()
     assert pool.computed == 6
