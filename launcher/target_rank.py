@@ -14,6 +14,7 @@ from launcher import rendezvous
 from launcher.rank import Rank, Surroundings, forget_loading, link_timing
 from launcher.target_group import joined
 from ssd_runtime import topology
+from ssd_runtime.comm.codec import ASKED
 from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.meeting import LinkHost
 from ssd_runtime.comm.messages_launcher import Ready
@@ -48,7 +49,13 @@ class TargetRank(Rank):
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
         known_as = self._own_host() if has_peers or self._place.drafts_may_come else None
-        with contextlib.closing(ControlServer(config.serve.host, config.serve.port, known_as=known_as)) as server:
+        server = ControlServer(
+            config.serve.host,
+            config.serve.port,
+            known_as=known_as,
+            limits=ASKED.for_prompts(config.engine.max_model_len),
+        )
+        with contextlib.closing(server):
             store = rendezvous.store(config) if has_peers else None  # kept: it may be this rank's own to serve
             if store is not None:
                 store.set(rendezvous.CONTROL_KEY, server.address)

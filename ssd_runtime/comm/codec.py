@@ -22,6 +22,7 @@ from ssd_runtime.bounds import MOST_SHOWN, AtMost, Within, refusal, shown, split
 from ssd_runtime.comm.messages import MESSAGE_TYPES, Message
 from ssd_runtime.comm.messages_client import RequestId
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, ProtocolError
+from ssd_runtime.speculation.types import MOST_TOKENS
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,23 @@ class Limits:
     Attributes:
         bytes: of it; a longer one ends the connection.
         containers: lists and maps in it, which cost far more than their bytes.
+        entries: of all of them together, each of which is an object.
     """
 
     bytes: int
     containers: int
+    entries: int
+
+    def for_prompts(self, max_model_len: int) -> Limits:
+        """What is needed where a prompt has no more tokens than that: reading takes no longer than it must."""
+        return dataclasses.replace(self, entries=min(self.entries, MOST_NAMED + max_model_len))
 
 
-ASKED = Limits(6 * 2**20, 2**16)  # of anyone: 0.3 s at most, whatever it is (tests/unit/test_messages_hostile.py)
-ANSWERED = Limits(16 * 2**20, 2**20)  # of the engine that one is a client, a draft or a launcher of
+MOST_NAMED = 2**18  # entries beside the token ids of a prompt
+MOST_PAIRS = 2**10  # of one map
+MOST_BEGIN = 400  # bytes in which the longest id stands behind the longest name of a type
+ASKED = Limits(6 * 2**20, 2**14, MOST_NAMED + MOST_TOKENS)  # of anyone
+ANSWERED = Limits(16 * 2**20, 2**20, 2**24)  # of the engine that one is a client, a draft or a launcher of
 
 
 def encode(message: Message) -> bytes:
@@ -57,33 +67,54 @@ def decode(data: bytes, limits: Limits = ASKED) -> Message:
     """
     try:
         return _message(_unpacked(data, limits))
+    except _TooMuch as error:
+        raise ProtocolError(str(error), _first_id(data)) from None
     except ProtocolError:
         raise
     except Exception as error:  # noqa: BLE001 (the one place: whatever bytes bring about is their sender's fault)
         raise ProtocolError(f"not msgpack: {type(error).__name__} {str(error)[:100]}") from None
 
 
+class _TooMuch(ProtocolError):
+    """A message beyond the limits, of which no more is read."""
+
+
 def _unpacked(data: bytes, limits: Limits) -> Any:
     """What msgpack makes of the bytes; it nests no deeper than 1024."""
     if len(data) > limits.bytes:
-        raise ProtocolError(f"a message of {len(data)} bytes; at most {limits.bytes} are read")
+        raise _TooMuch(f"a message of {len(data)} bytes; at most {limits.bytes} are read")
     # A list is allocated by the length it claims. Walking over all of it first, which allocates nothing, shows that
     # what is claimed is there.
     walk = msgpack.Unpacker(max_buffer_size=max(1, len(data)))
     walk.feed(data)
     walk.skip()
-    left = limits.containers
+    containers = entries = 0
 
     def count(container: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ProtocolError(f"a message of more than {limits.containers} lists and maps")
+        nonlocal containers, entries
+        containers, entries = containers + 1, entries + len(container)
+        if containers > limits.containers:
+            raise _TooMuch(f"a message of more than {limits.containers} lists and maps")
+        if entries > limits.entries:
+            raise _TooMuch(f"a message of more than {limits.entries} entries in all its lists and maps")
         return container
 
-    return msgpack.unpackb(
-        data, raw=False, use_list=False, strict_map_key=True, max_ext_len=0, object_hook=count, list_hook=count
-    )
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=False,
+            strict_map_key=True,
+            max_ext_len=0,
+            max_array_len=limits.entries,
+            max_map_len=min(limits.entries, MOST_PAIRS),
+            object_hook=count,
+            list_hook=count,
+        )
+    except ValueError as error:
+        if "exceeds max_" not in str(error) or "ext_len" in str(error):
+            raise
+        raise _TooMuch(f"a message with a list or map that is too long: {error}") from None
 
 
 def _message(envelope: Any) -> Message:
@@ -105,6 +136,17 @@ def _request_id(fields: Any) -> str | None:
     try:
         return typing.cast(str, _reader(RequestId)(fields.get("request_id"), "request_id"))
     except (AttributeError, ProtocolError):
+        return None
+
+
+def _first_id(data: bytes) -> str | None:
+    """The same of a message that was not read, if it begins with it as those of `encode` do."""
+    begin = msgpack.Unpacker(raw=False)
+    begin.feed(data[:MOST_BEGIN])
+    try:
+        begin.read_array_header(), begin.skip(), begin.skip(), begin.read_map_header()
+        return _request_id({begin.unpack(): begin.unpack()})
+    except Exception:  # noqa: BLE001 (it begins with something else, whatever that is)
         return None
 
 

@@ -25,22 +25,29 @@ class Patience:
         self._silences = deque([FIRST_S] * WINDOW, WINDOW)
         self._usual = FIRST_S
         self._slack = SLACK_S
+        self._left = MOST_S  # for the whole of the present answer
         self._longest = 0.0  # silence of the present answer
 
     @property
     def bound(self) -> float:
         """Seconds of silence after which the target goes on."""
-        return self._usual + self._slack
+        return min(self._usual + self._slack, self._left)
 
-    def ask(self) -> None:
-        """A question is put: what is known of the last answer is learned, and the slack is whole again."""
+    def ask(self, signs: int) -> None:
+        """A question is put: what is known of the last answer is learned, and the slack is whole again.
+
+        Args:
+            signs: the most that an answer comes in.
+        """
         if self._longest:
             self._learn(self._longest)
         self._slack = SLACK_S
+        self._left = min(MOST_S, signs * self._usual + SLACK_S)
 
     def observe(self, silence: float) -> None:
         """The draft was waited for and said something after `silence` seconds."""
         self._slack = max(0.0, self._slack - max(0.0, silence - self._usual))
+        self._left = max(0.0, self._left - silence)
         self._longest = max(self._longest, silence)
 
     def observe_late(self, silence: float) -> None:

@@ -14,9 +14,11 @@ from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
 from ssd_runtime.target import at_work
 from ssd_runtime.target import drafts as module
+from ssd_runtime.target.at_work import UNDER_WAY
 from ssd_runtime.target.drafts import Drafts
-from ssd_runtime.target.patience import FIRST_S, SLACK_S, Patience
+from ssd_runtime.target.patience import FIRST_S, MOST_S, SLACK_S, Patience
 
+MOMENT_S = 1e-9  # passes in any call
 SIGN = TreeFrame(1, (), 0, 0)
 MISSED = OutcomeRow(0, 0, Outcome(0, 1), Source.PENDING, 0, ())
 
@@ -57,7 +59,7 @@ class Played:
         return heard
 
     def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
-        until = self._clock.now + timeout_s
+        until = self._clock.now + max(timeout_s, MOMENT_S)
         self._clock.now = max(self._clock.now, min(until, self.signs[0] if self.signs else math.inf))
         return self.poll_trees()
 
@@ -118,7 +120,9 @@ def wait_to_the_end(drafts: Drafts, clock: Clock) -> tuple[int, float]:
 
 def sequence() -> Sequence:
     table = BlockTable(BlockAllocator(4), 4, 16, "cpu")  # type: ignore[arg-type]
-    return Sequence(0, Request("r", (1, 2), SamplingParams(), "ssd", 3, 8), table, NoText(), 16)
+    begun = Sequence(0, Request("r", (1, 2), SamplingParams(), "ssd", 3, 8), table, NoText(), 16)
+    begun.begin(vocab_size=8)
+    return begun
 
 
 def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
@@ -185,9 +189,25 @@ def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
     assert drafts.wait([MISSED.sequence_id])
 
 
+@pytest.mark.parametrize("pause", [0.001, 0.02, 0.3, 0.9])
+def test_a_draft_that_talks_without_answering_is_not_waited_for_without_end(
+    drafts: Drafts, door: Door, clock: Clock, pause: float
+) -> None:
+    """Not even once it is usual for it: what an answer takes in all is bounded, by the signs that it may come in."""
+    draft = Played(clock)
+    come(door, drafts, draft)
+    for _ in range(30):
+        ask(drafts)
+        draft.speaks(*(pause * n for n in range(1, 1000)))
+        _, spent = wait_to_the_end(drafts, clock)
+        assert spent <= min(MOST_S, (3 + UNDER_WAY) * max(FIRST_S, pause) + SLACK_S) + 1e-6
+        drafts.check()
+    assert spent <= min(MOST_S, (3 + UNDER_WAY) * pause + SLACK_S) + 1e-6
+
+
 def answers(patience: Patience, *silences: float) -> None:
     """One answer, in as many signs."""
-    patience.ask()
+    patience.ask(signs=100)
     for silence in silences:
         patience.observe(silence)
 
@@ -196,7 +216,7 @@ def test_a_burst_of_late_answers_does_not_change_what_is_usual() -> None:
     patience = Patience()
     for _ in range(9):
         answers(patience, 0.01)
-    patience.ask()
+    patience.ask(signs=8)
     before = patience.bound
     for _ in range(4):
         patience.observe_late(5.0)
@@ -227,5 +247,5 @@ def test_the_longest_silence_of_an_answer_is_what_counts() -> None:
     patience = Patience()
     for _ in range(9):
         answers(patience, 0.2, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)
-    patience.ask()
+    patience.ask(signs=8)
     assert patience.bound > 0.2
