@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 import os
 import socket
 import struct
@@ -15,7 +16,13 @@ from collections.abc import Iterator
 
 import zmq
 
+from ssd_runtime.heap import resident
+
+LOOK_S = 0.05  # between two looks whether the process has grown
+GROWN = 16 * 2**20  # bytes by which it has, if its connections are looked at
+MOST_SEEN = 256  # of them, in one call: some milliseconds
 GRAIN_S = 0.02  # what the kernel's clock and ours may differ by, and ZeroMQ's thread be late
+PINGS_PER_S = 128  # bytes that may have come of it and were no messages
 TCP_INFO = struct.Struct("=52xI72xQ")  # Linux' struct tcp_info: milliseconds since data came last, bytes that came
 
 
@@ -24,27 +31,28 @@ class Connection:
 
     Args:
         descriptor: of its socket, which is ZeroMQ's own and may be closed or another's by now.
-        host: at its other end.
+        host: at its other end; empty for whichever is there.
         port: at this end.
+        identity: by which ZeroMQ knows its peer; empty before the first message.
 
     Attributes:
         ended: it was ended from here; what still arrives of it is to be passed over.
-        num_read: bytes of its messages so far.
+        num_read: bytes that its messages so far took on the wire.
         pings: something came of it that was no message; not every client's ZeroMQ is told to ping.
     """
 
-    def __init__(self, descriptor: int, host: str, port: int) -> None:
-        self.descriptor, self.host = descriptor, host
+    def __init__(self, descriptor: int, host: str, port: int, identity: bytes = b"") -> None:
+        self.descriptor, self.host, self.identity = descriptor, host, identity
         self.ended = False
         self.num_read = 0
         self._port = port
-        self._heard_at = time.monotonic()
+        self._begun_at = self._heard_at = time.monotonic()
         self.pings = False
-        self._behind_since, self._unread_then = -1, 0
         self._peer: tuple[str, int] | None = None
         with self._socket() as opened:
             if opened is not None:
                 self._peer = opened.getpeername()[:2]
+                self.host = self._peer[0]
 
     @property
     def is_loopback(self) -> bool:
@@ -71,16 +79,9 @@ class Connection:
         self.pings |= self._heard_at + GRAIN_S < came_at < read_until - GRAIN_S
         return silent if self.pings else 0.0
 
-    def behind(self, since: int) -> int:
-        """Bytes that came and were not read, beyond those at the first look.
-
-        Args:
-            since: number of the time for which the server has been behind; each has its own first look.
-        """
-        unread = self._told()[1] - self.num_read
-        if self._behind_since != since:
-            self._behind_since, self._unread_then = since, unread
-        return unread - self._unread_then
+    def unread(self) -> int:
+        """Bytes that came and were not read, which may be of a message without an end; 0 of one that is gone."""
+        return max(0, self._told()[1] - self.num_read - int(PINGS_PER_S * (time.monotonic() - self._begun_at)))
 
     def _told(self) -> tuple[int, int]:
         """What the kernel tells (TCP_INFO); zeros of a connection that is gone."""
@@ -100,20 +101,43 @@ class Connection:
                 return f"{host}:{port}"
         return None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether its descriptor still is that of its socket."""
+        with self._socket() as opened:
+            return opened is not None
+
     @contextlib.contextmanager
     def _socket(self) -> Iterator[socket.socket | None]:
         """A copy of its socket; None if the descriptor is none of ours any more."""
-        with contextlib.ExitStack() as copies:
-            found = None
-            with contextlib.suppress(OSError):
-                copy = copies.enter_context(socket.socket(fileno=os.dup(self.descriptor)))
-                is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM
-                host, port = copy.getpeername()[:2]
-                is_ours = is_tcp and copy.getsockname()[1] == self._port
-                if is_ours and host == self.host and self._peer in (None, (host, port)):
-                    found = copy
-            with contextlib.suppress(OSError):  # it may go at any time
-                yield found
+        copy = _copy_of(self.descriptor, self._port)
+        with contextlib.nullcontext() if copy is None else copy, contextlib.suppress(OSError):  # it may go at any time
+            yield copy if copy is not None and self._is_mine(copy) else None
+
+    def _is_mine(self, opened: socket.socket) -> bool:
+        try:
+            host, port = opened.getpeername()[:2]
+        except OSError:
+            return False
+        return self.host in ("", host) and self._peer in (None, (host, port))
+
+
+def _copy_of(descriptor: int, port: int) -> socket.socket | None:
+    """A copy of that socket, None if it is no TCP socket of this port."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    try:
+        opened = socket.socket(fileno=copy)
+    except OSError:  # of a file or a pipe, which is still open then
+        os.close(copy)
+        return None
+    is_tcp = opened.family in (socket.AF_INET, socket.AF_INET6) and opened.type == socket.SOCK_STREAM
+    if is_tcp and opened.getsockname()[1] == port:
+        return opened
+    opened.close()
+    return None
 
 
 class Connections:
@@ -132,6 +156,15 @@ class Connections:
         """That of a peer, if it has sent anything."""
         return self._by_identity.get(identity)
 
+    def open_ones(self) -> Iterator[Connection]:
+        """All that are open, also those by which no whole message has come yet."""
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            known = self._by_identity.get(self._identities.get(descriptor, b""))
+            if known is None or known.descriptor != descriptor or not known.is_open:
+                known = Connection(descriptor, "", self._port)
+            if known.is_open:
+                yield known
+
     def heard(self, identity: bytes, frame: zmq.Frame) -> Connection:
         """The connection by which a peer has sent this frame, the last of a message."""
         try:
@@ -146,5 +179,52 @@ class Connections:
         if former in self._by_identity and self._by_identity[former].descriptor == descriptor:
             del self._by_identity[former]
         self._identities[descriptor] = identity
-        self._by_identity[identity] = Connection(descriptor, host, self._port)
+        self._by_identity[identity] = Connection(descriptor, host, self._port, identity)
         return self._by_identity[identity]
+
+
+class Backlog:
+    """What a server holds that came by its connections and was not read: whole messages, and parts of such.
+
+    ZeroMQ keeps the parts of a message and shows none before the last one has come, which need never be.
+
+    Args:
+        connections: of the server.
+    """
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._size, self._look_at = resident(), 0.0
+        self._to_see: Iterator[Connection] | None = None
+        self._seen: list[tuple[int, Connection]] = []
+
+    def beyond(self, most: int) -> list[Connection]:
+        """Of whom most came, as many as have to be ended for no more than `most` bytes to be left; mostly none.
+
+        To be called often: it looks only when the process has grown, and never at many in one call.
+        """
+        if self._to_see is None:
+            if not self._has_grown():
+                return []
+            self._to_see, self._seen = self._connections.open_ones(), []
+        seen = [(one.unread(), one) for one in itertools.islice(self._to_see, MOST_SEEN)]
+        self._seen += seen
+        if len(seen) == MOST_SEEN:
+            return []
+        self._to_see = None
+        left, ending = sum(unread for unread, _ in self._seen), []
+        for unread, one in sorted(self._seen, key=lambda item: item[0], reverse=True):
+            if left > most:
+                ending.append(one)
+                left -= unread
+        return ending
+
+    def _has_grown(self) -> bool:
+        now = time.monotonic()
+        if now < self._look_at:
+            return False
+        self._look_at = now + LOOK_S
+        size = resident()
+        has_grown = size > self._size + GROWN
+        self._size = size if has_grown else min(self._size, size)
+        return has_grown

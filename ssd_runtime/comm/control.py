@@ -21,7 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
-from ssd_runtime.comm.connections import Connection, Connections
+from ssd_runtime.comm.connections import Backlog, Connection, Connections
 from ssd_runtime.comm.hosts import WILDCARDS, bare, is_ipv6, join, split
 from ssd_runtime.comm.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.messages_client import Failed
@@ -37,10 +37,11 @@ HANDSHAKE_MS = 3000  # longest that a connection may be open before its first wo
 QUEUE = 10_000  # messages that may wait at a peer, to be sent or read, before it counts its server as lost
 MOST_UNREAD = 2048  # messages that a peer may leave unread before the server drops it
 MOST_UNHEARD = 1024  # messages of one peer that wait at the server; the next ones wait at the peer
-MOST_BEHIND = 64 * 2**20  # bytes, large messages being few: what a peer may send beyond what is read
+MOST_BEHIND = 64 * 2**20  # bytes, large messages being few: what all peers may send beyond what is read
 KEEPALIVE_S = 60  # silence of a connection before the kernel asks whether the other host is there
 DRAIN_S = 0.02  # longest that the server reads on while there is something to read
 GIVE_BACK_S = 1.0  # after a peer was dropped: until its memory can be given back
+MUCH = 2**17  # bytes of a message whose memory is given back as soon as nothing comes
 BATCH = 256  # most messages of one poll, so that a flood does not starve the caller
 MOST_PARTS = 3  # of a message: its identity, itself, and one that shows that it is none
 
@@ -85,13 +86,23 @@ class ControlServer(_Socket):
         port: 0 takes a free one.
         known_as: the host to tell others, where `host` is a wildcard.
         heartbeat_s: between pings.
+        limits: of what is read of a message.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, *, known_as: str | None = None, heartbeat_s: float = HEARTBEAT_S) -> None:
-        super().__init__(zmq.ROUTER, heartbeat_s, ASKED)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        known_as: str | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        limits: Limits = ASKED,
+    ) -> None:
+        super().__init__(zmq.ROUTER, heartbeat_s, limits)
+        self._limits = limits
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.RCVHWM, MOST_UNHEARD)
         self._socket.setsockopt(zmq.SNDHWM, MOST_UNREAD)
@@ -104,7 +115,7 @@ class ControlServer(_Socket):
         self._nonsense = 0
         self._parts: list[zmq.Frame] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
-        self._times_behind = 0  # since all was read last
+        self._size_read = 0  # on the wire, of that message so far
         self._read_until = 0.0  # all that had come by then is read
         self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
         self._patience = 3 * heartbeat_s
@@ -117,6 +128,7 @@ class ControlServer(_Socket):
             raise ConfigError(_bind_failure(host, port, error)) from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
         self._connections = Connections(int(bound[2]))
+        self._backlog = Backlog(self._connections)
         self._address = f"tcp://{join(known_as or _reachable(host), int(bound[2]))}"
 
     @property
@@ -130,8 +142,7 @@ class ControlServer(_Socket):
         Nonsense is answered by Failed if it says which request it would have been about, else by Refused.
         """
         arrived: list[tuple[bytes, Message]] = []
-        senders: dict[bytes, Connection] = {}
-        read, is_all = 0, False
+        read = 0
         if timeout_s > 0:
             self._socket.poll(_milliseconds(timeout_s))
         until = time.monotonic() + DRAIN_S
@@ -139,30 +150,35 @@ class ControlServer(_Socket):
             try:
                 whole = self._receive()
             except zmq.Again:
-                is_all = True
+                self._read_until = time.monotonic()
                 break
-            if whole is None:
-                continue
-            read += 1
-            identity, parts = whole[0].bytes, whole[1:]
-            sender = senders[identity] = self._connections.heard(identity, whole[-1])
-            sender.num_read += sum(map(len, parts))
-            if sender.ended:
-                continue
-            try:
-                message = _decode_parts([part.bytes for part in parts])
-            except ProtocolError as error:
-                self._nonsense += 1
-                if self._nonsense.bit_count() == 1:  # 1, 2, 4, 8...: a flood of it is not to flood the log
-                    log.warning("peer %s sent nonsense (%d so far): %s", identity.hex(), self._nonsense, error)
-                about, reason = error.request_id, str(error)
-                self.send(identity, Refused(reason) if about is None else Failed(about, "request", reason))
-                continue
-            if not isinstance(message, Heartbeat):
-                arrived.append((identity, message))
-        self._catch_up(senders, is_all)
+            if whole is not None:
+                read += 1
+                message = self._read(whole[0].bytes, whole[1:])
+                arrived += [] if message is None else [(whole[0].bytes, message)]
+        for one in self._backlog.beyond(MOST_BEHIND):
+            self._drop(one, f"has sent {one.unread() >> 20} MiB that could not be read")
         self._tidy_up(read)
         return arrived
+
+    def _read(self, identity: bytes, parts: list[zmq.Frame]) -> Message | None:
+        """What a peer says in these parts, if it is for the caller; what it cannot mean is answered."""
+        sender = self._connections.heard(identity, parts[-1])
+        sender.num_read += self._size_read
+        self._flooded |= self._size_read >= MUCH
+        self._size_read = 0
+        if sender.ended:
+            return None
+        try:
+            message = _decode_parts([part.bytes for part in parts], self._limits)
+        except ProtocolError as error:
+            self._nonsense += 1
+            if self._nonsense.bit_count() == 1:  # 1, 2, 4, 8...: a flood of it is not to flood the log
+                log.warning("peer %s sent nonsense (%d so far): %s", identity.hex(), self._nonsense, error)
+            about, reason = error.request_id, str(error)
+            self.send(identity, Refused(reason) if about is None else Failed(about, "request", reason))
+            return None
+        return None if isinstance(message, Heartbeat) else message
 
     def _receive(self) -> list[zmq.Frame] | None:
         """One more part of what a peer sends. With the last one all of them, the identity first; before, None.
@@ -170,6 +186,8 @@ class ControlServer(_Socket):
         So millions of parts hold up nobody, and are not kept.
         """
         part = self._socket.recv(zmq.NOBLOCK, copy=False)
+        if self._parts:  # the identity is not sent
+            self._size_read += len(part) + (2 if len(part) < 256 else 9)  # ZMTP 3: flags, and its length in 1 byte or 8
         if len(self._parts) < MOST_PARTS:
             self._parts.append(part)
         else:
@@ -178,16 +196,6 @@ class ControlServer(_Socket):
             return None
         parts, self._parts = self._parts, []
         return parts
-
-    def _catch_up(self, senders: dict[bytes, Connection], is_all: bool) -> None:
-        """While more comes than is read, drop those who send far more than their queues here would hold back."""
-        if is_all:
-            self._times_behind += 1
-            self._read_until = time.monotonic()
-            return
-        for identity, sender in senders.items():
-            if sender.behind(self._times_behind) > MOST_BEHIND:
-                self._drop(identity, f"has sent {MOST_BEHIND >> 20} MiB more than could be read")
 
     def _tidy_up(self, read: int) -> None:
         """Once a flood is over, give back the memory in which it waited to be read."""
@@ -206,7 +214,7 @@ class ControlServer(_Socket):
             self._socket.send_multipart((identity, encode(message)), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno == zmq.EAGAIN:
-                self._drop(identity, f"has left {MOST_UNREAD} messages unread")
+                self._drop(known, f"has left {MOST_UNREAD} messages unread")
             elif error.errno != zmq.EHOSTUNREACH:
                 raise
             return False
@@ -216,7 +224,7 @@ class ControlServer(_Socket):
         """Whether this peer is connected and, if its ZeroMQ pings, still does (a heartbeat is sent to it)."""
         known = self._connections.get(identity)
         if known is not None and (silence := known.silence(self._read_until)) > self._patience:
-            self._drop(identity, f"has been silent for {silence:.1f} s")
+            self._drop(known, f"has been silent for {silence:.1f} s")
         return self.send(identity, Heartbeat())
 
     def is_local(self, identity: bytes) -> bool:
@@ -224,11 +232,10 @@ class ControlServer(_Socket):
         known = self._connections.get(identity)
         return known is not None and known.is_loopback
 
-    def _drop(self, identity: bytes, why: str) -> None:
+    def _drop(self, known: Connection | None, why: str) -> None:
         """End the connection of a peer, and so free what it left unread; ZeroMQ itself would keep both."""
-        known = self._connections.get(identity)
         if known is not None and not known.ended and (peer := known.end()) is not None:
-            log.warning("%s (%s) %s: dropped", peer, identity.hex(), why)
+            log.warning("%s (%s) %s: dropped", peer, known.identity.hex() or "no message so far", why)
             self._flooded, self._give_back_at = True, time.monotonic() + GIVE_BACK_S
 
 
@@ -356,7 +363,7 @@ def _milliseconds(seconds: float) -> int:
     return math.ceil(seconds * 1000)
 
 
-def _decode_parts(parts: list[bytes], limits: Limits = ASKED) -> Message:
+def _decode_parts(parts: list[bytes], limits: Limits) -> Message:
     if len(parts) != 1:
         raise ProtocolError(f"a message has one part, not {'none' if not parts else 'more'}")
     return decode(parts[0], limits)

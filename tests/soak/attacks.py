@@ -18,7 +18,7 @@ from ssd_runtime.comm.messages_client import Cancel, Chunk, Failed, Finished, Ge
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import STEP_ROWS, STEP_US, SamplingParams, TreeFrame
-from tests.hostile import HOSTILE
+from tests.hostile import HOSTILE, endless
 from tests.process.impostor import hello, impostor
 from tests.soak.engine import Engine
 from tests.soak.strangers import listening, visit
@@ -87,6 +87,12 @@ def send_what_is_dear_to_read(engine: Engine, chance: random.Random) -> None:
         engine.run_until(time.monotonic() + 1.0)
 
 
+def never_end_a_message(engine: Engine, chance: random.Random) -> None:
+    """Parts of any size, and never the last one."""
+    with endless(engine.address, chance.choice((0, 100, 2**16)), connections=5):
+        engine.run_until(time.monotonic() + 2.0)
+
+
 def never_read(engine: Engine, chance: random.Random) -> None:
     """Ask for answers without end, and read none."""
     with dealer(engine) as socket:
@@ -141,6 +147,7 @@ def lie_about_time(engine: Engine, chance: random.Random) -> None:
 ATTACKS: dict[str, Callable[[Engine, random.Random], None]] = {
     "ask what is refused": ask_what_is_refused,
     "send what is dear to read": send_what_is_dear_to_read,
+    "never end a message": never_end_a_message,
     "never read": never_read,
     "cancel what is others'": cancel_what_is_others,
     "knock without end": knock_without_end,

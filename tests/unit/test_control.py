@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 
@@ -394,8 +397,8 @@ def test_a_dropped_peer_is_heard_no_more_and_one_that_comes_anew_is(
     identity = meet(server, peer)
     for _ in range(3):
         peer.send(Cancel("waits"))
-    server._drop(identity, "is not wanted")
-    server._drop(identity, "is not wanted")
+    server._drop(server._connections.get(identity), "is not wanted")
+    server._drop(server._connections.get(identity), "is not wanted")
     assert not server.send(identity, Cancel("x"))
     assert not server.alive(identity)
     eventually(lambda: not peer.alive(), SOON, "its connection is gone")
@@ -450,3 +453,36 @@ def test_closing_is_quick_may_be_repeated_and_leaves_no_thread() -> None:
     assert time.monotonic() - start < 2
     # One that was joined is listed for a moment longer.
     eventually(lambda: set(os.listdir("/proc/self/task")) <= threads, 5.0, "its threads are gone")
+
+
+def test_looking_at_a_descriptor_that_is_no_connection_opens_none(server: ControlServer, tmp_path: Path) -> None:
+    """A descriptor may be another's by now: a file's, a pipe's, a socket's of another kind or port."""
+    port = int(server.address.rpartition(":")[2])
+    me = psutil.Process()
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context((tmp_path / "file").open("w"))
+        reading, writing = os.pipe()
+        opened.callback(os.close, reading)
+        opened.callback(os.close, writing)
+        sockets = [
+            opened.enter_context(socket.socket(family, kind))
+            for family, kind in ((socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM))
+        ]
+        elsewhere = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+        before = me.num_fds()
+        for descriptor in (
+            -1,
+            10**6,
+            file.fileno(),
+            reading,
+            writing,
+            elsewhere.fileno(),
+            *map(socket.socket.fileno, sockets),
+        ):
+            for _ in range(10):
+                connection = Connection(descriptor, "", port)
+                assert not connection.is_open
+                assert connection.unread() == 0
+                assert connection.end() is None
+        assert me.num_fds() == before
+        assert os.fstat(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.target.door import SPARE_BUILDS, Door, Terms
 from ssd_runtime.target.leader import Leader, Stop
 from tests.engines import InProcess, in_process
+from tests.hostile import endless
 from tests.process.runs import eventually
 from tests.process.streams import Streams, answer
 from tests.tiny_models import tiny_decoder, write_hf
@@ -160,11 +162,33 @@ def test_a_flood_of_large_messages_is_cut_off_before_it_fills_the_memory(
             def dropped() -> bool:
                 nonlocal highest
                 highest = max(highest, me.memory_info().rss)
-                return "MiB more than could be read: dropped" in caplog.text
+                return "MiB that could not be read: dropped" in caplog.text
 
             eventually(dropped, SOON_S, "it is dropped")
         eventually(lambda: me.memory_info().rss < before + 50 * 2**20, SOON_S, "the memory is given back")
     assert highest - before < 400 * 2**20
+
+
+@pytest.mark.parametrize(("part", "connections"), [(0, 1), (2**20, 1), (2**16, 40)])
+def test_a_message_whose_parts_never_end_ends_its_connection_before_it_fills_the_memory(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, part: int, connections: int
+) -> None:
+    """Of many connections together too: those that sent most are ended."""
+    monkeypatch.setattr("ssd_runtime.comm.control.MOST_BEHIND", 16 * 2**20)
+    me, highest = psutil.Process(), 0
+    with honest(served):
+        before, files = me.memory_info().rss, me.num_fds()
+        with endless(served.address, part, connections):
+
+            def dropped() -> bool:
+                nonlocal highest
+                highest = max(highest, me.memory_info().rss)
+                return len(set(re.findall(r"(\S+) \(no message so far\) .* dropped", caplog.text))) == connections
+
+            eventually(dropped, SOON_S, "all are dropped")
+            eventually(lambda: me.num_fds() <= files, SOON_S, "their connections are closed")
+        eventually(lambda: me.memory_info().rss < before + 50 * 2**20, SOON_S, "the memory is given back")
+    assert highest - before < 800 * 2**20
 
 
 HELLOS = {
