@@ -10,7 +10,6 @@ from ssd_runtime.comm.messages_draft import Share
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 from ssd_runtime.target.patience import Patience
 
-UNDER_WAY = 2  # signs that may come of what a draft was at when it was asked
 PULSE_S = 0.5  # between two looks at the control connection of a draft
 
 
@@ -62,11 +61,11 @@ class AtWork:
         """Whether it has the sequence and has caught up with it."""
         return sequence_id in self.shares and sequence_id not in self.catching_up
 
-    def ask(self, length: int) -> None:
-        """It is asked for branches of so many tokens at most."""
+    def ask(self) -> None:
+        """It is asked for a branch."""
         self.silent_since = time.monotonic()
         self.asked = self.silent_since if self.asked is None else self.asked
-        self.patience.ask(length + UNDER_WAY)
+        self.patience.ask()
 
     def heard(self) -> None:
         """It said something."""

@@ -224,9 +224,8 @@ class Drafts:
             own = tuple(row for row in told if row.sequence_id in one.shares)
             if own:
                 one.draft.send_outcomes(OutcomeFrame(round, one.draft.control_seq, own, self._part(one, plan)))
-            pending = [row.sequence_id for row in own if row.source is Source.PENDING]
-            if pending:
-                one.ask(max(self._sequences[sequence_id].most_speculated for sequence_id in pending))
+            if any(row.source is Source.PENDING for row in own):
+                one.ask()
 
         self._each(send)
 

@@ -22,6 +22,7 @@ from ssd_runtime.target.drafts import Drafts
 
 Backup = Literal["draft", "ngram", "none", "auto"]
 MOST_STEPS = 256  # told of one round
+IDLE_SIGNS = 3  # of one draft that is waited for, in a row, none of which brings a token
 
 
 class LinkSpeculator:
@@ -174,11 +175,17 @@ class LinkSpeculator:
         return None if sequence.request.mode == "sd" or not asked else bool(tokens)
 
     def _wait_for(self, pending: list[Sequence], round: int) -> None:
-        """Tell the drafts what is missed and wait for as much of each just-in-time branch as is worth waiting for."""
+        """Tell the drafts what is missed and wait for as much of each just-in-time branch as is worth waiting for.
+
+        Whoever speaks without drafting any of it is not waited for: it computes a prompt, or is no draft.
+        """
         rows = [self._row(sequence, Speculation((), Source.PENDING)) for sequence in pending]
         self.drafts.tell(round, rows, self._plan)
+        drafted, idle = 0, 0
         while lacking := self._lacking(pending):
-            if not self.drafts.wait(lacking):
+            before, drafted = drafted, sum(len(self._branch(sequence)) for sequence in pending)
+            idle = 0 if drafted > before else idle + 1
+            if idle > IDLE_SIGNS * self.drafts.count or not self.drafts.wait(lacking):
                 return
             self._take_in()
 

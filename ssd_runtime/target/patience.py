@@ -7,7 +7,7 @@ from statistics import median
 
 FIRST_S = 0.03  # what is usual before anything was measured
 SLACK_S = 0.06  # beyond the usual, in all the waits of one question: a draft that pauses for this long may have died
-MOST_S = 1.0  # what is late counts for no more: nobody wants to wait for longer
+MOST_S = 1.0  # all the waits of one question; what is late counts for no more
 WINDOW = 9  # answers remembered; odd
 
 
@@ -33,16 +33,12 @@ class Patience:
         """Seconds of silence after which the target goes on."""
         return min(self._usual + self._slack, self._left)
 
-    def ask(self, signs: int) -> None:
-        """A question is put: what is known of the last answer is learned, and the slack is whole again.
-
-        Args:
-            signs: the most that an answer comes in.
-        """
+    def ask(self) -> None:
+        """A question is put: what is known of the last answer is learned, and the slack is whole again."""
         if self._longest:
             self._learn(self._longest)
         self._slack = SLACK_S
-        self._left = min(MOST_S, signs * self._usual + SLACK_S)
+        self._left = MOST_S
 
     def observe(self, silence: float) -> None:
         """The draft was waited for and said something after `silence` seconds."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
 from ssd_runtime.speculation.backup import AutoBackup, JustInTime, Missed
 from ssd_runtime.speculation.pace import MOST_SECONDS, Line, Pace
 from ssd_runtime.speculation.planner import AdaptivePlanner, Round
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
+from ssd_runtime.target.link_speculator import IDLE_SIGNS
 from tests.engines import SteppedDraft, in_process, request
 from tests.tiny_models import tiny_decoder
 
@@ -137,3 +139,27 @@ def test_a_flood_of_steps_between_two_rounds_takes_no_memory() -> None:
     process.draft.poll_trees = lambda: flood  # type: ignore[method-assign]
     process.link.check()
     assert len(process.link._steps) <= 256
+
+
+class Talker(SteppedDraft):
+    """Speaks whenever it is waited for, for ever, and drafts nothing."""
+
+    waits = 0
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        self._raise_if_dead()
+        self.waits += 1
+        return [TreeFrame(0, (), 1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_draft_that_speaks_without_drafting_holds_up_no_round_for_long(mode: Mode) -> None:
+    engine = EngineConfig(max_model_len=256)
+    asked = request((1, 2, 3), mode, max_tokens=20)
+    (plain,) = in_process(tiny_decoder(0), tiny_decoder(1), engine).run([replace(asked, mode="ar")])
+    process = in_process(tiny_decoder(0), tiny_decoder(1), engine, steps=0, make_rank=Talker)
+    (sequence,) = process.run([asked])
+    assert sequence.tokens == plain.tokens
+    rounds = sequence.statistics().rounds
+    assert isinstance(process.draft, Talker)
+    assert rounds < process.draft.waits <= IDLE_SIGNS * rounds
