@@ -99,6 +99,7 @@ class Ranks:
         self._process: Kept | None = None
         self._keep = False
         self._failure: SsdError | None = None
+        self._joined: list[Joined] = []  # heard of, whatever was being waited for, and not told yet
 
     def start(self) -> None:
         """Start torchrun; returns at once."""
@@ -157,8 +158,10 @@ class Ranks:
 
     def joined(self) -> list[Joined]:
         """Drafts of this torchrun that a target has taken in since the last call, ranks of a draft's own torchrun."""
-        heard = [] if self._failure is not None else self._heard(0.0)
-        return [message for message in heard if isinstance(message, Joined)]
+        if self._failure is None:
+            self._heard(0.0)
+        joined, self._joined = self._joined, []
+        return joined
 
     def raise_if_failed(self) -> None:
         """Raise what a rank announced, or that the ranks have ended; nothing while all is well."""
@@ -219,6 +222,8 @@ class Ranks:
                     raise ConfigError(message.reason)
                 self._failure = SsdError(f"{message.reason}; {self.see_log()}")
                 raise self._failure
+            if isinstance(message, Joined):
+                self._joined.append(message)
             heard.append(message)
         return heard
 

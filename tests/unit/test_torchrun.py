@@ -169,6 +169,15 @@ def test_drafts_that_a_target_took_in_are_heard_of(play) -> None:
     assert ranks.joined() == []
 
 
+def test_a_draft_that_was_taken_in_while_something_else_was_awaited_is_heard_of(play) -> None:
+    ranks = play("say(Joined(2, (3,), True)); say(Ready('a', {})); say(Joined(3, (4,), True)); time.sleep(60)")
+    assert isinstance(ranks.wait_ready(lambda progress: None), Ready)
+    ranks.raise_if_failed()
+    heard: list[Joined] = []
+    eventually(lambda: len(heard.extend(ranks.joined()) or heard) == 2, 20, "both have joined")
+    assert heard == [Joined(2, (3,), True), Joined(3, (4,), True)]
+
+
 @pytest.mark.parametrize(
     "forged",
     [
