@@ -10,7 +10,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes of memory that the process takes now."""
+    """Bytes of memory that the process takes now. Raises OSError if no descriptor is left to look with."""
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE
 
 

@@ -158,7 +158,10 @@ class Connections:
 
     def open_ones(self) -> Iterator[Connection]:
         """All that are open, also those by which no whole message has come yet."""
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
+        descriptors: list[str] = []
+        with contextlib.suppress(OSError):  # none is left to look with
+            descriptors = os.listdir("/proc/self/fd")
+        for descriptor in map(int, descriptors):
             known = self._by_identity.get(self._identities.get(descriptor, b""))
             if known is None or known.descriptor != descriptor or not known.is_open:
                 known = Connection(descriptor, "", self._port)
@@ -224,7 +227,10 @@ class Backlog:
         if now < self._look_at:
             return False
         self._look_at = now + LOOK_S
-        size = resident()
+        try:
+            size = resident()
+        except OSError:  # no descriptor is left to look with
+            return False
         has_grown = size > self._size + GROWN
         self._size = size if has_grown else min(self._size, size)
         return has_grown

@@ -210,8 +210,6 @@ def test_whatever_a_client_sends_is_refused_and_the_streams_go_on(target: Target
         answers = len(streams.answers)
         eventually(lambda: len(streams.answers) > answers + 1 or streams.failure is not None, WAIT_S, "answers")
     assert_all_right(streams, target)
-    of_its_own = [stall.causes().get("messages", 0.0) for stall in target.status().stalls]
-    assert max(of_its_own, default=0.0) < 1000.0, "milliseconds in which the leader read and refused"
 
 
 def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target: Target) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -486,3 +487,31 @@ def test_looking_at_a_descriptor_that_is_no_connection_opens_none(server: Contro
                 assert connection.end() is None
         assert me.num_fds() == before
         assert os.fstat(file.fileno())
+
+
+def take_all(opened: contextlib.ExitStack) -> None:
+    """All descriptors that are left."""
+    while True:
+        opened.callback(os.close, os.dup(0))
+
+
+def test_a_server_without_a_descriptor_left_goes_on(
+    server: ControlServer, peer: ControlPeer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks around by opening files, which must not end it when strangers hold all descriptors."""
+    identity = meet(server, peer)
+    monkeypatch.setattr("ssd_runtime.comm.connections.LOOK_S", 0.0)
+    monkeypatch.setattr("ssd_runtime.comm.connections.GROWN", -(2**40))  # so it looks at every turn
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 8, hard))
+        assert [one.identity for one in server._connections.open_ones()] == [identity]
+        eventually(server._backlog._has_grown, SOON, "it looks again")
+        with pytest.raises(OSError, match="Too many open files"):
+            take_all(opened)
+        for message in (Cancel("one"), Cancel("two")):
+            peer.send(message)
+            assert receive(server) == (identity, message)
+        assert not list(server._connections.open_ones())
+        assert not server._backlog._has_grown()
