@@ -144,7 +144,8 @@ def _first_id(data: bytes) -> str | None:
     begin = msgpack.Unpacker(raw=False)
     begin.feed(data[:MOST_BEGIN])
     try:
-        begin.read_array_header(), begin.skip(), begin.skip(), begin.read_map_header()
+        for skip in (begin.read_array_header, begin.skip, begin.skip, begin.read_map_header):
+            skip()
         return _request_id({begin.unpack(): begin.unpack()})
     except Exception:  # noqa: BLE001 (it begins with something else, whatever that is)
         return None
