@@ -18,20 +18,21 @@ from ssd_runtime.speculation.types import MOST_TOKENS, SamplingParams
 SERVED = ASKED.for_prompts(2048)  # what an engine of so many tokens reads
 
 
-def listed(*items: bytes) -> bytes:
-    return b"\xdd" + struct.pack(">I", len(items)) + b"".join(items)
+def listed(unit: bytes, count: int) -> bytes:
+    """A list that has one thing so many times."""
+    return b"\xdd" + struct.pack(">I", count) + unit * count
 
 
 def filled(unit: bytes) -> bytes:
     """A list that fills a message with one thing."""
-    return listed(*[unit] * ((ASKED.bytes - 5) // len(unit)))
+    return listed(unit, (ASKED.bytes - 5) // len(unit))
 
 
 def just_read(unit: bytes, limits: Limits) -> bytes:
     """A list of lists that have together as many of one thing as is read."""
     lists = 64
     each = min(limits.entries // lists - 1, ASKED.bytes // lists // len(unit) - 1)
-    return listed(*[listed(*[unit] * each)] * lists)
+    return listed(listed(unit, each), lists)
 
 
 def _just_read(limits: Limits) -> dict[str, bytes]:
@@ -41,9 +42,9 @@ def _just_read(limits: Limits) -> dict[str, bytes]:
         f"integers within {limits.entries}": just_read(b"\xd0\x90", limits),
         f"floats within {limits.entries}": just_read(b"\xcb" + b"\x3f" * 8, limits),
         f"texts within {limits.entries}": just_read(b"\xa2\xc3\xa9", limits),
-        f"maps within {limits.entries}": listed(*[pairs] * min(maps, ASKED.bytes // len(pairs) - 1)),
-        f"lists within {limits.containers}": listed(*[b"\x91\x01"] * (limits.containers - 2)),
-        f"empty maps within {limits.containers}": listed(*[b"\x80"] * (limits.containers - 2)),
+        f"maps within {limits.entries}": listed(pairs, min(maps, ASKED.bytes // len(pairs) - 1)),
+        f"lists within {limits.containers}": listed(b"\x91\x01", limits.containers - 2),
+        f"empty maps within {limits.containers}": listed(b"\x80", limits.containers - 2),
     }
 
 

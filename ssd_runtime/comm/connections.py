@@ -214,9 +214,9 @@ class Backlog:
         self._seen += seen
         if len(seen) == MOST_SEEN:
             return []
-        self._to_see = None
-        left, ending = sum(unread for unread, _ in self._seen), []
-        for unread, one in sorted(self._seen, key=lambda item: item[0], reverse=True):
+        every, self._to_see, self._seen = self._seen, None, []
+        left, ending = sum(unread for unread, _ in every), []
+        for unread, one in sorted(every, key=lambda item: item[0], reverse=True):
             if left > most:
                 ending.append(one)
                 left -= unread

@@ -154,8 +154,9 @@ class ControlServer(_Socket):
                 break
             if whole is not None:
                 read += 1
-                message = self._read(whole[0].bytes, whole[1:])
-                arrived += [] if message is None else [(whole[0].bytes, message)]
+                identity, parts = whole[0].bytes, whole[1:]
+                if (message := self._read(identity, parts)) is not None:
+                    arrived.append((identity, message))
         for one in self._backlog.beyond(MOST_BEHIND):
             self._drop(one, f"has sent {one.unread() >> 20} MiB that could not be read")
         self._tidy_up(read)
