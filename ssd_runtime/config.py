@@ -36,6 +36,11 @@ Seconds = Annotated[float, Within(0.01, 86400.0)]
 MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
 
 
+def runs_on(dtype: Dtype, device: str) -> bool:
+    """Whether linear layers compute in `dtype` on this kind of device."""
+    return device == "cpu" or dtype in ("fp32", "bf16")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One role's model and where it runs.
@@ -352,6 +357,7 @@ def _validate(config: Config) -> None:
     engine, speculation = config.engine, config.speculation
     _validate_fan_out(speculation)
     _validate_coupling(speculation)
+    _validate_devices(config)
     words = engine.max_num_seqs * (speculation.budget + 1) * (speculation.lookahead + 1)
     words *= 1 + speculation.sent_probabilities
     if words > MOST_WORDS:
@@ -370,6 +376,22 @@ def _validate(config: Config) -> None:
         raise ConfigError(
             f"config key 'serve.announce' is for serve.host = 0.0.0.0; here {host} is what others are told"
         )
+
+
+def _validate_devices(config: Config) -> None:
+    deployment = config.deployment
+    if deployment.share_gpu and not config.target.device == config.draft.device == "cuda":
+        raise ConfigError(
+            "config key 'deployment.share_gpu' is for both roles on GPUs: set target.device = draft.device = \"cuda\""
+        )
+    held = [("draft", "target")] if deployment.holds_draft(config.speculation.mode) else []
+    for role, process in [("target", "target"), ("draft", "draft"), *held]:
+        dtype, device = getattr(config, role).dtype, getattr(config, process).device
+        if not runs_on(dtype, device):
+            where = f"{process}.device = {device}" + ", where a draft in its process is too" * (role != process)
+            raise ConfigError(
+                f"config key '{role}.dtype' = {dtype} runs on the CPU only, not on {where}: set {role}.dtype = bf16"
+            )
 
 
 def _validate_fan_out(speculation: SpeculationConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cuda_ext import ops
-from ssd_runtime.config import Dtype
+from ssd_runtime.config import Dtype, runs_on
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.layers import Linear
 
@@ -35,7 +35,7 @@ class PackedLinear:
 
 def check_dtype(dtype: Dtype, device: torch.device) -> None:
     """Raise ConfigError when this dtype does not run on this device."""
-    if dtype in ("int8", "int4") and device.type != "cpu":
+    if not runs_on(dtype, device.type):
         raise ConfigError(f"dtype {dtype} runs on the CPU only, not on {device.type}; use bf16 there")
 
 

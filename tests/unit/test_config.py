@@ -165,6 +165,31 @@ def test_couplings_that_cannot_work_name_their_remedy(overrides: list[str], mess
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["draft.device=cuda"], "'draft.dtype' = int8 runs on the CPU only, not on draft.device = cuda: set draft.d"),
+        (["target.device=cuda", "target.dtype=int4"], "'target.dtype' = int4 runs on the CPU only, not on target.dev"),
+        (
+            ["target.device=cuda", "speculation.mode=sd-colocated"],
+            "int8 runs on the CPU only, not on target.device = cuda, where a draft in its process is too: set draft.dt",
+        ),
+        (["target.device=cuda", "deployment.colocated=true"], "where a draft in its process is too: set draft.dtype"),
+        (["deployment.share_gpu=true"], "'deployment.share_gpu' is for both roles on GPUs: set target.device = draft"),
+        (["deployment.share_gpu=true", "target.device=cuda"], "set target.device = draft.device"),
+    ],
+)
+def test_what_does_not_run_on_a_device_is_refused_with_the_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(None, overrides)
+
+
+def test_a_target_on_a_gpu_may_have_an_int8_draft_on_the_cpu_and_share_its_gpu_with_one_in_bf16() -> None:
+    assert load_config(None, ["target.device=cuda"]).draft.dtype == "int8"
+    both = ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16"]
+    assert load_config(None, [*both, "deployment.share_gpu=true"]).deployment.share_gpu
+
+
+@pytest.mark.parametrize(
     ("overrides", "sent"), [([], 0), (["coupling=rejection"], 32), (["coupling=rejection", "top_m=1"], 0)]
 )
 def test_probabilities_travel_only_where_draft_tokens_are_sampled(overrides: list[str], sent: int) -> None:

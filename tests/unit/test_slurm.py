@@ -18,7 +18,7 @@ from ssd_runtime.config import load_config
 from ssd_runtime.cores import BINDING
 from ssd_runtime.errors import ConfigError
 
-GPUS = ("target.device=cuda", "draft.device=cuda")
+GPUS = ("target.device=cuda", "draft.device=cuda", "draft.dtype=bf16")
 
 
 def plan(*overrides: str, **fields: object) -> Plan:

@@ -93,7 +93,7 @@ def test_too_few_open_files_are_refused_and_a_soft_limit_is_raised(tmp_path: Pat
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_a_pool_beyond_this_hosts_memory_is_refused_by_the_key_to_lower(role: str, tmp_path: Path) -> None:
     model = {"target.model": write_hf(tmp_path / "model"), "draft.model": str(tmp_path / "model")}
-    sizes = {"engine.num_blocks": 2**24, "engine.block_size": 128}
+    sizes = {"engine.num_blocks": 2**24, "engine.block_size": 128, "draft.dtype": "bf16"}
     other = "draft" if role == "target" else "target"
     set_ = [f"{key}={value}" for key, value in {**model, **sizes, f"{other}.device": "cuda"}.items()]
     config = load_config(None, set_)
