@@ -7,9 +7,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import tokenizers
 import torch
@@ -23,6 +22,9 @@ from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
+
+if TYPE_CHECKING:
+    import gguf
 
 CPU = torch.device("cpu")
 TRAINING_TEXT = "the quick brown fox jumps over the lazy dog; 1234 naïve café, print(x) # ok\n"
@@ -128,6 +130,8 @@ def write_gguf(
     pre: str = "gpt-2",
 ) -> str:
     """Write a GGUF file of one architecture; tensors go by GGUF names, in GGUF layout."""
+    import gguf  # not everywhere where this file is used
+
     writer = gguf.GGUFWriter(path, arch.family)
     writer.add_block_count(arch.num_layers)
     writer.add_context_length(arch.max_position)

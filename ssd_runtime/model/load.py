@@ -16,7 +16,6 @@ from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights,
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
-from ssd_runtime.model.tokenizer import Tokenizer
 
 Progress = Callable[[float], None]
 
@@ -42,8 +41,14 @@ def load_decoder(
     environment.check_operators()
     check_dtype(dtype, device)
     source = open_weights(path)
-    calibration = Tokenizer.from_model(path).encode(CALIBRATION_TEXT) if dtype == "int8" else None
+    calibration = _calibration(path) if dtype == "int8" else None
     return decoder_from_weights(source, dtype, device, progress, calibration, group)
+
+
+def _calibration(path: str) -> list[int]:
+    from ssd_runtime.model.tokenizer import Tokenizer  # no other dtype needs one
+
+    return Tokenizer.from_model(path).encode(CALIBRATION_TEXT)
 
 
 def decoder_from_weights(
