@@ -13,8 +13,10 @@ from typing import Literal
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.files import look
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.source import WeightSource
 from ssd_runtime.model.vocabulary import Vocabulary
+from ssd_runtime.model.weights_random import RandomWeights
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,20 @@ class ModelCard:
     """What a model file says of itself."""
 
     path: str
-    format: Literal["hf", "gguf"]
+    format: Literal["hf", "gguf", "random"]
     arch: Architecture
     eos_token_ids: tuple[int, ...]
     vocabulary: Vocabulary
 
 
 def open_weights(path: str) -> WeightSource:
-    """Open a Hugging Face directory or a GGUF file and check it whole, reading headers only.
+    """Open a Hugging Face directory, a GGUF file or a random model and check it whole, reading headers only.
 
     Raises:
         ConfigError: missing, truncated, damaged or unsupported; one line with the remedy.
     """
+    if (model := random_model(path)) is not None:
+        return RandomWeights(model)
     if look(path) is None:
         remedy = "pass a Hugging Face directory, a GGUF file or the name of an embedded model"
         raise ConfigError(f"model {path} does not exist; {remedy}")
@@ -63,7 +67,7 @@ def inspect_model(path: str) -> ModelCard:
         )
     return ModelCard(
         path=path,
-        format="hf" if Path(path).is_dir() else "gguf",
+        format="random" if random_model(path) else "hf" if Path(path).is_dir() else "gguf",
         arch=source.architecture,
         eos_token_ids=tokenizer.eos_token_ids,
         vocabulary=tokenizer.vocabulary(),

@@ -19,7 +19,9 @@ from ssd_runtime.model.architecture import LARGEST_VOCABULARY
 from ssd_runtime.model.chat_template import LONGEST_TEMPLATE, ChatTemplate
 from ssd_runtime.model.fields import brief_error
 from ssd_runtime.model.files import file_size, read_json
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
+from ssd_runtime.model.tokenizer_random import CHAT_TEMPLATE, random_tokenizer
 from ssd_runtime.model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ class Tokenizer:
 
     @classmethod
     def from_model(cls, path: str) -> Tokenizer:
-        """From a Hugging Face directory or a GGUF file. Raises ConfigError with the remedy."""
+        """From a Hugging Face directory or a GGUF file, or of a random model. Raises ConfigError with the remedy."""
+        if (model := random_model(path)) is not None:
+            return cls(path, _Parts(random_tokenizer(model.arch.vocab_size), (), {}, {"default": CHAT_TEMPLATE}))
         return cls(path, _hf_parts(Path(path)) if Path(path).is_dir() else _gguf_parts(path))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
