@@ -162,11 +162,14 @@ class DeploymentConfig:
         draft_required: a target in a torchrun of its own serves only once a draft has come; else at once, without.
         colocated: a target whose drafts have ranks of their own holds a draft of its own too, for requests in mode
             sd-colocated; in that speculation.mode it does anyway.
+        share_gpu: target and drafts of one host are on the same GPUs. They share bandwidth, so drafting hides behind
+            verification in part only.
     """
 
     drafts: Annotated[int, Within(1, 256)] = 1
     draft_required: bool = False
     colocated: bool = False
+    share_gpu: bool = False
 
     def holds_draft(self, mode: Mode) -> bool:
         """Whether the target's process has a draft of its own, by `speculation.mode`."""
