@@ -125,7 +125,8 @@ def check_target(group: Group) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Raise ConfigError for GPUs and cores that this host does not have."""
+    """Raise ConfigError for GPUs and cores that this host does not have, and for a link that cannot be between them."""
+    topology.link_backend(config, os.environ)
     count = num_ranks(config)
     topology.cores_by_role(config, count)  # raises for a named core that is not ours
     for rank in range(count):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Backend = Literal["gloo", "nccl"]
+AUTO: Backend = "gloo"  # between GPUs NCCL as soon as ops/gpu/third.sh has shown it right there and not slower
+MANY_RANKS_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
         rank=rank,
         world_size=world_size,
         device=device_for(model.device, local_rank),
-        link_backend=link_backend(config.target.device, config.draft.device),
+        link_backend=link_backend(config, environ),
         cores=cores,
         threads=model.threads,
         here=here,
@@ -261,9 +263,22 @@ def device_for(kind: Device, local_rank: int, device_count: int | None = None) -
     return torch.device("cuda", local_rank)
 
 
-def link_backend(target: Device, draft: Device) -> Backend:
-    """What carries the frames: NCCL if both ends are GPUs, else Gloo (frames are on the CPU then)."""
-    return "nccl" if target == draft == "cuda" else "gloo"
+def link_backend(config: Config, environ: Mapping[str, str]) -> Backend:
+    """What carries the frames between the two roles; with Gloo they are on the CPU.
+
+    Args:
+        environ: of the ranks.
+
+    Raises:
+        ConfigError: NCCL between ranks on one GPU, and `environ` does not tell it that they may be.
+    """
+    backend = AUTO if config.link.backend == "auto" else config.link.backend
+    if backend == "nccl" and config.deployment.share_gpu and environ.get(MANY_RANKS_A_GPU) != "1":
+        raise ConfigError(
+            "link.backend = nccl and deployment.share_gpu: NCCL refuses two ranks on one GPU, "
+            f'except 2.31 and newer with {MANY_RANKS_A_GPU}=1; set that, or link.backend = "auto"'
+        )
+    return backend
 
 
 def group_backend(target: Device) -> Backend:

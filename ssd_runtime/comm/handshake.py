@@ -19,7 +19,7 @@ def check_hello(hello: Hello, config_digest: str, vocabulary: VocabularyDigest, 
     if hello.config_digest != config_digest:
         return (
             f"configuration {hello.config_digest} of the draft, {config_digest} of the target: "
-            "start both with the same [engine] and [speculation] sections"
+            "start both with the same [engine], [speculation] and [link] sections"
         )
     if hello.num_blocks < num_blocks:
         return (
