@@ -10,7 +10,7 @@ PROJECT := $(VENV)/.stamp-project
 TESTING := $(VENV)/.stamp-testing
 EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*.* cuda_ext/csrc/cuda/*)
 
-.PHONY: help demo install ext fetch test test-plain test-gpu cuda-check sanitize lint format clean distclean
+.PHONY: help demo install ext fetch test test-plain test-gpu host-check cuda-check sanitize lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-plain  the suites that meet the operators once more, without the compiled extension"
 	@echo "make lint    ruff, mypy and the import floors"
 	@echo "make ext     rebuild the compiled extension"
+	@echo "make host-check  compile the operators' C++ against the oldest torch that is supported"
 	@echo "make cuda-check  compile the CUDA kernels (needs nvcc, no GPU) and hold them to their budgets"
 	@echo "make sanitize    the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make test-gpu    the CUDA kernels on a GPU: needs one, and a CUDA build of torch"
@@ -76,6 +77,9 @@ PLAIN_E2E := $(addprefix tests/e2e/,"test_token_identity.py::test_one_sequence_g
 test-plain: $(TESTING) fetch
 	SSD_CUDA_EXT=0 $(BIN)/python -m pytest -q $(PLAIN_LEFT_OUT) tests/unit $(PLAIN_E2E) \
 	  "tests/process/test_serving.py::test_every_mode_gives_the_same_tokens"
+
+host-check: $(PROJECT)
+	$(BIN)/python -m ops.host_check
 
 cuda-check: $(VENV)/.stamp-torch
 	$(BIN)/python ops/cuda_check.py

@@ -21,6 +21,7 @@ from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
 
 GIB = 2**30
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def _torch() -> str:
     import torch
 
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if (major, minor) < (2, 10):
-        raise ConfigError(f"{torch.__version__} is older than 2.10; pip install 'torch==2.13.*'")
+    if (major, minor) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ConfigError(f"{torch.__version__} is older than {oldest}; pip install 'torch==2.13.*'")
     distributed = "gloo" + (" and nccl" if torch.distributed.is_nccl_available() else ", no nccl")
     return f"{torch.__version__}, {distributed}"
 
