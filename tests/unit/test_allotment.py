@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
-
-from hypothesis import given
-from hypothesis import strategies as st
+from itertools import product
 
 from launcher import layout
 from ssd_runtime.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
@@ -16,111 +14,120 @@ from ssd_runtime.hardware import Gpu, Hardware, read
 from tests.recorded_nvml import RecordedNvml
 
 H100 = read(RecordedNvml(), {})
-DEVICES = st.sampled_from(["cpu", "cuda"])
+CORES = tuple(range(48))
+MACHINES = (
+    Hardware(),
+    Hardware((Gpu(0, "GPU", "0", 1, 1, cores=CORES),)),
+    Hardware(tuple(Gpu(i, "GPU", str(i), 1, 1, cores=near) for i, near in enumerate((CORES[::2], CORES[1::2], ())))),
+    Hardware(tuple(Gpu(i, "GPU", str(i), 1, 1, cores=CORES[:4]) for i in range(8))),
+    H100,
+)
+ALLOWED = [CORES[:1], CORES[3:5], CORES[:3], CORES[::9], CORES[2:10], CORES[:16], CORES]
 
 
-@st.composite
-def configs(draw: st.DrawFn) -> Config:
-    """Any devices, threads and numbers of ranks; GPUs are shared only where both roles are on them."""
-    target = ModelConfig(device=draw(DEVICES), threads=draw(st.integers(1, 6)), tensor_parallel=draw(st.integers(1, 4)))
-    draft = ModelConfig(device=draw(DEVICES), threads=draw(st.integers(1, 6)))
-    share = target.device == draft.device == "cuda" and draw(st.booleans())
-    return Config(target, draft, deployment=DeploymentConfig(drafts=draw(st.integers(1, 4)), share_gpu=share))
+def configs() -> Iterator[Config]:
+    """Every kind of device for either role, with few and many ranks and threads."""
+    for devices in product(("cpu", "cuda"), repeat=2):
+        for targets, drafts, threads in product((1, 2, 4), (1, 2, 3), ((1, 1), (2, 5))):
+            for share in {False, devices == ("cuda", "cuda")}:
+                yield Config(
+                    ModelConfig(device=devices[0], threads=threads[0], tensor_parallel=targets),
+                    ModelConfig(device=devices[1], threads=threads[1]),
+                    deployment=DeploymentConfig(drafts=drafts, share_gpu=share),
+                )
 
 
-@st.composite
-def hosts(draw: st.DrawFn) -> tuple[Config, list[Role]]:
-    """A world's configuration and the ranks of one of its nodes."""
-    config = draw(configs())
-    targets, drafts = config.target.tensor_parallel, draw(st.integers(0, config.deployment.drafts))
-    counts = layout.spread(targets, drafts, draw(st.integers(1, targets + drafts)))
-    node = draw(st.integers(0, len(counts) - 1))
-    return config, [seat.role for seat in layout.seats(targets, counts) if seat.node == node]
+def hosts() -> Iterator[tuple[Config, list[Role]]]:
+    """The ranks of each different node of every world of these."""
+    for config in configs():
+        targets, nodes = config.target.tensor_parallel, set()
+        for drafts in range(config.deployment.drafts + 1):
+            for count in range(1, targets + drafts + 1):
+                seats = layout.seats(targets, layout.spread(targets, drafts, count))
+                nodes |= {tuple(seat.role for seat in seats if seat.node == node) for node in range(count)}
+        yield from ((config, list(roles)) for roles in sorted(nodes))
 
 
-@given(hosts())
-def test_gpus_are_taken_without_gaps_and_by_one_rank_each_unless_they_are_shared(host: tuple[Config, list[Role]]):
-    config, roles = host
-    gpus = gpus_of(config, roles)
-    assert [gpu is not None for gpu in gpus] == [model_of(config, role).device == "cuda" for role in roles]
-    taken = [gpu for gpu in gpus if gpu is not None]
-    assert set(taken) == set(range(len(set(taken))))
-    of_role = {role: [gpu for gpu, its in zip(gpus, roles, strict=True) if its == role] for role in roles}
-    if not config.deployment.share_gpu:
-        assert len(taken) == len(set(taken))
-    elif "target" in roles:
-        assert of_role["target"] == list(range(len(of_role["target"])))
-        drafts = [of_role.get("draft", []).count(gpu) for gpu in of_role["target"]]
-        assert sum(drafts) == roles.count("draft")
-        assert max(drafts) - min(drafts) <= 1
+def apart(cores: Sequence[tuple[int, ...]]) -> bool:
+    return sum(map(len, cores)) == len(set().union(*cores))
 
 
-@given(hosts(), st.integers(1, 8))
-def test_a_host_with_too_few_gpus_is_refused_with_a_remedy_that_helps(host: tuple[Config, list[Role]], count: int):
-    config, roles = host
-    lack = lacks_gpus(config, roles, count)
-    assert (lack is None) == (len(set(gpus_of(config, roles)) - {None}) <= count)
-    if lack is None:
-        return
-    assert "\n" not in lack
-    remedy = lack.partition(": ")[2]
-    fewer = [replace(config, target=replace(config.target, tensor_parallel=1)), roles_in_order(1, roles.count("draft"))]
-    tried = {
-        "lower target.tensor_parallel": (fewer[0], ["target"]),
-        "lower deployment.drafts": (config, [role for role in roles if role == "target"] or ["draft"]),
-        "set deployment.share_gpu = true": (
-            replace(config, deployment=replace(config.deployment, share_gpu=True)),
-            roles,
-        ),
-        'set draft.device = "cpu"': (replace(config, draft=replace(config.draft, device="cpu")), roles),
-    }
-    named = {said: lacks_gpus(*one, count) for said, one in tried.items() if said in remedy}
-    assert named
-    assert set(named.values()) == {None}
+def test_gpus_are_taken_without_gaps_and_by_one_rank_each_unless_they_are_shared() -> None:
+    for config, roles in hosts():
+        gpus = gpus_of(config, roles)
+        assert [gpu is not None for gpu in gpus] == [model_of(config, role).device == "cuda" for role in roles]
+        taken = [gpu for gpu in gpus if gpu is not None]
+        assert set(taken) == set(range(len(set(taken))))
+        targets = gpus[: roles.count("target")]
+        if not config.deployment.share_gpu or not targets:
+            assert len(taken) == len(set(taken))
+            continue
+        assert targets == list(range(len(targets)))
+        users = [gpus.count(gpu) for gpu in targets]
+        assert sum(users) == len(roles)
+        assert max(users) - min(users) <= 1
 
 
-CORES = st.sets(st.integers(0, 47), min_size=1, max_size=24).map(sorted)
+def on_cpu(config: Config, roles: list[Role]) -> tuple[Config, list[Role]]:
+    return replace(config, draft=replace(config.draft, device="cpu")), roles
 
 
-@st.composite
-def machines(draw: st.DrawFn) -> Hardware:
-    """Up to eight GPUs, near to the even cores, the odd ones or none that anybody knows of."""
-    near = st.sampled_from([tuple(range(0, 48, 2)), tuple(range(1, 48, 2)), ()])
-    return Hardware(tuple(Gpu(i, "GPU", str(i), 1, 1, cores=draw(near)) for i in range(draw(st.integers(0, 8)))))
+def sharing(config: Config, roles: list[Role]) -> tuple[Config, list[Role]]:
+    return replace(config, deployment=replace(config.deployment, share_gpu=True)), roles
 
 
-def apart(cores: list[tuple[int, ...]]) -> bool:
-    return all(not set(a) & set(b) for a, b in combinations(cores, 2))
+REMEDIES: dict[str, Callable[[Config, list[Role]], tuple[Config, list[Role]]]] = {
+    "lower target.tensor_parallel": lambda config, roles: (config, ["target"]),
+    "lower deployment.drafts": lambda config, roles: (config, roles[: max(1, roles.count("target"))]),
+    "set deployment.share_gpu = true": sharing,
+    'set draft.device = "cpu"': on_cpu,
+}
 
 
-@given(hosts(), CORES, machines())
-def test_ranks_have_cores_of_their_own_wherever_there_are_enough(
-    host: tuple[Config, list[Role]], allowed: list[int], hardware: Hardware
-):
-    config, roles = host
-    cores = cores_of(config, roles, allowed, hardware)
-    assert set().union(*cores) <= set(allowed)
-    on_gpus = [model_of(config, role).device == "cuda" for role in roles]
-    if len(allowed) >= len(cores):
-        assert apart(cores)
-    else:
-        told = crowding({f"{role} {i}": mine for i, (role, mine) in enumerate(zip(roles, cores, strict=False))})
-        assert (told is None) == apart(cores[: len(roles)])
-    for on_gpu, role, mine in zip(on_gpus, roles, cores, strict=False):
-        assert mine or (on_gpu and all(on_gpus)), "only where nobody is in the way a rank goes anywhere"
-        assert on_gpu or len(mine) <= model_of(config, role).threads
+def test_a_host_with_too_few_gpus_is_refused_in_one_line_whose_every_remedy_helps() -> None:
+    seen = set()
+    for (config, roles), count in product(hosts(), range(1, 5)):
+        lack = lacks_gpus(config, roles, count)
+        assert (lack is None) == (len(set(gpus_of(config, roles)) - {None}) <= count)
+        if lack is None:
+            continue
+        assert "\n" not in lack
+        named = [remedy for remedy in REMEDIES if remedy in lack]
+        assert [lacks_gpus(*REMEDIES[remedy](config, roles), count) for remedy in named] == [None] * len(named), lack
+        assert named
+        seen |= set(named)
+    assert seen == set(REMEDIES)
 
 
-@given(configs(), CORES, machines(), st.booleans())
-def test_a_draft_of_a_torchrun_of_its_own_keeps_off_the_cores_of_a_target_here(
-    config: Config, allowed: list[int], hardware: Hardware, in_world: bool
-):
-    """Also where the target came first, in a world that has a draft already or in one that has none."""
-    roles = roles_in_order(config.target.tensor_parallel, int(in_world and config.deployment.drafts > 1))
-    cores = cores_of(config, roles, allowed, hardware)
-    beside = cores_beside(config, config.target.tensor_parallel, allowed, hardware)
-    if "cpu" not in (config.target.device, config.draft.device) and not config.deployment.share_gpu:
-        return  # near GPUs that one of the two does not see
-    if len(allowed) >= config.target.threads * config.target.tensor_parallel + config.deployment.drafts:
-        assert apart([*cores[: config.target.tensor_parallel], beside])
-    assert beside or config.draft.device == "cuda"
+def test_ranks_have_cores_of_their_own_wherever_there_are_enough() -> None:
+    for (config, roles), allowed, hardware in product(hosts(), ALLOWED, MACHINES):
+        cores = cores_of(config, roles, allowed, hardware)
+        where = (config, roles, allowed, hardware, cores)
+        assert set().union(*cores) <= set(allowed), where
+        if len(allowed) >= len(cores):
+            assert apart(cores), where
+        here = {f"{role} {i}": cores[i] for i, role in enumerate(roles)}
+        assert (crowding(here) is None) == apart(list(here.values())), where
+        for role, mine in zip(roles, cores, strict=False):
+            on_cpu = model_of(config, role).device == "cpu"
+            assert mine or not on_cpu, where
+            assert not on_cpu or len(mine) <= model_of(config, role).threads, where
+        if any(cores):
+            assert all(cores), "nobody goes anywhere if anybody is pinned"
+
+
+def test_a_draft_of_a_torchrun_of_its_own_keeps_off_the_cores_of_a_target_that_came_before_it() -> None:
+    """Whether or not that target has drafts in its own torchrun already."""
+    for config, allowed, hardware in product(configs(), ALLOWED, MACHINES):
+        apart_by_gpu = config.target.device == config.draft.device == "cuda" and not config.deployment.share_gpu
+        targets, guests = config.target.tensor_parallel, config.deployment.drafts
+        if apart_by_gpu or len(allowed) < targets * config.target.threads + guests:
+            continue
+        for in_world in range(guests):
+            cores = cores_of(config, roles_in_order(targets, in_world), allowed, hardware)
+            beside = cores_beside(config, targets, allowed, hardware)
+            assert apart([*cores[:targets], beside]), (config, in_world, allowed, hardware)
+            assert beside or hardware == Hardware()
+            assert config.draft.device == "cuda" or len(beside) >= min(
+                config.draft.threads, len(allowed) - targets * config.target.threads - guests
+            )
