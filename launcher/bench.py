@@ -14,8 +14,10 @@ from typing import Any, Protocol, cast
 from launcher.divergence import compare
 from launcher.prompts import Prompt
 from launcher.report import Batch, Generation, Output, rank_runs, summarise_batches
+from ssd_runtime.allotment import gpus_of
 from ssd_runtime.comm.messages_client import ChatMessage, Chunk, Finished, Generate
-from ssd_runtime.config import MODES, NUMERICS, Config, Mode, ModelConfig, Numerics
+from ssd_runtime.config import MODES, NUMERICS, Config, Mode, Numerics
+from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.metrics import ratio
 from ssd_runtime.speculation.types import SamplingParams
@@ -167,14 +169,18 @@ def report_on(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> dict[s
 
 
 def devices_by_mode(config: Config, cores: Mapping[str, Sequence[int]]) -> dict[Mode, int]:
-    """How many cores, or GPUs where a role runs on them, the ranks that a mode uses have."""
+    """How many cores, or GPUs where a role runs on them, the ranks that a mode uses have.
 
-    def count(role: str, model: ModelConfig) -> int:
-        ranks = [numbers for name, numbers in cores.items() if name.split()[0] == role]
-        return max(1, len(set().union(*ranks)) if model.device == "cpu" else len(ranks))
-
-    target, draft = count("target", config.target), count("draft", config.draft)
-    return {"ar": target, "sd-colocated": target, "sd": target + draft, "ssd": target + draft}
+    Args:
+        cores: of each rank of the leader's host, in the order of the ranks; drafts that are elsewhere count as one.
+    """
+    roles: list[Role] = ["target" if name.split()[0] == "target" else "draft" for name in cores]
+    used: dict[Role, set[tuple[str, int]]] = {"target": set(), "draft": set()}
+    for role, gpu, numbers in zip(roles, gpus_of(config, roles), cores.values(), strict=True):
+        used[role] |= {("core", core) for core in numbers} if gpu is None else {("gpu", gpu)}
+    target = max(1, len(used["target"]))
+    both = max(1, len(used["target"] | used["draft"])) if "draft" in roles else target + 1
+    return {"ar": target, "sd-colocated": target, "sd": both, "ssd": both}
 
 
 def join_numerics(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

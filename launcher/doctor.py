@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from launcher import layout, nccl, preflight
 from launcher.layout import Seat
+from launcher.screen import cores_line
 from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
@@ -117,11 +118,12 @@ def _compiler() -> str:
 def _devices(config: Config, seats: Sequence[Seat]) -> str:
     from ssd_runtime import topology
 
-    several = len({seat.node for seat in seats}) > 1
+    nodes = sorted({seat.node for seat in seats})
     devices: dict[Role, dict[int, str]] = {"target": {}, "draft": {}}
-    for seat in seats:
-        device = topology.device_for((config.target if seat.role == "target" else config.draft).device, seat.local_rank)
-        devices[seat.role][seat.rank] = f"{device} of node {seat.node}" if several else str(device)
+    for node in nodes:
+        here = [seat for seat in seats if seat.node == node]
+        for seat, device in zip(here, topology.devices_of(config, [seat.role for seat in here]), strict=True):
+            devices[seat.role][seat.rank] = f"{device} of node {node}" if len(nodes) > 1 else str(device)
     said = []
     for role, of_role in devices.items():
         ranks = ", ".join(f"rank {rank} on {device}" for rank, device in of_role.items())
@@ -148,7 +150,7 @@ def _cores(config: Config, seats: Sequence[Seat]) -> str:
     if (crowd := crowding(placed)) is not None:
         raise ConfigError(crowd)
     usable = len(topology.allowed_cores())
-    return f"{usable} usable; " + ", ".join(f"{role} on {list(numbers)}" for role, numbers in placed.items())
+    return f"{usable} usable; {cores_line(placed)}"
 
 
 def _hardware() -> str:
@@ -201,6 +203,8 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
         if joint is not None:
             over = f" (here: {', '.join(rdma)})" if joint == "network" and rdma else ""
             yield Finding(role, True, f"joined by {placement.JOINTS[joint]}{over}")
+    for note in plan.notes:
+        yield Finding("placement", True, note)
     for warning in plan.warnings:
         yield Finding("placement", False, warning)
 

@@ -18,13 +18,11 @@ class Seat:
     Attributes:
         rank: of its world; a draft of a torchrun of its own comes after the targets too.
         node: 0 is the leader's.
-        local_rank: among the ranks of its node.
     """
 
     role: Role
     rank: int
     node: int
-    local_rank: int
 
 
 def spread(num_targets: int, num_drafts: int, num_nodes: int) -> tuple[int, ...]:
@@ -71,10 +69,9 @@ def parse_counts(text: str, num_targets: int, num_drafts: int, num_nodes: int) -
 
 def seats(num_targets: int, counts: Sequence[int], first_rank: int = 0) -> tuple[Seat, ...]:
     """The ranks in order, targets first, given how many each node has; from `first_rank` on."""
-    places = [(node, local_rank) for node, count in enumerate(counts) for local_rank in range(count)]
+    nodes = [node for node, count in enumerate(counts) for _ in range(count)]
     return tuple(
-        Seat("target" if rank < num_targets else "draft", rank, node, local_rank)
-        for rank, (node, local_rank) in enumerate(places, first_rank)
+        Seat("target" if rank < num_targets else "draft", rank, node) for rank, node in enumerate(nodes, first_rank)
     )
 
 

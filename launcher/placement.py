@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.layout import Seat
+from ssd_runtime.allotment import gpus_of, lacks_gpus, model_of
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.cores import Role, listed
-from ssd_runtime.hardware import Gpu, Hardware, Joint, near_cores
+from ssd_runtime.hardware import Gpu, Hardware, Joint
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.source import expected_tensors
 from ssd_runtime.topology import cores_of_ranks
@@ -60,12 +61,13 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks of a world, or of one role, what joins them, and what to mend."""
+    """The ranks of a world, or of one role, what joins them, what to know and what to mend."""
 
     ranks: tuple[RankPlan, ...]
     target_joint: Joint | None
     link_joint: Joint | None
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def plan(
@@ -87,16 +89,17 @@ def plan(
     ranks = []
     for node in sorted({seat.node for seat in seats}):
         here = {seat.rank: seat for seat in seats if seat.node == node}
-        for rank, cores in cores_of_ranks(config, range(min(here), max(here) + 1), allowed).items():
-            one = _rank(config, hardware, here[rank], models[here[rank].role])
-            near = () if one.gpu is None else near_cores(hardware, one.gpu, allowed)
-            ranks.append(replace(one, cores=cores or near))
+        gpus = gpus_of(config, [seat.role for seat in here.values()])
+        cores = cores_of_ranks(config, range(min(here), max(here) + 1), allowed, hardware)
+        for seat, gpu in zip(here.values(), gpus, strict=True):
+            one = _rank(config, hardware, seat, gpu, models[seat.role])
+            ranks.append(replace(one, cores=cores[seat.rank]))
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]
     between = [_joint(hardware, a, b) for i, a in enumerate(targets) for b in targets[:i]]
     links = [_joint(hardware, targets[0], one) for one in drafts] if targets else []
-    found = Plan(tuple(ranks), _worst(between), _worst(links), ())
-    return Plan(found.ranks, found.target_joint, found.link_joint, tuple(_warnings(config, hardware, found, rdma)))
+    found = Plan(tuple(ranks), _worst(between), _worst(links), (), tuple(_notes(config, ranks)))
+    return replace(found, warnings=tuple(_warnings(config, hardware, found, rdma)))
 
 
 def describe(one: RankPlan, block_size: int, *, with_node: bool = False) -> str:
@@ -127,7 +130,7 @@ def block_bytes(arch: Architecture, block_size: int, dtype: str, share: int = 1)
     return block_size * arch.num_layers * 2 * heads * arch.head_dim * (4 if dtype == "fp32" else 2)
 
 
-def _rank(config: Config, hardware: Hardware, seat: Seat, arch: Architecture) -> RankPlan:
+def _rank(config: Config, hardware: Hardware, seat: Seat, wanted: int | None, arch: Architecture) -> RankPlan:
     """The plan of one rank, but for its cores."""
     role = seat.role
     model: ModelConfig = config.target if role == "target" else config.draft
@@ -140,8 +143,8 @@ def _rank(config: Config, hardware: Hardware, seat: Seat, arch: Architecture) ->
         blocks += -(-rows // config.engine.block_size)
     gpu: int | None = None
     left: int | None = None
-    if model.device == "cuda" and hardware.gpus:
-        gpu = min(seat.local_rank, len(hardware.gpus) - 1)
+    if wanted is not None and hardware.gpus:
+        gpu = min(wanted, len(hardware.gpus) - 1)
         left = max(0, (hardware.gpus[gpu].memory_free - RESERVE - weights) // block)
     return RankPlan(role, seat.rank, gpu, weights, blocks, blocks * block, left, (), seat.node)
 
@@ -163,18 +166,14 @@ def _warnings(config: Config, hardware: Hardware, found: Plan, rdma: Sequence[st
     for one in on_gpus:
         warnings += _memory(one, hardware.gpus[one.gpu or 0], config.engine.block_size)
         remote = set(one.cores) - set(hardware.gpus[one.gpu or 0].cores)
-        if remote and hardware.gpus[one.gpu or 0].cores:
+        if remote and hardware.gpus[one.gpu or 0].cores and model_of(config, one.role).cores:
             warnings.append(
                 f"{one.role} rank {one.rank} is pinned to cores {listed(remote)}, which are far from GPU {one.gpu} "
                 f"(near: {listed(hardware.gpus[one.gpu or 0].cores)}); leave {one.role}.cores empty"
             )
-    users: dict[tuple[int, int], list[RankPlan]] = {}
-    for one in on_gpus:
-        users.setdefault((one.node, one.gpu or 0), []).append(one)
-    for (_, gpu), sharing in users.items():
-        if len(sharing) > 1:
-            who = ", ".join(f"{one.role} rank {one.rank}" for one in sharing)
-            warnings.append(f"{who} share GPU {gpu}: drafting cannot hide behind verification; use more GPUs")
+    for node in sorted({one.node for one in on_gpus}):
+        lack = lacks_gpus(config, [one.role for one in found.ranks if one.node == node], len(hardware.gpus))
+        warnings += [] if lack is None else [lack]
     if found.target_joint == "network":
         nodes = listed({one.node for one in found.ranks if one.role == "target"})
         on_gpu = config.target.device == "cuda"
@@ -192,6 +191,20 @@ def _warnings(config: Config, hardware: Hardware, found: Plan, rdma: Sequence[st
             "choose GPUs of one island with CUDA_VISIBLE_DEVICES"
         )
     return warnings
+
+
+def _notes(config: Config, ranks: Sequence[RankPlan]) -> list[str]:
+    """What is as it was asked for, and good to know."""
+    users: dict[tuple[int, int], list[RankPlan]] = {}
+    for one in ranks:
+        if config.deployment.share_gpu and one.gpu is not None:
+            users.setdefault((one.node, one.gpu), []).append(one)
+    return [
+        f"{' and '.join(f'{one.role} rank {one.rank}' for one in sharing)} share GPU {gpu} as deployment.share_gpu "
+        "says: drafting hides behind verification in part only"
+        for (_, gpu), sharing in users.items()
+        if len(sharing) > 1
+    ]
 
 
 def _memory(one: RankPlan, gpu: Gpu, block_size: int) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
 from ssd_runtime import topology
+from ssd_runtime.allotment import model_of
 from ssd_runtime.comm import hosts
 from ssd_runtime.comm.messages_client import Generate
 from ssd_runtime.config import Config
@@ -127,12 +128,11 @@ def check_target(group: Group) -> None:
 def check_devices(config: Config) -> None:
     """Raise ConfigError for GPUs and cores that this host does not have, and for a link that cannot be between them."""
     topology.link_backend(config, os.environ)
-    count = num_ranks(config)
-    topology.cores_by_role(config, count)  # raises for a named core that is not ours
-    for rank in range(count):
-        model = config.target if rank < config.target.tensor_parallel else config.draft
-        if model.device != "cpu":
-            topology.device_for(model.device, rank)
+    here = range(num_ranks(config))
+    topology.cores_by_role(config, len(here))  # raises for a named core that is not ours
+    roles = topology.roles_of(config, here)
+    if any(model_of(config, role).device != "cpu" for role in roles):
+        topology.devices_of(config, roles)
 
 
 def check_request(request: Generate, config: Config) -> None:

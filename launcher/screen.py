@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ssd_runtime.comm import messages_launcher
-from ssd_runtime.cores import Role
+from ssd_runtime.cores import Role, listed
 
 if TYPE_CHECKING:
     from launcher.doctor import Finding
@@ -219,8 +219,8 @@ def cores_line(cores: Mapping[str, Iterable[int]]) -> str:
     """Which role runs where, as "target on core 0, draft on core 1"."""
     parts = []
     for role, numbers in cores.items():
-        listed = [str(core) for core in numbers]
-        parts.append(f"{role} on core{'s' if len(listed) > 1 else ''} {', '.join(listed) or '(not pinned)'}")
+        pinned = tuple(numbers)
+        parts.append(f"{role} on core{'s' if len(pinned) > 1 else ''} {listed(pinned) or '(not pinned)'}")
     return ", ".join(parts)
 
 

@@ -17,8 +17,10 @@ from typing import Any, Literal
 import jinja2
 
 from launcher import layout
-from launcher.torchrun import num_ranks, ranks_by_role
-from ssd_runtime.config import Config, ModelConfig
+from launcher.torchrun import ranks_by_role
+from ssd_runtime.allotment import gpus_of, model_of
+from ssd_runtime.config import Config
+from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError
 
 Form = Literal["two-jobs", "single-job"]
@@ -71,6 +73,8 @@ def render(plan: Plan) -> dict[str, str]:
         return {plan.files[0]: _single(plan)}
     if mode in ("ar", "sd-colocated"):
         raise ConfigError(f"speculation.mode = {mode} uses no draft of its own: render it with --single-job")
+    if plan.config.deployment.share_gpu:
+        raise ConfigError("deployment.share_gpu: Slurm gives two jobs no GPU in common: render it with --single-job")
     submit = _template("submit.sh.j2", _shared(plan) | {"drafts": plan.config.deployment.drafts})
     return dict(zip(plan.files, (_target(plan), _draft(plan), submit), strict=True))
 
@@ -98,32 +102,48 @@ def _in_one_line(command: str) -> str:
 
 def wasted(plan: Plan) -> str | None:
     """What a single job asks for and does not use, for people: Slurm gives every node of a job the same."""
-    counts = _counts(plan, *ranks_by_role(plan.config, None if plan.form == "single-job" else "target"))
-    on_gpu = "cuda" in (plan.config.target.device, plan.config.draft.device)
-    if len(set(counts)) == 1 or not on_gpu:
+    nodes = _nodes(plan, None if plan.form == "single-job" else "target")
+    gpus = [_gpus(plan.config, roles) for roles in nodes]
+    if len(set(gpus)) == 1:
         return None
-    idle = sum(max(counts) - count for count in counts)
+    idle = sum(max(gpus) - count for count in gpus)
     return (
-        f"the nodes of a job are alike, so each is asked for {max(counts)} GPUs though they run "
-        f"{' and '.join(map(str, counts))} ranks: {idle} stay idle"
+        f"the nodes of a job are alike, so each is asked for {max(gpus)} GPUs though their ranks use "
+        f"{' and '.join(map(str, gpus))}: {idle} stay idle"
         + ("; --two-jobs asks for what each role needs" if plan.form == "single-job" else "")
     )
 
 
-def _counts(plan: Plan, num_targets: int, num_drafts: int) -> tuple[int, ...]:
-    """Ranks on each node of the job with the target."""
-    if plan.nproc_per_node is None:
-        return layout.spread(num_targets, num_drafts, plan.nodes)
-    return layout.parse_counts(plan.nproc_per_node, num_targets, num_drafts, plan.nodes)
+def _nodes(plan: Plan, role: Role | None) -> list[list[Role]]:
+    """The roles of the ranks on each node of the job with the target, or of a draft's job."""
+    ranks = ranks_by_role(plan.config, role)
+    if role == "draft":
+        counts: tuple[int, ...] = (1,)
+    elif plan.nproc_per_node is None:
+        counts = layout.spread(*ranks, plan.nodes)
+    else:
+        counts = layout.parse_counts(plan.nproc_per_node, *ranks, plan.nodes)
+    seats = layout.seats(ranks[0], counts)
+    return [[seat.role for seat in seats if seat.node == node] for node in range(len(counts))]
+
+
+def _gpus(config: Config, roles: list[Role]) -> int:
+    """How many GPUs these ranks of one node use."""
+    return len({gpu for gpu in gpus_of(config, roles) if gpu is not None})
+
+
+def _cores(config: Config, roles: list[Role]) -> int:
+    """How many cores these ranks of one node are asked for."""
+    models = [model_of(config, role) for role in roles]
+    return max(2, sum(CORES_BESIDE_A_GPU if model.device == "cuda" else model.threads for model in models))
 
 
 def _single(plan: Plan) -> str:
     """Target and drafts in one world."""
-    models = [plan.config.target] + [plan.config.draft] * (num_ranks(plan.config) > plan.config.target.tensor_parallel)
     return _template(
         "single.sbatch.j2",
         _shared(plan)
-        | _resources(models, _counts(plan, *ranks_by_role(plan.config)))
+        | _resources(plan.config, _nodes(plan, None))
         | {
             "purpose": "One job: target and draft live and die together.",
             "name": plan.name,
@@ -139,7 +159,7 @@ def _target(plan: Plan) -> str:
     return _template(
         "single.sbatch.j2",
         _shared(plan)
-        | _resources([plan.config.target], _counts(plan, *ranks_by_role(plan.config, "target")))
+        | _resources(plan.config, _nodes(plan, "target"))
         | {
             "purpose": "The target's job. It serves with or without a draft.",
             "name": f"{plan.name}-target",
@@ -155,7 +175,7 @@ def _draft(plan: Plan) -> str:
     return _template(
         "draft.sbatch.j2",
         _shared(plan)
-        | _resources([plan.config.draft], (1,))
+        | _resources(plan.config, _nodes(plan, "draft"))
         | {
             "purpose": "A draft's job. It may be cancelled, requeued and submitted again while the target serves.",
             "name": f"{plan.name}-draft",
@@ -182,16 +202,15 @@ def _shared(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _resources(models: list[ModelConfig], counts: tuple[int, ...]) -> dict[str, Any]:
-    """What each node of the job is asked for: what the one with the most ranks needs."""
-    most = max(counts)
-    on_gpu = any(model.device == "cuda" for model in models)
-    cores = max(CORES_BESIDE_A_GPU if model.device == "cuda" else model.threads for model in models)
+def _resources(config: Config, nodes: list[list[Role]]) -> dict[str, Any]:
+    """What each node of the job is asked for: of each kind, what the one needs that needs most."""
+    counts = [len(roles) for roles in nodes]
+    alike = len(set(counts)) == 1
     return {
-        "ranks_per_node": str(most) if len(set(counts)) == 1 else '"${ranks[SLURM_NODEID]}"',
-        "ranks_of_nodes": None if len(set(counts)) == 1 else " ".join(map(str, counts)),
-        "gpus": most if on_gpu else 0,
-        "cpus": max(2, cores * most),
+        "ranks_per_node": str(counts[0]) if alike else '"${ranks[SLURM_NODEID]}"',
+        "ranks_of_nodes": None if alike else " ".join(map(str, counts)),
+        "gpus": max(_gpus(config, roles) for roles in nodes),
+        "cpus": max(_cores(config, roles) for roles in nodes),
     }
 
 

@@ -20,7 +20,7 @@ MOST_SHARERS = 64  # drafts of torchruns of their own on one core
 
 @dataclass(frozen=True)
 class Cores:
-    """CPU cores of each role on one host; a role that is elsewhere, or on a GPU and not pinned, has none."""
+    """CPU cores of each role on one host; a role that is elsewhere, or on a GPU without named ones, has none."""
 
     target: tuple[int, ...] = ()
     draft: tuple[int, ...] = ()
@@ -62,7 +62,9 @@ def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, n
 
     Cores that the configuration names are taken as named and the others go around them. With too few cores for all,
     threads give way first, so that each rank has a core; then drafts share one, since the ranks of a target wait for
-    each other in every layer; with a single core all share it. A role on a GPU is not pinned unless cores are named.
+    each other in every layer; with a single core all share it. A role on a GPU gets none here unless they are named.
+    The other role then takes the last cores, since the first are near the first GPU where there are several sockets,
+    and leaves each rank on a GPU one.
 
     Args:
         config: threads, devices and named cores of each role.
@@ -87,14 +89,30 @@ def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, n
         if model.cores or model.device != "cpu":
             chosen[role] = tuple(model.cores)
     choosing = [role for role in models if role not in chosen]
+    on_gpus = sum(ranks[role] for role, model in models.items() if model.device != "cpu" and not model.cores)
     for i, role in enumerate(choosing):
         taken = {core for cores in chosen.values() for core in cores}
         free = [core for core in allowed if core not in taken] or list(allowed[-1:])
-        to_come = sum(ranks[later] for later in choosing[i + 1 :])
+        to_come = on_gpus + sum(ranks[later] for later in choosing[i + 1 :])
         wanted = min(models[role].threads * ranks[role], len(free) - to_come)
         least = min(ranks[role], len(free) - (to_come > 0))
-        chosen[role] = tuple(free[: max(1, wanted, least)])
+        count = max(1, wanted, least)
+        chosen[role] = tuple(free[:count] if config.target.device == config.draft.device else free[-count:])
     return Cores(chosen["target"], chosen["draft"])
+
+
+def share_near(near: Sequence[tuple[int, ...]], free: Sequence[int]) -> list[tuple[int, ...]]:
+    """The cores of ranks on GPUs: those near to each, which ranks with the same ones divide.
+
+    Where some would be left without or share, all divide `free`.
+
+    Args:
+        near: free cores near the GPU of each rank.
+    """
+    shares = [share_out(mine, near[:i].count(mine), near.count(mine)) for i, mine in enumerate(near)]
+    if all(shares) and len({core for mine in shares for core in mine}) == sum(map(len, shares)):
+        return shares
+    return [share_out(free, i, len(near)) for i in range(len(near))]
 
 
 def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ssd_runtime import hardware
+from ssd_runtime.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of
 from ssd_runtime.config import Config, Device
-from ssd_runtime.cores import Claims, Role, allowed_cores, choose_cores, listed, pin, share_out
+from ssd_runtime.cores import Claims, Role, allowed_cores, listed, pin
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.hardware import Hardware
 
 if TYPE_CHECKING:
     import torch
@@ -106,16 +108,16 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
     local_rank = _number(environ, "LOCAL_RANK", rank)
     first = rank - local_rank  # of this host: torchrun numbers its ranks in a row
     here = range(first, first + _number(environ, "LOCAL_WORLD_SIZE", world_size))
-    model = config.target if role == "target" else config.draft
+    roles = [role] * len(here) if group else roles_of(config, here)
+    model = model_of(config, role)
     lone = group is not None and role == "draft"
-    cores = _cores_for_lone_draft(config, group) if lone else cores_of_ranks(config, here, allowed_cores())[rank]
     return Placement(
         role=role,
         rank=rank,
         world_size=world_size,
-        device=device_for(model.device, local_rank),
+        device=devices_of(config, roles)[local_rank],
         link_backend=link_backend(config, environ),
-        cores=cores,
+        cores=_cores_for_lone_draft(config, group) if lone else cores_of_ranks(config, here)[rank],
         threads=model.threads,
         here=here,
         num_targets=num_targets,
@@ -124,32 +126,63 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
     )
 
 
-def cores_of_ranks(config: Config, here: range, allowed: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """The cores of each rank of one host, of a world whose first `target.tensor_parallel` ranks are targets.
+def roles_of(config: Config, here: range) -> list[Role]:
+    """The roles of ranks of a world, whose first `target.tensor_parallel` ranks are targets."""
+    return ["target" if rank < config.target.tensor_parallel else "draft" for rank in here]
+
+
+def devices_of(config: Config, roles: Sequence[Role], device_count: int | None = None) -> list[torch.device]:
+    """The device of each rank of one host.
+
+    Args:
+        roles: as for `gpus_of`.
+        device_count: GPUs of this host; None asks torch.
+
+    Raises:
+        ConfigError: there are too few GPUs here.
+    """
+    import torch
+
+    gpus = gpus_of(config, roles)
+    if any(gpu is not None for gpu in gpus):
+        if device_count is None:
+            device_count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device_count == 0:
+            raise ConfigError('device = "cuda" but torch sees no GPU here; install a CUDA build of torch, or use "cpu"')
+        if lack := lacks_gpus(config, roles, device_count):
+            raise ConfigError(lack)
+    return [torch.device("cpu") if gpu is None else torch.device("cuda", gpu) for gpu in gpus]
+
+
+def cores_of_ranks(
+    config: Config, here: range, allowed: Sequence[int] | None = None, found: Hardware | None = None
+) -> dict[int, tuple[int, ...]]:
+    """The cores of each rank of one host; none for ranks that are not pinned.
 
     Args:
         here: the ranks of the host.
-        allowed: its cores.
+        allowed: its cores; None means this host's.
+        found: its GPUs, and what is near them; None means this host's.
 
     Raises:
         ConfigError: a named core is not allowed.
     """
-    targets = [rank for rank in here if rank < config.target.tensor_parallel]
-    drafts = [rank for rank in here if rank >= config.target.tensor_parallel]
-    cores = choose_cores(config, allowed, len(targets), len(drafts))
-    found = {rank: share_out(cores.target, i, len(targets)) for i, rank in enumerate(targets)}
-    return found | {rank: share_out(cores.draft, i, len(drafts)) for i, rank in enumerate(drafts)}
+    allowed = allowed_cores() if allowed is None else allowed
+    found = _hardware(config) if found is None else found
+    return dict(zip(here, cores_of(config, roles_of(config, here), allowed, found), strict=False))
 
 
 def _cores_for_lone_draft(config: Config, group: Group | None) -> tuple[int, ...]:
-    """Where a draft of a torchrun of its own may go: not to the target's cores, if that one is on this host."""
+    """Those of a draft of a torchrun of its own, which knows of its target only whether it is on this host."""
     assert group is not None
     assert group.target is not None
     targets_here = config.target.tensor_parallel if _is_here(group.target) else 0
-    cores = choose_cores(config, allowed_cores(), targets_here, 1)
-    if config.draft.cores or config.draft.device != "cpu":
-        return cores.draft
-    return tuple(core for core in allowed_cores() if core not in cores.target) or cores.draft
+    return cores_beside(config, targets_here, allowed_cores(), _hardware(config))
+
+
+def _hardware(config: Config) -> Hardware:
+    """The GPUs of this host, if any role wants one: on a CPU nobody waits for a driver."""
+    return hardware.read() if "cuda" in (config.target.device, config.draft.device) else Hardware()
 
 
 def _role_in(group: Group, config: Config, world_size: int) -> Role:
@@ -176,8 +209,6 @@ def _is_here(address: str) -> bool:
 def settle(placement: Placement, claims: Claims) -> tuple[int, ...]:
     """Move this process to its place: cores, compute threads, current GPU. Call before anything starts threads.
 
-    A rank on a GPU whose cores are not named goes to those near its GPU, as far as NVML knows them.
-
     Args:
         claims: where a draft keeps its cores from other drafts of this host.
 
@@ -187,10 +218,8 @@ def settle(placement: Placement, claims: Claims) -> tuple[int, ...]:
     cores = placement.cores
     if placement.claims:
         cores = claims.take(cores, placement.threads)
-    elif placement.role == "draft":
+    elif placement.role == "draft" and placement.device.type == "cpu":
         claims.note(cores)
-    if not cores and placement.device.type == "cuda":
-        cores = hardware.near_cores(hardware.read(), placement.device.index, allowed_cores())
     pin(cores, placement.threads)
     if placement.device.type == "cuda":
         import torch
@@ -208,7 +237,7 @@ def cores_by_role(config: Config, world_size: int, here: range | None = None) ->
     num_targets = config.target.tensor_parallel
     alone = {"target": num_targets == 1, "draft": world_size - num_targets == 1}
     named = {}
-    for rank, cores in cores_of_ranks(config, here or range(world_size), allowed_cores()).items():
+    for rank, cores in cores_of_ranks(config, here or range(world_size)).items():
         role = "target" if rank < num_targets else "draft"
         named[role if alone[role] else f"{role} {rank}"] = cores
     return named
@@ -235,32 +264,6 @@ def _wanted(num_targets: int, most_drafts: int) -> str:
         return f"{num_targets + 1} ranks ({targets}, rank {num_targets} draft)"
     last = num_targets + most_drafts - 1
     return f"{num_targets + 1} to {last + 1} ranks ({targets}, up to {most_drafts} drafts from rank {num_targets} on)"
-
-
-def device_for(kind: Device, local_rank: int, device_count: int | None = None) -> torch.device:
-    """The device of a rank: the CPU, or the GPU with the number of its rank on this host.
-
-    Args:
-        kind: what the configuration asks for.
-        local_rank: rank among those on this host.
-        device_count: GPUs of this host; None asks torch.
-
-    Raises:
-        ConfigError: no GPU for this rank.
-    """
-    import torch
-
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = (torch.cuda.device_count() if torch.cuda.is_available() else 0) if device_count is None else device_count
-    if count == 0:
-        raise ConfigError('device = "cuda" but torch sees no GPU here; install a CUDA build of torch, or use "cpu"')
-    if local_rank >= count:
-        raise ConfigError(
-            f"local rank {local_rank} wants a GPU of its own but this host has {count}: "
-            'start fewer ranks here, or set one role\'s device to "cpu"'
-        )
-    return torch.device("cuda", local_rank)
 
 
 def link_backend(config: Config, environ: Mapping[str, str]) -> Backend:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.cores import Claims, Cores, allowed_cores, choose_cores, crowding, listed, share_out
+from ssd_runtime.cores import Claims, Cores, allowed_cores, choose_cores, crowding, listed, share_near, share_out
 
 NONE_SUCH = (70001, 70002, 70003)  # cores that no draft of this machine runs on
 
@@ -45,8 +45,19 @@ def test_named_cores_are_taken_and_the_other_role_goes_around_them() -> None:
     assert choose_cores(config(draft=ModelConfig(cores=(0,))), (0, 1)) == Cores((1,), (0,))
 
 
-def test_a_role_on_a_gpu_leaves_the_cores_to_the_other() -> None:
-    assert choose_cores(config(ModelConfig(device="cuda"), ModelConfig(threads=2)), (0, 1)) == Cores((), (0, 1))
+def test_beside_a_role_on_a_gpu_the_other_takes_the_last_cores_and_leaves_it_some() -> None:
+    asked = config(ModelConfig(device="cuda"), ModelConfig(threads=2))
+    assert choose_cores(asked, range(4)) == Cores((), (2, 3))
+    assert choose_cores(asked, (0, 1)) == Cores((), (1,))
+    assert choose_cores(asked, (0, 1), num_targets=0) == Cores((), (0, 1))
+
+
+def test_ranks_near_one_gpu_divide_its_cores_and_where_they_are_too_few_all_divide_what_is_free() -> None:
+    assert share_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 1), (2, 3), (8, 9)]
+    assert share_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
+    assert share_near([(0, 1), ()], (0, 1, 6)) == [(0,), (1, 6)]
+    assert share_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0,), (1, 2)]
+    assert share_near([(), ()], (3,)) == [(3,), (3,)]
 
 
 def test_a_draft_alone_on_its_host_takes_the_first_cores() -> None:

@@ -45,7 +45,7 @@ def test_a_shared_target_is_described_rank_by_rank(tmp_path: Path, monkeypatch: 
     found = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "target.tensor_parallel=2"]))}
     assert all(one.ok for one in found.values()), found
     assert "target shared by 2 ranks over gloo (rank 0 on cpu, rank 1 on cpu)" in found["devices"].detail
-    assert found["cores"].detail.endswith("target 0 on [0], target 1 on [1], draft on [2]")
+    assert found["cores"].detail.endswith("target 0 on core 0, target 1 on core 1, draft on core 2")
     assert found["target shares"].detail.startswith("a rank of 2 holds 2 heads, 1 key-value heads, 24 inner features")
     assert "a rank" in found["target KV cache"].detail
 
@@ -56,7 +56,7 @@ def test_a_shared_target_is_described_rank_by_rank(tmp_path: Path, monkeypatch: 
     several = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "deployment.drafts=2"]))}
     assert all(one.ok for one in several.values()), several
     assert several["devices"].detail == "target on cpu, 2 drafts (rank 1 on cpu, rank 2 on cpu), links over gloo"
-    assert several["cores"].detail.endswith("target on [0], draft 1 on [1], draft 2 on [2]")
+    assert several["cores"].detail.endswith("target on core 0, draft 1 on core 1, draft 2 on core 2")
     assert several["draft rank 2"].detail.startswith("cpu, cores 2: ")
     too_many = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "deployment.drafts=3"]))}
     assert too_many["cores"].detail.startswith("draft 1 and draft 3 share core 1: they draft in turns")
@@ -80,8 +80,8 @@ def test_the_ranks_of_several_nodes_are_told_node_by_node(asked: list[str]) -> N
     found = told(load_config(None, asked), 2)
     assert found["nodes"].detail.startswith("node 0 runs target ranks 0-1; node 1 runs draft rank 2 (taken to be like")
     assert found["devices"].detail.endswith("rank 1 on cpu of node 0), draft on cpu of node 1, link over gloo")
-    assert found["cores of node 0"].detail.endswith("target 0 on [0], target 1 on [1]")
-    assert found["cores of node 1"].detail.endswith("; draft on [0]")
+    assert found["cores of node 0"].detail.endswith("target 0 on core 0, target 1 on core 1")
+    assert found["cores of node 1"].detail.endswith("; draft on core 0")
     assert found["draft rank 2"].detail.startswith("cpu of node 1, cores 0: ")
     assert found["target and draft"].detail.startswith("joined by the network between nodes")
     assert all(one.ok for one in found.values()), found

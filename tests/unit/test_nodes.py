@@ -63,7 +63,6 @@ def test_the_ranks_of_a_target_are_kept_together_and_every_node_has_one(
     assert [seat.role for seat in seats] == ["target"] * targets + ["draft"] * drafts
     assert [seat.rank for seat in seats] == list(range(targets + drafts))
     assert [sum(seat.node == node for seat in seats) for node in range(nodes)] == list(counts)
-    assert [seat.local_rank for seat in seats] == [place for count in counts for place in range(count)]
 
 
 def test_ranks_on_a_node_may_be_told_and_no_node_is_without() -> None:

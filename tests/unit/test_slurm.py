@@ -97,7 +97,7 @@ def test_nodes_may_run_different_numbers_of_ranks(tmp_path: Path, capsys: pytest
     assert "--nproc-per-node 1 " in two_jobs["ssd-draft.sbatch"]
     arguments = ["slurm", "render", "--single-job", "--nodes", "2", "--out", str(tmp_path)]
     assert main([*arguments, *(part for one in four for part in ("--set", one))]) == 0
-    said = "each is asked for 4 GPUs though they run 4 and 1 ranks: 3 stay idle; --two-jobs asks for what each role"
+    said = "each is asked for 4 GPUs though their ranks use 4 and 1: 3 stay idle; --two-jobs asks for what each role"
     assert said in capsys.readouterr().out
 
 

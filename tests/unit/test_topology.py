@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,16 +32,34 @@ def test_impossible_ranks_are_told_what_is_possible(rank: int, world_size: int) 
         topology.role_of(rank, world_size)
 
 
-def test_a_rank_takes_the_gpu_of_its_local_rank() -> None:
-    assert topology.device_for("cuda", 1, device_count=2) == torch.device("cuda", 1)
-    assert topology.device_for("cpu", 1, device_count=2) == CPU
+GPU, GPU_DRAFT = ModelConfig(device="cuda"), ModelConfig(device="cuda", dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices"),
+    [
+        (config(GPU, GPU_DRAFT), ["cuda:0", "cuda:1"]),
+        (config(ModelConfig(), GPU_DRAFT), ["cpu", "cuda:0"]),
+        (config(GPU, ModelConfig()), ["cuda:0", "cpu"]),
+        (replace(config(GPU, GPU_DRAFT), deployment=DeploymentConfig(share_gpu=True)), ["cuda:0", "cuda:0"]),
+    ],
+)
+def test_a_rank_is_placed_on_a_gpu_counted_among_those_ranks_that_want_one(
+    asked: Config, devices: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len({"cpu", *devices}) - 1)
+    assert [str(placed(asked, rank, 2, rank, 2).device) for rank in range(2)] == devices
+    for group in (topology.Group("target"), topology.Group("draft", "192.0.2.1:7333")):
+        alone = topology.place(asked, {}, group).device
+        assert str(alone) == devices[group.role == "draft"].replace("1", "0"), "a torchrun of its own counts from 0"
 
 
 def test_missing_gpus_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no GPU"):
-        topology.device_for("cuda", 0, device_count=0)
-    with pytest.raises(ConfigError, match="has 1"):
-        topology.device_for("cuda", 1, device_count=1)
+        topology.devices_of(config(GPU), ["target"], device_count=0)
+    with pytest.raises(ConfigError, match=r"and it has 1: set deployment\.share_gpu = true"):
+        topology.devices_of(config(GPU, GPU_DRAFT), ["target", "draft"], device_count=1)
 
 
 def on_gpus(backend: str, *more: str) -> Config:

@@ -1,0 +1,133 @@
+"""Which GPU and which cores each rank of a host gets: for every number of ranks, of GPUs and of cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+
+from launcher import layout
+from ssd_runtime.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
+from ssd_runtime.config import Config, DeploymentConfig, ModelConfig
+from ssd_runtime.cores import Role, crowding
+from ssd_runtime.hardware import Gpu, Hardware, read
+from tests.recorded_nvml import RecordedNvml
+
+H100 = read(RecordedNvml(), {})
+CORES = tuple(range(48))
+MACHINES = (
+    Hardware(),
+    Hardware((Gpu(0, "GPU", "0", 1, 1, cores=CORES),)),
+    Hardware(tuple(Gpu(i, "GPU", str(i), 1, 1, cores=near) for i, near in enumerate((CORES[::2], CORES[1::2], ())))),
+    Hardware(tuple(Gpu(i, "GPU", str(i), 1, 1, cores=CORES[:4]) for i in range(8))),
+    H100,
+)
+ALLOWED = [CORES[:1], CORES[3:5], CORES[:3], CORES[::9], CORES[2:10], CORES[:16], CORES]
+
+
+def configs() -> Iterator[Config]:
+    """Every kind of device for either role, with few and many ranks and threads."""
+    for devices in product(("cpu", "cuda"), repeat=2):
+        for targets, drafts, threads in product((1, 2, 4), (1, 2, 3), ((1, 1), (2, 5))):
+            for share in {False, devices == ("cuda", "cuda")}:
+                yield Config(
+                    ModelConfig(device=devices[0], threads=threads[0], tensor_parallel=targets),
+                    ModelConfig(device=devices[1], threads=threads[1]),
+                    deployment=DeploymentConfig(drafts=drafts, share_gpu=share),
+                )
+
+
+def hosts() -> Iterator[tuple[Config, list[Role]]]:
+    """The ranks of each different node of every world of these."""
+    for config in configs():
+        targets, nodes = config.target.tensor_parallel, set()
+        for drafts in range(config.deployment.drafts + 1):
+            for count in range(1, targets + drafts + 1):
+                seats = layout.seats(targets, layout.spread(targets, drafts, count))
+                nodes |= {tuple(seat.role for seat in seats if seat.node == node) for node in range(count)}
+        yield from ((config, list(roles)) for roles in sorted(nodes))
+
+
+def apart(cores: Sequence[tuple[int, ...]]) -> bool:
+    return sum(map(len, cores)) == len(set().union(*cores))
+
+
+def test_gpus_are_taken_without_gaps_and_by_one_rank_each_unless_they_are_shared() -> None:
+    for config, roles in hosts():
+        gpus = gpus_of(config, roles)
+        assert [gpu is not None for gpu in gpus] == [model_of(config, role).device == "cuda" for role in roles]
+        taken = [gpu for gpu in gpus if gpu is not None]
+        assert set(taken) == set(range(len(set(taken))))
+        targets = gpus[: roles.count("target")]
+        if not config.deployment.share_gpu or not targets:
+            assert len(taken) == len(set(taken))
+            continue
+        assert targets == list(range(len(targets)))
+        users = [gpus.count(gpu) for gpu in targets]
+        assert sum(users) == len(roles)
+        assert max(users) - min(users) <= 1
+
+
+def on_cpu(config: Config, roles: list[Role]) -> tuple[Config, list[Role]]:
+    return replace(config, draft=replace(config.draft, device="cpu")), roles
+
+
+def sharing(config: Config, roles: list[Role]) -> tuple[Config, list[Role]]:
+    return replace(config, deployment=replace(config.deployment, share_gpu=True)), roles
+
+
+REMEDIES: dict[str, Callable[[Config, list[Role]], tuple[Config, list[Role]]]] = {
+    "lower target.tensor_parallel": lambda config, roles: (config, ["target"]),
+    "lower deployment.drafts": lambda config, roles: (config, roles[: max(1, roles.count("target"))]),
+    "set deployment.share_gpu = true": sharing,
+    'set draft.device = "cpu"': on_cpu,
+}
+
+
+def test_a_host_with_too_few_gpus_is_refused_in_one_line_whose_every_remedy_helps() -> None:
+    seen = set()
+    for (config, roles), count in product(hosts(), range(1, 5)):
+        lack = lacks_gpus(config, roles, count)
+        assert (lack is None) == (len(set(gpus_of(config, roles)) - {None}) <= count)
+        if lack is None:
+            continue
+        assert "\n" not in lack
+        named = [remedy for remedy in REMEDIES if remedy in lack]
+        assert [lacks_gpus(*REMEDIES[remedy](config, roles), count) for remedy in named] == [None] * len(named), lack
+        assert named
+        seen |= set(named)
+    assert seen == set(REMEDIES)
+
+
+def test_ranks_have_cores_of_their_own_wherever_there_are_enough() -> None:
+    for (config, roles), allowed, hardware in product(hosts(), ALLOWED, MACHINES):
+        cores = cores_of(config, roles, allowed, hardware)
+        where = (config, roles, allowed, hardware, cores)
+        assert set().union(*cores) <= set(allowed), where
+        if len(allowed) >= len(cores):
+            assert apart(cores), where
+        here = {f"{role} {i}": cores[i] for i, role in enumerate(roles)}
+        assert (crowding(here) is None) == apart(list(here.values())), where
+        for role, mine in zip(roles, cores, strict=False):
+            on_cpu = model_of(config, role).device == "cpu"
+            assert mine or not on_cpu, where
+            assert not on_cpu or len(mine) <= model_of(config, role).threads, where
+        if any(cores):
+            assert all(cores), "nobody goes anywhere if anybody is pinned"
+
+
+def test_a_draft_of_a_torchrun_of_its_own_keeps_off_the_cores_of_a_target_that_came_before_it() -> None:
+    """Whether or not that target has drafts in its own torchrun already."""
+    for config, allowed, hardware in product(configs(), ALLOWED, MACHINES):
+        apart_by_gpu = config.target.device == config.draft.device == "cuda" and not config.deployment.share_gpu
+        targets, guests = config.target.tensor_parallel, config.deployment.drafts
+        if apart_by_gpu or len(allowed) < targets * config.target.threads + guests:
+            continue
+        for in_world in range(guests):
+            cores = cores_of(config, roles_in_order(targets, in_world), allowed, hardware)
+            beside = cores_beside(config, targets, allowed, hardware)
+            assert apart([*cores[:targets], beside]), (config, in_world, allowed, hardware)
+            assert beside or hardware == Hardware()
+            assert config.draft.device == "cuda" or len(beside) >= min(
+                config.draft.threads, len(allowed) - targets * config.target.threads - guests
+            )
