@@ -178,11 +178,25 @@ def test_a_flood_of_announcements_posts_a_few_receives_at_a_time(ends: tuple[End
     in_flight = [sender.pipe.post(frame(number)) for number in range(1, 4 * READY)]
     until(lambda: receiver.gpu.carried == 1 + READY)  # with the one that warmed up
     sender.gpu.release()
-    for number in range(1, 4 * READY):
-        assert receiver.gpu.carried - number <= READY
-        assert torch.equal(receiver.pipe.receive(WORDS, SOON), frame(number))
-    for one in in_flight:
-        sender.pipe.finish(one, SOON)
+    with ThreadPoolExecutor(1) as finisher:
+        finished = finisher.map(lambda one: sender.pipe.finish(one, SOON), in_flight)
+        for number in range(1, 4 * READY):
+            assert receiver.gpu.carried - number <= READY
+            assert torch.equal(receiver.pipe.receive(WORDS, SOON), frame(number))
+        list(finished)
+
+
+def test_a_flood_does_not_hold_up_whoever_gives_up(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    sender.gpu.hold()
+    in_flight = [sender.pipe.post(frame(number)) for number in range(1, 4 * READY)]
+    until(lambda: receiver.gpu.carried == 1 + READY)
+    listener = receiver.pipe._listener
+    assert listener is not None
+    receiver.pipe.cancel()
+    listener.join(PROMPT)
+    assert not listener.is_alive()
+    del in_flight
 
 
 # ---- in a link -------------------------------------------------------------------------------------------------------
