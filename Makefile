@@ -22,7 +22,7 @@ help:
 	@echo "make host-check  compile the operators' C++ against the oldest torch that is supported"
 	@echo "make cuda-check  compile the CUDA kernels (needs nvcc, no GPU) and hold them to their budgets"
 	@echo "make sanitize    the kernels' tests under AddressSanitizer and UBSan"
-	@echo "make test-gpu    the CUDA kernels on a GPU: needs one, and a CUDA build of torch"
+	@echo "make test-gpu PYTHON=python3  the CUDA kernels on a GPU, with what that Python has: installs nothing"
 	@echo "make clean   remove build products (distclean: the virtual environment too)"
 
 # torch first, then the project against it: a build without isolation compiles for the torch that will run it.
@@ -65,8 +65,8 @@ test: $(TESTING) fetch
 # links, messages and sockets, the launcher and its processes, files and text); and repetitions that are slow in plain
 # torch (further distributions, other modes and lengths of the same identity, 64 tokens of the real model).
 # tests/process, but for test_cli_ranks.py, always runs its ranks in plain torch.
-PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench.py cli.py config.py \
-  control.py logs.py messages* metrics.py model_files.py nodes.py processes.py prompts.py rank.py tokenizer_text.py \
+PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench*.py cli.py config.py \
+  control.py dependencies.py logs.py messages* metrics.py model_files.py nodes.py processes.py prompts.py rank.py tokenizer_text.py \
   topology.py torchrun.py trace.py tree.py setup.py)
 PLAIN_E2E := $(addprefix tests/e2e/,"test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[ssd-3-relative]" \
   "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-5-twin]" \
@@ -87,9 +87,11 @@ cuda-check: $(VENV)/.stamp-torch
 sanitize: $(TESTING)
 	ops/sanitize.sh $(BIN)/python
 
-test-gpu: $(TESTING) ext
-	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
-	$(BIN)/python ops/bench/kv.py --device cuda
+# With the torch at hand, a CUDA build, on a machine that may have no network; pytest's plugins may not be there either.
+test-gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests/gpu -o addopts= $(PYTEST_ARGS)
+	$(PYTHON) -m ops.bench.kv --device cuda
 
 lint: $(TESTING)
 	$(BIN)/ruff check .
