@@ -134,7 +134,7 @@ def _devices(config: Config, seats: Sequence[Seat]) -> str:
             said.append(f"{len(of_role)} drafts ({ranks})")
     if len(said) == 2:
         links = "link" if len(devices["draft"]) == 1 else "links"
-        said.append(f"{links} over {topology.link_backend(config)}")
+        said.append(f"{links} over {topology.link_backend(config, os.environ)}")
     return ", ".join(said)
 
 

@@ -127,7 +127,8 @@ def check_target(group: Group) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Raise ConfigError for GPUs and cores that this host does not have."""
+    """Raise ConfigError for GPUs and cores that this host does not have, and for a link that cannot be between them."""
+    topology.link_backend(config, os.environ)
     here = range(num_ranks(config))
     topology.cores_by_role(config, len(here))  # raises for a named core that is not ours
     roles = topology.roles_of(config, here)

@@ -182,6 +182,17 @@ class DeploymentConfig:
 
 
 @dataclass(frozen=True)
+class LinkConfig:
+    """What frames between target and draft travel by.
+
+    Attributes:
+        backend: "gloo" between CPUs, also of ranks on GPUs; "nccl" between GPUs; "auto": topology.link_backend knows.
+    """
+
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """The front door.
 
@@ -222,6 +233,7 @@ class Config:
     timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -236,7 +248,7 @@ class Config:
 
     def digest(self) -> str:
         """What both roles must agree on, as 16 hexadecimal digits (models and cores may differ in spelling)."""
-        shared = {"engine": dataclasses.asdict(self.engine), "speculation": dataclasses.asdict(self.speculation)}
+        shared = {name: dataclasses.asdict(getattr(self, name)) for name in ("engine", "speculation", "link")}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -371,6 +383,12 @@ def _validate(config: Config) -> None:
         raise ConfigError(f"config keys {keys} make a pool of more than {MOST_SLOTS} KV slots: lower one of them")
     if config.draft.tensor_parallel != 1:
         raise ConfigError("config key 'draft.tensor_parallel' must be 1: a draft is one rank; start several instead")
+    for role, model in (("target", config.target), ("draft", config.draft)):
+        if config.link.backend == "nccl" and model.device == "cpu":
+            raise ConfigError(
+                f"config key 'link.backend' = nccl carries frames between GPUs, and the {role} is on a CPU: "
+                f'set {role}.device = "cuda", or link.backend = "auto"'
+            )
     if config.serve.announce and not config.serve.is_wildcard:
         host = config.serve.host
         raise ConfigError(

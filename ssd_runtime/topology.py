@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 Backend = Literal["gloo", "nccl"]
+AUTO: Backend = "gloo"  # between GPUs NCCL as soon as ops/gpu/third.sh has shown it right there and not slower
+MANY_RANKS_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
         rank=rank,
         world_size=world_size,
         device=devices_of(config, roles)[local_rank],
-        link_backend=link_backend(config),
+        link_backend=link_backend(config, environ),
         cores=_cores_for_lone_draft(config, group) if lone else cores_of_ranks(config, here)[rank],
         threads=model.threads,
         here=here,
@@ -264,13 +266,22 @@ def _wanted(num_targets: int, most_drafts: int) -> str:
     return f"{num_targets + 1} to {last + 1} ranks ({targets}, up to {most_drafts} drafts from rank {num_targets} on)"
 
 
-def link_backend(config: Config) -> Backend:
-    """What carries the frames: NCCL between GPUs, else Gloo, with frames on the CPU.
+def link_backend(config: Config, environ: Mapping[str, str]) -> Backend:
+    """What carries the frames between the two roles; with Gloo they are on the CPU.
 
-    NCCL before 2.31 refuses two ranks on one GPU.
+    Args:
+        environ: of the ranks.
+
+    Raises:
+        ConfigError: NCCL between ranks on one GPU, and `environ` does not tell it that they may be.
     """
-    between_gpus = config.target.device == config.draft.device == "cuda" and not config.deployment.share_gpu
-    return "nccl" if between_gpus else "gloo"
+    backend = AUTO if config.link.backend == "auto" else config.link.backend
+    if backend == "nccl" and config.deployment.share_gpu and environ.get(MANY_RANKS_A_GPU) != "1":
+        raise ConfigError(
+            "link.backend = nccl and deployment.share_gpu: NCCL refuses two ranks on one GPU, "
+            f'except 2.31 and newer with {MANY_RANKS_A_GPU}=1; set that, or link.backend = "auto"'
+        )
+    return backend
 
 
 def group_backend(target: Device) -> Backend:

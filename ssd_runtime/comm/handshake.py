@@ -15,7 +15,7 @@ def check_hello(hello: Hello, config_digest: str, vocabulary: VocabularyDigest) 
     if hello.config_digest != config_digest:
         return (
             f"configuration {hello.config_digest} of the draft, {config_digest} of the target: "
-            "start both with the same [engine] and [speculation] sections"
+            "start both with the same [engine], [speculation] and [link] sections"
         )
     difference = vocabulary.differs_from(hello.vocabulary)
     return f"target's and draft's {difference}: choose a draft of the target's family" if difference else None

@@ -110,9 +110,9 @@ def test_an_override_of_a_section_that_is_a_value_is_refused(tmp_path: Path) -> 
 
 def test_the_digest_covers_what_both_roles_must_agree_on() -> None:
     same = load_config(None, ["target.model=/elsewhere", "draft.threads=2"])
-    other = load_config(None, ["speculation.budget=9"])
+    others = [load_config(None, [one]) for one in ("speculation.budget=9", "link.backend=gloo")]
     assert same.digest() == Config().digest()
-    assert other.digest() != Config().digest()
+    assert Config().digest() not in {other.digest() for other in others}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,14 @@ def test_a_fan_out_list_must_fit_the_rest(overrides: list[str], message: str) ->
 def test_a_fan_out_list_is_read() -> None:
     config = load_config(None, ["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, 2]"])
     assert config.speculation.fan_out_list == (1, 1, 1, 1, 1, 1, 2)
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_nccl_is_refused_where_an_end_of_the_link_is_on_a_cpu(role: str) -> None:
+    both = ["target.device=cuda", "draft.device=cuda", "link.backend=nccl"]
+    assert load_config(None, both).link.backend == "nccl"
+    with pytest.raises(ConfigError, match=f'the {role} is on a CPU: set {role}.device = "cuda", or link.backend'):
+        load_config(None, [*both, f"{role}.device=cpu"])
 
 
 @pytest.mark.parametrize(

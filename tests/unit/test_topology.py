@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from launcher import preflight
 from ssd_runtime import topology
-from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, SpeculationConfig
+from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, SpeculationConfig, load_config
 from ssd_runtime.cores import listed
 from ssd_runtime.errors import ConfigError
 
@@ -61,11 +62,29 @@ def test_missing_gpus_are_a_config_error() -> None:
         topology.devices_of(config(GPU, GPU_DRAFT), ["target", "draft"], device_count=1)
 
 
-def test_nccl_carries_the_link_only_between_two_gpus() -> None:
-    assert topology.link_backend(config(GPU, GPU_DRAFT)) == "nccl"
-    mixed = [config(), config(GPU), config(ModelConfig(), GPU_DRAFT)]
-    sharing = replace(config(GPU, GPU_DRAFT), deployment=DeploymentConfig(share_gpu=True))
-    assert {topology.link_backend(one) for one in (*mixed, sharing)} == {"gloo"}
+def on_gpus(backend: str, *more: str) -> Config:
+    return load_config(
+        None, ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", f"link.backend={backend}", *more]
+    )
+
+
+def test_frames_travel_over_gloo_unless_nccl_is_asked_for() -> None:
+    asked = ("auto", "gloo", "nccl")
+    assert [topology.link_backend(on_gpus(backend), {}) for backend in asked] == ["gloo", "gloo", "nccl"]
+
+
+def test_nccl_between_ranks_on_one_gpu_is_refused_unless_nccl_was_told_that_they_may(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = on_gpus("nccl", "deployment.share_gpu=true")
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
+    with pytest.raises(ConfigError, match="NCCL refuses two ranks on one GPU"):
+        preflight.check_devices(shared)  # before any rank is started, and before a GPU is looked for
+    for environ in ({}, {"NCCL_MULTI_RANK_GPU_ENABLE": "0"}):
+        with pytest.raises(ConfigError, match="NCCL_MULTI_RANK_GPU_ENABLE=1; set that"):
+            topology.link_backend(shared, environ)
+    assert topology.link_backend(shared, {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}) == "nccl"
+    assert topology.link_backend(on_gpus("auto", "deployment.share_gpu=true"), {}) == "gloo"
 
 
 def test_frames_live_on_the_gpu_only_with_nccl() -> None:
