@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ssd_runtime.config import Config, ModelConfig
@@ -15,6 +16,8 @@ from ssd_runtime.errors import ConfigError
 
 Role = Literal["target", "draft"]
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")  # OpenMP reads them when it is loaded
+CPUS = Path("/sys/devices/system/cpu")
+STRIDE = 3  # so many numbers are shorter one by one
 MOST_SHARERS = 64  # drafts of torchruns of their own on one core
 
 
@@ -31,10 +34,24 @@ class Cores:
 
 @functools.cache
 def allowed_cores() -> tuple[int, ...]:
-    """The cores this process might run on when first asked, ascending: pinning does not change the answer."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
+    """The cores this process might run on when first asked, in the order of `physical_first`: pinning does not change
+    the answer."""
+    return physical_first(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def physical_first(cores: Iterable[int], cpus: Path = CPUS) -> tuple[int, ...]:
+    """Ascending, but a thread of each physical core before a second one of any: ranks that take some of them in a row
+    compute on as many cores as they can, however the system numbers threads."""
+    given = set(cores)
+
+    def place(core: int) -> tuple[int, int]:
+        try:
+            siblings = _parsed((cpus / f"cpu{core}" / "topology" / "thread_siblings_list").read_text())
+        except (OSError, ValueError):  # a system that does not tell
+            siblings = set()
+        return len([one for one in siblings & given if one < core]), core
+
+    return tuple(sorted(given, key=place))
 
 
 def forget_binding(environment: MutableMapping[str, str]) -> list[str]:
@@ -109,10 +126,10 @@ def share_near(near: Sequence[tuple[int, ...]], free: Sequence[int]) -> list[tup
     Args:
         near: free cores near the GPU of each rank.
     """
-    shares = [share_out(mine, near[:i].count(mine), near.count(mine)) for i, mine in enumerate(near)]
+    shares = [deal_out(mine, near[:i].count(mine), near.count(mine)) for i, mine in enumerate(near)]
     if all(shares) and len({core for mine in shares for core in mine}) == sum(map(len, shares)):
         return shares
-    return [share_out(free, i, len(near)) for i in range(len(near))]
+    return [deal_out(free, i, len(near)) for i in range(len(near))]
 
 
 def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
@@ -120,6 +137,12 @@ def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
     if len(cores) < count:
         return tuple(cores[index % len(cores) :][:1]) if cores else ()
     return tuple(cores[index * len(cores) // count : (index + 1) * len(cores) // count])
+
+
+def deal_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """As `share_out`, but in turns: of cores in the order of `physical_first` that mostly gives one rank both threads
+    of a physical core."""
+    return tuple(cores[index::count]) if len(cores) >= count else share_out(cores, index, count)
 
 
 def crowding(cores: Mapping[str, Iterable[int]]) -> str | None:
@@ -223,11 +246,23 @@ def pin(cores: Iterable[int], threads: int) -> None:
 
 
 def listed(cores: Iterable[int]) -> str:
-    """0,1,2,3,8 as "0-3,8"."""
-    runs: list[list[int]] = []
-    for core in sorted(set(cores)):
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
+    """0,1,2,3,8 as "0-3,8", and 0,4,8,12 as "0-12:4", as taskset reads it."""
+    left, parts = sorted(set(cores)), []
+    while left:
+        step = left[1] - left[0] if len(left) > 1 else 1
+        run = 1
+        while run < len(left) and left[run] == left[0] + run * step:
+            run += 1
+        if (step > 1 and run <= STRIDE) or run == 1:
+            run = 1
+            parts.append(f"{left[0]}")
         else:
-            runs.append([core, core])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            parts.append(f"{left[0]}-{left[run - 1]}" + f":{step}" * (step > 1))
+        left = left[run:]
+    return ",".join(parts)
+
+
+def _parsed(text: str) -> set[int]:
+    """The cores of a list as the kernel writes it, "0-3,8"."""
+    runs = [part.split("-") for part in text.strip().split(",")]
+    return {core for run in runs for core in range(int(run[0]), int(run[-1]) + 1)}

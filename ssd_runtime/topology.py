@@ -1,4 +1,4 @@
-"""Which rank plays which role, on which device and which CPU cores. The one place where device choice lives.
+"""Which rank plays which role, on which device and which CPU cores, by the arithmetic of allotment.py.
 
 Knows no models and no links; answers questions, and moves a process to its place. Commands that start ranks ask this
 module too and are to answer at once: torch, which takes seconds to import, is imported where a device is asked for.

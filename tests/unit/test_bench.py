@@ -8,6 +8,7 @@ from launcher.bench import (
     Run,
     Workload,
     count_steps,
+    devices_by_mode,
     join_numerics,
     measure,
     parse_batches,
@@ -21,6 +22,7 @@ from launcher.report import summarise
 from launcher.scoring import Scorer, logit_gap
 from launcher.screen import bench_verdict
 from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Series, Usage
+from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
@@ -138,6 +140,27 @@ def test_the_gap_of_a_divergence_is_that_of_the_scores_that_were_compared() -> N
         (ranking,) = rank_tokens_oracle(logits_RV[-1:], [Draw(params, len(text))], 5)
         for token, margin in zip(ranking.tokens, ranking.margins, strict=True):
             assert logit_gap(decoder, text, (ranking.tokens[0], token), params) == pytest.approx(margin, abs=1e-4)
+
+
+ON_GPUS = ("target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", "deployment.drafts=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cores", "alone", "together"),
+    [
+        ((), {"target": (0, 1), "draft": (2,)}, 2, 3),
+        ((), {"target": (0,), "draft": (0,)}, 1, 1),
+        ((), {"target": (0,)}, 1, 2),
+        (ON_GPUS, {"target": (0,), "draft 1": (1,), "draft 2": (2,)}, 1, 3),
+        ((*ON_GPUS, "deployment.share_gpu=true"), {"target": (), "draft 1": (), "draft 2": ()}, 1, 1),
+        (("target.device=cuda",), {"target": (0, 1, 2), "draft": (6, 7)}, 1, 3),
+    ],
+)
+def test_a_core_or_gpu_in_use_counts_once_whoever_shares_it(
+    overrides: tuple[str, ...], cores: dict[str, tuple[int, ...]], alone: int, together: int
+) -> None:
+    found = devices_by_mode(load_config(None, overrides), cores)
+    assert found == {"ar": alone, "sd-colocated": alone, "sd": together, "ssd": together}
 
 
 def test_requests_at_once_are_several_runs_with_the_speed_of_the_whole() -> None:

@@ -137,7 +137,7 @@ def test_a_fan_out_list_is_read() -> None:
 
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_nccl_is_refused_where_an_end_of_the_link_is_on_a_cpu(role: str) -> None:
-    both = ["target.device=cuda", "draft.device=cuda", "link.backend=nccl"]
+    both = ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", "link.backend=nccl"]
     assert load_config(None, both).link.backend == "nccl"
     with pytest.raises(ConfigError, match=f'the {role} is on a CPU: set {role}.device = "cuda", or link.backend'):
         load_config(None, [*both, f"{role}.device=cpu"])

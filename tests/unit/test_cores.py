@@ -7,11 +7,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
 from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.cores import Claims, Cores, allowed_cores, choose_cores, crowding, listed, share_near, share_out
+from ssd_runtime.cores import (
+    Claims,
+    Cores,
+    allowed_cores,
+    choose_cores,
+    crowding,
+    listed,
+    physical_first,
+    share_near,
+    share_out,
+)
 
 NONE_SUCH = (70001, 70002, 70003)  # cores that no draft of this machine runs on
 
@@ -53,10 +64,10 @@ def test_beside_a_role_on_a_gpu_the_other_takes_the_last_cores_and_leaves_it_som
 
 
 def test_ranks_near_one_gpu_divide_its_cores_and_where_they_are_too_few_all_divide_what_is_free() -> None:
-    assert share_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 1), (2, 3), (8, 9)]
+    assert share_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 2), (1, 3), (8, 9)]
     assert share_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
-    assert share_near([(0, 1), ()], (0, 1, 6)) == [(0,), (1, 6)]
-    assert share_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0,), (1, 2)]
+    assert share_near([(0, 1), ()], (0, 1, 6)) == [(0, 6), (1,)]
+    assert share_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0, 2), (1,)]
     assert share_near([(), ()], (3,)) == [(3,), (3,)]
 
 
@@ -136,6 +147,28 @@ def test_pinning_keeps_a_process_on_its_cores_and_allowed_cores_as_they_were() -
 
 def test_cores_are_listed_in_runs() -> None:
     assert listed((8, 0, 1, 2, 4)) == "0-2,4,8"
+    assert listed((*range(0, 56, 4), *range(112, 168, 4), 200)) == "0-52:4,112-164:4,200"
+    assert listed((0, 2, 3, 4, 6, 8)) == "0,2-4,6,8"
+    assert listed(()) == ""
+
+
+@pytest.mark.parametrize(
+    ("siblings", "order"),
+    [
+        (["0-1", "0-1", "2-3", "2-3"], (0, 2, 1, 3)),  # as many virtual machines number them
+        (["0,2", "1,3", "0,2", "1,3"], (0, 1, 2, 3)),
+        (["0", "1"], (0, 1, 2, 3)),
+        ([], (0, 1, 2, 3)),
+    ],
+)
+def test_a_thread_of_each_physical_core_comes_before_a_second_of_any(
+    siblings: list[str], order: tuple[int, ...], tmp_path: Path
+) -> None:
+    for core, text in enumerate(siblings):
+        (tmp_path / f"cpu{core}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{core}" / "topology" / "thread_siblings_list").write_text(text + "\n")
+    assert physical_first(range(4), tmp_path) == order
+    assert physical_first((1, 3), tmp_path) == (1, 3), "a sibling that is not allowed is nobody's"
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------

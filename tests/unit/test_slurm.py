@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.cli import main
-from launcher.slurm import Plan, render
+from launcher.slurm import Plan, render, wasted
 from ssd_runtime.config import load_config
 from ssd_runtime.cores import BINDING
 from ssd_runtime.errors import ConfigError
@@ -81,6 +81,29 @@ def test_gpus_and_cores_are_asked_for_by_the_ranks_of_a_node() -> None:
     assert (apart["nodes"], apart["gpus-per-node"], apart["cpus-per-task"]) == ("2", "1", "4")
     assert "gpus-per-node" not in options(render(plan("target.threads=6"))["ssd-target.sbatch"])
     assert options(render(plan("target.threads=6"))["ssd-target.sbatch"])["cpus-per-task"] == "6"
+
+
+MIXED = ("target.device=cuda", "draft.threads=6")
+
+
+def test_only_ranks_on_gpus_are_given_gpus_and_each_its_cores() -> None:
+    target, draft, _ = render(plan(*MIXED)).values()
+    assert (options(target)["gpus-per-node"], options(target)["cpus-per-task"]) == ("1", "4")
+    assert ("gpus-per-node" in options(draft), options(draft)["cpus-per-task"]) == (False, "6")
+    together = options(render(plan(*MIXED, "deployment.drafts=2", form="single-job"))["ssd.sbatch"])
+    assert (together["gpus-per-node"], together["cpus-per-task"]) == ("1", "16")
+    on_cpu = options(render(plan("draft.device=cuda", "draft.dtype=bf16", form="single-job"))["ssd.sbatch"])
+    assert (on_cpu["gpus-per-node"], on_cpu["cpus-per-task"]) == ("1", "5")
+    assert "though their ranks use 1 and 0: 1 stay idle" in (wasted(plan(*MIXED, form="single-job", nodes=2)) or "")
+    assert wasted(plan(*MIXED, "deployment.drafts=3", form="single-job")) is None
+
+
+def test_a_gpu_that_both_roles_share_is_asked_for_once_and_by_one_job() -> None:
+    shared = (*GPUS, "deployment.share_gpu=true", "deployment.drafts=2")
+    together = options(render(plan(*shared, form="single-job"))["ssd.sbatch"])
+    assert (together["gpus-per-node"], together["cpus-per-task"]) == ("1", "12")
+    with pytest.raises(ConfigError, match=r"deployment\.share_gpu: .* --single-job"):
+        render(plan(*shared))
 
 
 def test_nodes_may_run_different_numbers_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

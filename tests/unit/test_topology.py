@@ -63,7 +63,9 @@ def test_missing_gpus_are_a_config_error() -> None:
 
 
 def on_gpus(backend: str, *more: str) -> Config:
-    return load_config(None, ["target.device=cuda", "draft.device=cuda", f"link.backend={backend}", *more])
+    return load_config(
+        None, ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", f"link.backend={backend}", *more]
+    )
 
 
 def test_frames_travel_over_gloo_unless_nccl_is_asked_for() -> None:
