@@ -182,6 +182,7 @@ def test_nccl_settings_respect_the_environment_and_name_the_interface(tmp_path: 
     names = lambda found: {one.name: (one.value, one.chosen) for one in found}  # noqa: E731
     alone = names(nccl.settings({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, tmp_path))
     assert alone["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == ("2", True)
+    assert alone["TORCH_NCCL_NONBLOCKING_TIMEOUT"] == ("60", True)
     assert alone["NCCL_IB_DISABLE"] == ("1", True)
     assert "NCCL_SOCKET_IFNAME" not in alone
     (tmp_path / "mlx5_0").mkdir()
