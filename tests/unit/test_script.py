@@ -84,6 +84,12 @@ def test_what_is_no_number_stays_to_be_seen() -> None:
     assert logits(0.85, range(2), own_RV).isnan().all()
 
 
+def test_it_is_written_without_reading_anything_back() -> None:
+    meta = torch.device("meta")  # where every host read raises
+    own_RV, positions_R = torch.empty(4, VOCAB, device=meta), torch.empty(4, dtype=torch.int64, device=meta)
+    assert Script(VOCAB, 0.85, meta).write_(own_RV, positions_R) is own_RV
+
+
 def test_ranks_that_share_a_model_say_what_it_says_alone() -> None:
     tokens = list(range(40))
     alone = PagedRun(load_decoder("random:tiny@0.6", "fp32", CPU)).trunk(tokens)
