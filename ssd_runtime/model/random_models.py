@@ -14,6 +14,7 @@ from ssd_runtime.model.architecture import Architecture, RopeScaling
 
 PREFIX = "random:"
 LABEL = "scripted text, random weights"
+FIRST_WORD = 256  # of their vocabularies: ids below are bytes
 
 
 @dataclass(frozen=True)

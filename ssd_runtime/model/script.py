@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.tokenizer_random import FIRST_WORD
+from ssd_runtime.model.random_models import FIRST_WORD
 from ssd_runtime.speculation.noise import hash_tokens
 
 HUNDRED = 100

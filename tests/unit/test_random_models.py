@@ -18,10 +18,9 @@ from ssd_runtime.model.card import inspect_model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.parallel import ShardPlan
-from ssd_runtime.model.random_models import PREFIX, SHAPES, label, pair_overrides, random_model
+from ssd_runtime.model.random_models import FIRST_WORD, PREFIX, SHAPES, label, pair_overrides, random_model
 from ssd_runtime.model.source import WHOLE, expected_tensors
 from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.model.tokenizer_random import FIRST_WORD
 from ssd_runtime.model.weights_random import RandomWeights
 from tests.live_bytes import peak_bytes
 from tests.tiny_models import CPU, PagedRun

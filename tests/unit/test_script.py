@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.model.load import load_decoder
+from ssd_runtime.model.random_models import FIRST_WORD
 from ssd_runtime.model.script import CANDIDATES, EXPONENT, HUNDRED, PERIOD, SCALE, Script
-from ssd_runtime.model.tokenizer_random import FIRST_WORD
 from ssd_runtime.speculation.sampling import Draw, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.target_ranks import on_every_rank
