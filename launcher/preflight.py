@@ -22,6 +22,7 @@ from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.memory import GIB, demand
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.topology import Group, Role
@@ -35,7 +36,7 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
     check_host()
     if group is not None and group.role == "draft":
         check_target(group)
-        check_memory(config, "draft", inspect(replace(config, target=config.draft))[0])
+        check_memory(config, "draft", inspect_model(resolve(config.draft.model)))
         return
     if nodes is None or nodes.leads:
         check_port(config)
@@ -77,7 +78,9 @@ def check_host() -> None:
 
 
 def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
-    """The cards of target and draft."""
+    """The cards of target and draft. Raises ConfigError for a target that is to agree with itself."""
+    if (model := random_model(config.target.model)) is not None and model.agreement < 1.0:
+        raise ConfigError(f"target model {config.target.model}: its text is the script; give an agreement to the draft")
     target_path, draft_path = resolve(config.target.model), resolve(config.draft.model)
     target = inspect_model(target_path)
     return target, target if draft_path == target_path else inspect_model(draft_path)

@@ -46,7 +46,7 @@ class ModelConfig:
     """One role's model and where it runs.
 
     Attributes:
-        model: path of a Hugging Face directory or GGUF file, or the name of an embedded model.
+        model: path of a Hugging Face directory or GGUF file, or the name of an embedded or random model.
         dtype: what the linear layers compute in.
         device: kind of device; which one follows from the rank (allotment.py).
         threads: compute threads of the rank on a CPU.

@@ -14,6 +14,7 @@ from ssd_runtime.model.architecture import Architecture, RopeScaling
 
 PREFIX = "random:"
 LABEL = "scripted text, random weights"
+FIRST_WORD = 256  # of their vocabularies: ids below are bytes
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ def parse_agreement(text: str, who: str) -> float:
     return agreement
 
 
+def pair_overrides(text: str, agreement: float) -> tuple[str, str]:
+    """The configuration keys that make an engine have such a target and draft.
+
+    Args:
+        text: "TARGET" or "TARGET,DRAFT", names of shapes.
+
+    Raises:
+        ConfigError: as `random_model`.
+    """
+    target, comma, draft = text.partition(",")
+    random_model(PREFIX + target)
+    draft = draft if comma else SHAPES[target].draft
+    random_model(path := f"{PREFIX}{draft}@{agreement}")
+    return f"target.model={PREFIX}{target}", f"draft.model={path}"
+
+
 def label(target: str, draft: str) -> str | None:
-    """What has to be said of every text and figure of such a target; None of a real one."""
-    return f"{LABEL}: {target}, drafts by {draft}" if target.startswith(PREFIX) else None
+    """What must be said beside every text and figure of an engine with these models; None of a real target."""
+    if not target.startswith(PREFIX):
+        return None
+    return f"{LABEL}: target {target}" + (f", draft {draft}" if draft.startswith(PREFIX) else "")

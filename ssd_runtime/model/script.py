@@ -5,8 +5,8 @@ anything back. What is promised:
 
 - The script has one token at every position, the same for all prompts, seeds and models of one vocabulary size: a
   word, never an end. It repeats after PERIOD tokens.
-- A model's first token is the script's at a share of the positions, its `agreement`; at which ones is drawn once, by
-  position. Elsewhere another word is first, and the script's is not among the F words behind that with chance
+- A model's first token is the script's at a share of the positions, its `agreement`: at so many of each HUNDRED, drawn
+  once. Elsewhere another word is first, and the script's is not among the F words behind that with chance
   SCALE * F ** -EXPONENT, the law of Figure 3 of arXiv 2603.03251 at temperature 0.
 - Neither the first token nor which CANDIDATES follow it depends on noise at temperatures up to 3. At temperature 0
   their order is the law's; noise shuffles it, as it does with real models. The r-th of them lies log r below the first,
@@ -28,10 +28,11 @@ from torch import Tensor
 
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.tokenizer_random import FIRST_WORD
+from ssd_runtime.model.random_models import FIRST_WORD
 from ssd_runtime.speculation.noise import hash_tokens
 
-PERIOD = 1 << 16
+HUNDRED = 100
+PERIOD = 1000 * HUNDRED
 CANDIDATES = 32  # words with raised logits
 SCALE, EXPONENT = 0.38, 0.75
 _FIRST, _OTHERS = 200.0, 100.0  # logits; noise spans 26 times the temperature, a random model's own logits less than 10
@@ -77,7 +78,8 @@ class Script:
 
 def _places(bits_P: Tensor, agreement: float) -> Tensor:
     """Where the script's word is among the candidates: 0 is first (int64 P)."""
-    uniform_P = (bits_P & ((1 << 53) - 1)).double() * 2.0**-53
+    order_P = bits_P.view(-1, HUNDRED).argsort(dim=1).argsort(dim=1).flatten()  # a permutation of each hundred
+    uniform_P = (order_P + 0.5) / HUNDRED
     left_P = (1.0 - uniform_P).div(1.0 - agreement)  # above 1 with chance `agreement`, else uniform; inf without a rest
     behind_P = (SCALE / left_P).pow(1.0 / EXPONENT).ceil().clamp(1, CANDIDATES - 1).long()
     return torch.where(left_P > 1.0, 0, behind_P)

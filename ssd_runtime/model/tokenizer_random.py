@@ -6,18 +6,21 @@ Models of one vocabulary size have the same tokenizer. Nothing ends a text.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-FIRST_WORD = 256  # ids below are bytes
+from ssd_runtime.model.random_models import FIRST_WORD
+
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
+@functools.cache
 def random_tokenizer(vocab_size: int) -> Tokenizer:
-    """One whose every id below `vocab_size` is a token."""
+    """One whose every id below `vocab_size` is a token; the same object every time, not to be changed."""
     space = "Ġ"  # as byte-level tokenizers write it
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(space + word for word in _words(vocab_size - FIRST_WORD))]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
