@@ -172,6 +172,19 @@ def test_a_cancel_ends_whoever_waits_for_words(ends: tuple[End, End]) -> None:
     del in_flight
 
 
+def test_words_that_have_come_are_handed_over_though_their_sender_is_gone_by_then(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(words: Tensor) -> None:
+        raise RuntimeError("connection reset")
+
+    sender, receiver = ends
+    monkeypatch.setattr(receiver.gloo, "post", gone)
+    in_flight = sender.pipe.post(frame(1))
+    assert torch.equal(receiver.pipe.receive(WORDS, SOON), frame(1))
+    del in_flight
+
+
 def test_a_flood_of_announcements_posts_a_few_receives_at_a_time(ends: tuple[End, End]) -> None:
     sender, receiver = ends
     sender.gpu.hold()
