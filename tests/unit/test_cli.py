@@ -83,7 +83,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["bench", "--random", "tiny", "--connect", "tcp://127.0.0.1:9"], "--random is the engine's own"),
         (["bench", "--agreement", "0.5"], "--agreement is of the models of --random"),
         (["bench", "--set", "target.model=random:tiny@0.5"], "its text is the script; give an agreement to the draft"),
-        (["study", "--out", "x", *RANDOM], "random:tiny says scripted text, and a study is of real text"),
+        (["study", "--out", "x", *RANDOM], "random:tiny says scripted text; a study needs real text"),
         (["bench", "--divide-budget"], "--divide-budget says how the drafts of --drafts share"),
         (["fetch", "nope"], "no embedded model 'nope'"),
         (["nope"], "No such command"),
