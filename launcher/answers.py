@@ -57,6 +57,5 @@ def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], labe
         f"hit rate {screen.share(found['hit_rate'])}",
         f"acceptance {screen.share(found['acceptance'])}",
     ]
-    return (
-        ("" if label is None else f"{label}\n") + ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
-    )
+    rates = ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
+    return rates if label is None else f"{label}\n{rates}"

@@ -92,7 +92,7 @@ def study(
     pictures.check_installed()
     preflight.check_engine(config)
     if random_model(config.target.model) is not None:
-        raise ConfigError(f"target model {config.target.model} says scripted text, of which there is nothing to study")
+        raise ConfigError(f"target model {config.target.model} says scripted text; a study needs real text")
     _make_directory(out)
     grown = _standing(out, config)
     run = _run(len(texts), max_tokens)

@@ -33,9 +33,8 @@ def load_decoder(
 ) -> Decoder:
     """Load a model, layer by layer: besides the result, one layer (or the embedding table) is in memory at a time.
 
-    A random model ("random:llama-8b", "random:llama-1b@0.85") is made on the device itself, without a copy on the host:
-    32 billion weights take a GPU a few seconds. Its forwards are computed, and some of their logits replaced
-    (script.py).
+    A random model ("random:llama-8b", "random:llama-1b@0.85") is made on the device itself, without a copy on the host,
+    on "meta" too. Its forwards are computed, and some of their logits replaced (script.py).
 
     Args:
         path: what `catalogue.resolve` returns: of a directory or file, or the name of a random model.

@@ -21,6 +21,8 @@ from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.tiny_models import write_hf
 from tests.unit.test_model_files import gguf_file
 
+RANDOM = ("--set", "target.model=random:tiny", "--set", "draft.model=random:tiny")
+
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
     """Run `ssd`, expect an exit code and exactly one line on standard error; return the line."""
@@ -81,6 +83,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["bench", "--random", "tiny", "--connect", "tcp://127.0.0.1:9"], "--random is the engine's own"),
         (["bench", "--agreement", "0.5"], "--agreement is of the models of --random"),
         (["bench", "--set", "target.model=random:tiny@0.5"], "its text is the script; give an agreement to the draft"),
+        (["study", "--out", "x", *RANDOM], "random:tiny says scripted text; a study needs real text"),
         (["bench", "--divide-budget"], "--divide-budget says how the drafts of --drafts share"),
         (["fetch", "nope"], "no embedded model 'nope'"),
         (["nope"], "No such command"),
