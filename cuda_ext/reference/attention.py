@@ -58,7 +58,8 @@ def paged_attention(
     counts = [span.rows for span in spans]
     assert sum(counts) == len(q_NHD), "spans are of all rows"
     reach = max((span.reach for span in spans), default=0)
-    if len(spans) > 1 and len(q_NHD) * (reach + chain_NC.shape[1]) * kv_2SGD[0, 0].numel() <= MOST:
+    gathered = len(q_NHD) * (reach + chain_NC.shape[1]) * kv_2SGD[0, 0].numel()
+    if gathered <= MOST and (len(spans) > 1 or len(q_NHD) == 1):
         return attention_by_rows(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale, reach)
     found = [q_NHD.new_empty(0, *q_NHD.shape[1:])]
     rows = (q_NHD.split(counts), prefix_N.split(counts), chain_NC.split(counts))
@@ -104,7 +105,7 @@ def _attend_span(
     keys_TGD, values_TGD = kv_2SGD.index_select(1, slots_T).float().unbind(0)
     # Values meet weights in one product for all rows, where a hidden NaN would count: 0 * NaN is NaN. So these become
     # zeros, and the rows that do see them become NaN afterwards.
-    unfit_T = ~(torch.linalg.vector_norm(values_TGD, torch.inf, dim=(1, 2)) < torch.inf)
+    unfit_T = (values_TGD.flatten(1) * 0.0).sum(1).isnan()
     values_TGD.masked_fill_(unfit_T[:, None, None], 0.0)
     places_T = torch.arange(len(slots_T), device=slots_T.device)
     num_heads, depth = q_NHD.shape[1], chain_NC.shape[1]

@@ -81,10 +81,11 @@ class BlockTable:
 
     def slots_of(self, start: int, end: int) -> list[int]:
         """The slots of the positions from `start` to before `end`, computed on the host."""
-        first, size = start // self.block_size, self.block_size
-        blocks = self._blocks[first : -(-end // size)]
-        slots = [slot for block in blocks for slot in range(block * size, (block + 1) * size)]
-        return slots[start - first * size : end - first * size]
+        size, slots = self.block_size, list[int]()
+        for index in range(start // size, -(-end // size)):
+            shift = (self._blocks[index] - index) * size
+            slots += range(max(start, index * size) + shift, min(end, (index + 1) * size) + shift)
+        return slots
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` rows and give back every whole block behind them."""
