@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from cuda_ext.ops import Span
 from ssd_runtime.config import Dtype
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
@@ -197,6 +198,7 @@ class PagedRun:
             self.slots[None],
             positions + 1,
             none,
+            (Span(count, start + count),),
             rows,
         )
         return self.decoder.forward(batch, self.kv)
