@@ -148,8 +148,12 @@ class _Loader:
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
-        """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway."""
-        return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+        """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway.
+
+        On its device at once: what the layers make of it is made there, without another copy here, and what is used
+        twice, as the table of tied embeddings is, is there once.
+        """
+        return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32).to(self.device)
 
     def _bias(self, linears: Sequence[str], present: bool) -> torch.Tensor | None:
         return torch.cat([self._read(f"{name}.bias") for name in linears]) if present else None
