@@ -59,9 +59,8 @@ class Models:
             return f"{size / memory.GIB:.1f} GiB of weights"
 
         progress(0.0)
-        remedy = (
-            "use more ranks (target.tensor_parallel) or a smaller dtype" if role == "target" else "use a smaller one"
-        )
+        more = "more ranks (target.tensor_parallel) or " * (role == "target")
+        remedy = f"use {more}a smaller dtype or model"
         with self._enough_for(f"loading the {phase} model {model.model}", needs, remedy):
             decoder = load_decoder(resolve(model.model), model.dtype, place.device, progress, group)
         decoder.arch.check_length(config.engine.max_model_len, f"{phase} model {model.model}")
