@@ -192,8 +192,9 @@ def blocks_that_fit(config: Config, role: Role, models: Mapping[Role, Architectu
     demands = demands_of_rank(config, role, models)
     available = math.floor(engine.kv_memory * free)
     if shares_gpu(config):
+        ranks = config.target.tensor_parallel  # whose GPUs the drafts take in turn
         processes = [demands_of_rank(config, "target", models)]
-        processes += [demands_of_rank(config, "draft", models)] * config.deployment.drafts
+        processes += [demands_of_rank(config, "draft", models)] * -(-config.deployment.drafts // ranks)
         demands = [one for process in processes for one in process]
         taken = CONTEXT * len(processes) + sum(one.weights for one in demands)
         available = math.floor(engine.kv_memory * total) - taken
