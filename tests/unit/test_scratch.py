@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cuda_ext import ops, reference
 from ssd_runtime.engine.rows import RowBuilder
@@ -159,6 +158,6 @@ def test_choosing_needs_what_is_computed_at_the_draft(coupling: str) -> None:
 
 
 def test_the_bound_of_attention_is_the_operator_s_own() -> None:
-    from cuda_ext.reference import attention  # noqa: PLC0415
+    from cuda_ext.reference import attention
 
     assert attention.MOST == MOST_SCORES
