@@ -159,7 +159,23 @@ def test_what_nobody_contains_ends_the_rank_with_what_to_change(config: Config) 
     says = r"^draft rank 0 on meta: out of device memory; lower engine\.kv_memory or engine\.prefill_chunk$"
     with pytest.raises(ConfigError, match=says), models_of(config, "draft").at_work():
         raise NO_MEMORY
-    assert told(ValueError("of one\nof two")) == "ValueError: of one"
+    with pytest.raises(RuntimeError, match=r"^another$"), models_of(config, "draft").at_work():
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (NO_MEMORY, "out of device memory; lower engine.kv_memory or engine.prefill_chunk"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might"), "out of device memory; lower"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "out of device memory;"),
+        (RuntimeError("CUDA error: device-side assert\nmore"), "RuntimeError: CUDA error: device-side assert"),
+        (ValueError("of one\nof two"), "ValueError: of one"),
+    ],
+)
+def test_what_went_wrong_is_one_line(error: Exception, says: str) -> None:
+    assert told(error).startswith(says)
+    assert "\n" not in told(error)
 
 
 RANK = """
