@@ -66,7 +66,7 @@ def demand(config: Config, role: Role, arch: Architecture, device: Device) -> De
         weights=weight_bytes(part, model.dtype, device),
         block=block_bytes(part, engine.block_size, model.dtype),
         tree_blocks=tree_blocks(engine, speculation) if is_draft else 0,
-        scratch=LIBRARIES + max(layers, logits),
+        scratch=LIBRARIES + table_bytes(engine) + max(layers, logits),
     )
 
 
@@ -139,6 +139,11 @@ def forward_bytes(part: Architecture, dtype: Dtype, rows: int, reach: int, ranks
     gathered = reach * 2 * keys
     attending = max(gathered * (size + floats), gathered * floats + ATTENTION)
     return rows * stays + max(rows * norm, rows * attention + attending, rows * mlp, rows * summed)
+
+
+def table_bytes(engine: EngineConfig) -> int:
+    """Of the slots of all sequences, which each keeps in a tensor, and of a forward's copy of them."""
+    return 2 * 8 * engine.max_num_seqs * engine.sequence_blocks * engine.block_size
 
 
 def logit_copies(role: Role, coupling: Coupling, ranks: int) -> int:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops, reference
+from ssd_runtime.config import EngineConfig
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer
-from ssd_runtime.model.memory import MOST_SCORES, forward_bytes, logit_bytes, logit_copies
+from ssd_runtime.model.memory import MOST_SCORES, forward_bytes, logit_bytes, logit_copies, table_bytes
 from ssd_runtime.model.quantize import PlainLinear
 from ssd_runtime.speculation.choice import Choice, choose
 from ssd_runtime.speculation.processors import process_rows, processors_of
@@ -122,6 +124,23 @@ def test_a_step_of_trees_needs_what_is_computed(sequences: int, nodes: int, cont
     layers = forward_bytes(LLAMA_1B, "bf16", wanted, context + 8)
     assert peak <= max(layers, logit_bytes(LLAMA_1B.vocab_size, wanted, logit_copies("draft", "shared-noise", 1)))
     assert max(layers, logit_bytes(LLAMA_1B.vocab_size, wanted, 1)) <= 2.1 * peak
+
+
+def test_the_tables_of_sequences_need_what_is_computed() -> None:
+    engine = EngineConfig(max_model_len=8190, max_num_seqs=6)
+    allocator = BlockAllocator(engine.most_blocks)
+
+    def build() -> tuple[list[BlockTable], ForwardBatch]:
+        tables = [BlockTable(allocator, engine.block_size, engine.max_model_len, META) for _ in range(6)]
+        rows = RowBuilder(META)
+        for table in tables:
+            table.reserve(engine.max_model_len)
+            rows.begin_sequence(table)
+            rows.add_trunk([0], engine.max_model_len - 1)
+        return tables, rows.build()
+
+    peak = peak_bytes(build)
+    assert 0.99 * peak <= table_bytes(engine) <= 1.2 * peak
 
 
 PENALISED = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.2)
