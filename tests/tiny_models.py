@@ -185,12 +185,16 @@ class PagedRun:
 
     def trunk(self, tokens: Sequence[int], start: int = 0, logit_rows: Sequence[int] | None = None) -> Tensor:
         """Forward the tokens at positions start, start + 1, ... of the sequence."""
+        return self.decoder.forward(self.batch(tokens, start, logit_rows), self.kv)
+
+    def batch(self, tokens: Sequence[int], start: int = 0, logit_rows: Sequence[int] | None = None) -> ForwardBatch:
+        """The rows of `trunk`."""
         count = len(tokens)
         positions = torch.arange(start, start + count)
         rows = None if logit_rows is None else torch.tensor(logit_rows, dtype=torch.int64)
         none = torch.empty(count, 0, dtype=torch.int64)
         sequence = torch.zeros(count, dtype=torch.int64)
-        batch = ForwardBatch(
+        return ForwardBatch(
             torch.tensor(tokens),
             positions,
             self.slots[positions],
@@ -201,4 +205,3 @@ class PagedRun:
             (Span(count, start + count),),
             rows,
         )
-        return self.decoder.forward(batch, self.kv)

@@ -14,9 +14,12 @@ from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, copy_branch
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.speculation.processors import process_rows, processors_of
+from ssd_runtime.speculation.types import SamplingParams
+from ssd_runtime.target.words import decode_batch, encode_batch
 from tests.live_bytes import peak_bytes
 from tests.meta_models import META, MixedDevices, meta_decoder, meta_part, watched
-from tests.tiny_models import tiny_architecture
+from tests.tiny_models import PagedRun, tiny_architecture, tiny_decoder
 
 BLOCK = 16
 LLAMA_8B: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096}
@@ -133,6 +136,30 @@ def test_new_blocks_reach_the_device_in_one_copy(length: int) -> None:
 def test_rows_of_a_branch_are_moved_by_one_copy(operators: str) -> None:
     kv = torch.empty(1, 2, 64, 2, 4, device=META)
     assert watched(lambda: copy_branch(kv, [1, 2, 3], [4, 5, 6]))[1] == 1
+
+
+def test_a_follower_puts_a_batch_on_its_device_in_one_copy(operators: str) -> None:
+    decoder = meta_part(tiny_architecture(), 1, 2)
+    pool = Pool(decoder, 40, 33, 7)
+    numbers = encode_batch(PagedRun(tiny_decoder()).batch([1, 2, 3], 5), 1)
+    logits, uploads = watched(lambda: decoder.forward_part(decode_batch(numbers, 1, META), pool.kv))
+    assert (len(logits), uploads) == (3, 1)
+
+
+def test_processors_of_logits_read_nothing_back() -> None:
+    params = SamplingParams(
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        presence_penalty=0.5,
+        logit_bias=((3, 1.0),),
+        allowed_tokens=tuple(range(90)),
+        banned_tokens=(4,),
+        min_tokens=9,
+    )
+    processors = processors_of(params, range(20), 96, (95,))
+    rows = [(processors, ()), (None, ()), (processors, (5, 7))]
+    z_RV, _ = watched(lambda: process_rows(torch.empty(3, 96, device=META, dtype=torch.bfloat16), rows))
+    assert (z_RV.dtype, z_RV.device) == (torch.float32, META)
 
 
 def mutants() -> dict[str, tuple[str, Callable[..., Any], type[Exception]]]:
