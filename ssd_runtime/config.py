@@ -48,7 +48,7 @@ class ModelConfig:
     Attributes:
         model: path of a Hugging Face directory or GGUF file, or the name of an embedded model.
         dtype: what the linear layers compute in.
-        device: kind of device; which one follows from the rank (topology.py).
+        device: kind of device; which one follows from the rank (allotment.py).
         threads: compute threads of the rank on a CPU.
         cores: CPU cores the rank is pinned to; empty means "choose apart from the other ranks". Several ranks of one
             role, host and torchrun share them out.
