@@ -83,7 +83,8 @@ def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
     plain = reference.pack_grouped(weight_OI, bits)
     if weight_OI.device.type != "cpu":
         return plain
-    return dataclasses.replace(plain, data=_pack_grouped(plain.data, plain.scales_OG, plain.minima_OG, bits))
+    data, none = _pack_grouped(plain.data, plain.scales_OG, plain.minima_OG, bits), plain.scales_OG.new_empty(0)
+    return dataclasses.replace(plain, data=data, scales_OG=none, minima_OG=none)
 
 
 def pack_bf16(weight_OI: Tensor) -> PackedBf16:

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import OutOfMemoryError
-
 from launcher.announcer import Announcer
 from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.config import Config, EngineConfig, ModelConfig
@@ -18,7 +16,7 @@ from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.card import open_weights
 from ssd_runtime.model.catalogue import resolve
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.device_memory import enough_for, free_and_total, told
+from ssd_runtime.model.device_memory import enough_for, free_and_total, ran_out, told
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.parallel import ALONE, Collective
 from ssd_runtime.topology import Placement
@@ -59,9 +57,8 @@ class Models:
             return f"{size / memory.GIB:.1f} GiB of weights"
 
         progress(0.0)
-        remedy = (
-            "use more ranks (target.tensor_parallel) or a smaller dtype" if role == "target" else "use a smaller one"
-        )
+        more = "more ranks (target.tensor_parallel) or " * (role == "target")
+        remedy = f"use {more}a smaller dtype or model"
         with self._enough_for(f"loading the {phase} model {model.model}", needs, remedy):
             decoder = load_decoder(resolve(model.model), model.dtype, place.device, progress, group)
         decoder.arch.check_length(config.engine.max_model_len, f"{phase} model {model.model}")
@@ -102,7 +99,9 @@ class Models:
         """Around all the work of the rank: what nobody contains ends it. Raises as `making_pool`."""
         try:
             yield
-        except OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             raise ConfigError(f"{self._who} on {self._place.device}: {told(error)}") from error
 
     def _enough_for(self, doing: str, needs: Callable[[], str], remedy: str) -> AbstractContextManager[None]:

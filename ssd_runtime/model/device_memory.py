@@ -13,6 +13,7 @@ import torch
 from ssd_runtime.errors import ConfigError
 
 GIB = 2**30
+_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def free_and_total(device: torch.device) -> tuple[int, int]:
@@ -34,14 +35,23 @@ def enough_for(doing: str, who: str, device: torch.device, needs: Callable[[], s
     free = None if device.type == "cpu" else free_and_total(device)[0]
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         had = "" if free is None else f", {free / GIB:.1f} GiB free"
         line = f"{who} ran out of memory on {device} while {doing}: {needs()}{had}; {remedy}"
         raise ConfigError(line) from error
 
 
+def ran_out(error: Exception) -> bool:
+    """Whether a device had no memory left: said by torch, by CUDA itself where a kernel is loaded, or by cuBLAS."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
 def told(error: Exception) -> str:
     """What went wrong in a forward, in one line; where the device had no memory left, what to change."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if ran_out(error):
         return "out of device memory; lower engine.kv_memory or engine.prefill_chunk"
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -21,6 +21,8 @@ CONTEXT = 3 * GIB // 4  # of a process on a GPU before its first tensor: CUDA's 
 LIBRARIES = GIB // 2  # NCCL's buffers, cuBLAS's workspace, what the allocator cannot use. An estimate.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625}  # int4: with a scale and a minimum for 32
 INT4_HEAD_BYTES = 1.125  # the head of a model in int4 has 8 bits, in the same groups
+MOST_SCORES = 2**24  # elements of a tensor of rows times context, as cuda_ext/reference/attention.py has it
+ATTENTION = 3 * 4 * MOST_SCORES  # three of those in float32
 ROW_BYTES = 64  # a token of the vocabulary while one row is sampled from in plain torch
 
 
@@ -55,19 +57,16 @@ def demand(config: Config, role: Role, arch: Architecture, device: Device) -> De
     part = arch.part(model.tensor_parallel)
     is_draft = role == "draft"
     forwards = draft_forwards(engine, speculation) if is_draft else target_forwards(engine, speculation)
+    layers = forward_bytes(
+        part, model.dtype, max(rows for rows, _ in forwards), engine.max_model_len, model.tensor_parallel
+    )
     copies = logit_copies(role, speculation.coupling, model.tensor_parallel)
+    logits = logit_bytes(arch.vocab_size, max(wanted for _, wanted in forwards), copies)
     return Demand(
         weights=weight_bytes(part, model.dtype, device),
         block=block_bytes(part, engine.block_size, model.dtype),
         tree_blocks=tree_blocks(engine, speculation) if is_draft else 0,
-        scratch=LIBRARIES
-        + max(
-            max(
-                forward_bytes(part, model.dtype, rows, model.tensor_parallel),
-                logit_bytes(arch.vocab_size, wanted, copies),
-            )
-            for rows, wanted in forwards
-        ),
+        scratch=LIBRARIES + table_bytes(engine) + max(layers, logits),
     )
 
 
@@ -121,8 +120,14 @@ def draft_forwards(engine: EngineConfig, speculation: SpeculationConfig) -> list
     return [(min(engine.prefill_chunk, engine.max_num_seqs * engine.max_model_len) + nodes, nodes)]
 
 
-def forward_bytes(part: Architecture, dtype: Dtype, rows: int, ranks: int = 1) -> int:
-    """Of the layers of a forward, operator by operator as a GPU runs them: the largest of them decides."""
+def forward_bytes(part: Architecture, dtype: Dtype, rows: int, reach: int, ranks: int = 1) -> int:
+    """Of the layers of a forward in plain torch, as a GPU runs them: the operator that needs most decides.
+
+    Args:
+        rows: of the forward, all sequences together.
+        reach: the longest sequence. Attention has its keys and values gathered once, in float32, and beside these
+            tensors of a bounded size.
+    """
     size, floats = _activation(dtype), 4
     hidden, inner = part.hidden_size, part.intermediate_size
     queries, keys = part.num_heads * part.head_dim, part.num_kv_heads * part.head_dim
@@ -131,7 +136,14 @@ def forward_bytes(part: Architecture, dtype: Dtype, rows: int, ranks: int = 1) -
     attention = (2 * queries + 2 * keys) * size + 4 * queries * floats
     mlp = 3 * inner * size + 5 * inner * floats
     summed = hidden * (ranks * size + 3 * floats) if ranks > 1 else 0
-    return rows * (stays + max(norm, attention, mlp, summed))
+    gathered = reach * 2 * keys
+    attending = max(gathered * (size + floats), gathered * floats + ATTENTION)
+    return rows * stays + max(rows * norm, rows * attention + attending, rows * mlp, rows * summed)
+
+
+def table_bytes(engine: EngineConfig) -> int:
+    """Of the slots of all sequences, which each keeps in a tensor, and of a forward's copy of them."""
+    return 2 * 8 * engine.max_num_seqs * engine.sequence_blocks * engine.block_size
 
 
 def logit_copies(role: Role, coupling: Coupling, ranks: int) -> int:
@@ -185,8 +197,9 @@ def blocks_that_fit(config: Config, role: Role, models: Mapping[Role, Architectu
     demands = demands_of_rank(config, role, models)
     available = math.floor(engine.kv_memory * free)
     if shares_gpu(config):
+        ranks = config.target.tensor_parallel  # whose GPUs the drafts take in turn
         processes = [demands_of_rank(config, "target", models)]
-        processes += [demands_of_rank(config, "draft", models)] * config.deployment.drafts
+        processes += [demands_of_rank(config, "draft", models)] * -(-config.deployment.drafts // ranks)
         demands = [one for process in processes for one in process]
         taken = CONTEXT * len(processes) + sum(one.weights for one in demands)
         available = math.floor(engine.kv_memory * total) - taken
