@@ -53,7 +53,7 @@ def paged_attention(
         spans: the rows of each row of the tables, in order; their sum is N.
 
     Returns: NHD in the queries' dtype; a row that sees nothing is zero, and one that sees a value that is no number is
-        NaN. What a row does not see, whatever it is, changes nothing.
+        no number itself. What a row does not see, whatever it is, changes nothing.
     """
     counts = [span.rows for span in spans]
     assert sum(counts) == len(q_NHD), "spans are of all rows"
@@ -138,7 +138,7 @@ def _attend_block(
     """Softmax over what all rows share and, behind it, each row's own chain; float32 all of it."""
     num_rows, num_heads, head_dim = q_MHD.shape
     reach, num_groups, _ = keys_TGD.shape
-    q_GMQD = q_MHD.view(num_rows, num_groups, num_heads // num_groups, head_dim).transpose(0, 1)
+    q_GMQD = q_MHD.reshape(num_rows, num_groups, num_heads // num_groups, head_dim).transpose(0, 1)
     flat_GXD = q_GMQD.reshape(num_groups, num_rows * (num_heads // num_groups), head_dim)  # X = M * Q
     scores_GMQT = torch.bmm(flat_GXD, keys_TGD.permute(1, 2, 0)).view(*q_GMQD.shape[:3], reach)
     if chain is not None:

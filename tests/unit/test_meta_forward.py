@@ -100,7 +100,7 @@ def test_a_forward_reads_nothing_back_and_needs_one_copy(operators: str, family:
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_nor_does_attention_in_blocks(plain: None, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+def test_attention_in_blocks_reads_nothing_back(plain: None, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
     monkeypatch.setattr(reference.attention, "MOST", 500)
     decoder = meta_decoder(tiny_architecture())
     pool = Pool(decoder, 40, 33, 7)
@@ -108,7 +108,7 @@ def test_nor_does_attention_in_blocks(plain: None, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_nor_does_a_part_of_a_tensor_parallel_model(operators: str, rank: int) -> None:
+def test_a_part_of_a_tensor_parallel_model_reads_nothing_back(operators: str, rank: int) -> None:
     decoder = meta_part(tiny_architecture(num_heads=6, num_kv_heads=3, intermediate_size=48, vocab_size=97), rank, 3)
     pool = Pool(decoder, 40, 33, 7)
     part, _ = watched(lambda: decoder.forward_part(pool.trunks(5, 1, 3).build(), pool.kv))
