@@ -1,6 +1,7 @@
 # Everything happens in $(VENV); stamps live inside it, so removing it starts afresh.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+REHEARSAL ?= $(HOME)/.cache/ssd_runtime/rehearsal
 CONFIG ?= configs/smollm2_cpu.toml
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
@@ -10,7 +11,8 @@ PROJECT := $(VENV)/.stamp-project
 TESTING := $(VENV)/.stamp-testing
 EXT_SOURCES := $(wildcard setup.py cuda_ext/csrc/*.* cuda_ext/csrc/cuda/*)
 
-.PHONY: help demo install ext fetch test test-plain test-gpu cuda-check sanitize lint format clean distclean
+.PHONY: help demo install ext fetch test test-plain test-gpu host-check cuda-check sanitize lint format \
+  rehearse gpu-pack clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,9 +21,12 @@ help:
 	@echo "make test-plain  the suites that meet the operators once more, without the compiled extension"
 	@echo "make lint    ruff, mypy and the import floors"
 	@echo "make ext     rebuild the compiled extension"
+	@echo "make host-check  compile the operators' C++ against the oldest torch that is supported"
 	@echo "make cuda-check  compile the CUDA kernels (needs nvcc, no GPU) and hold them to their budgets"
 	@echo "make sanitize    the kernels' tests under AddressSanitizer and UBSan"
-	@echo "make test-gpu    the CUDA kernels on a GPU: needs one, and a CUDA build of torch"
+	@echo "make test-gpu PYTHON=python3  the CUDA kernels on a GPU, with what that Python has: installs nothing"
+	@echo "make rehearse    the scripts for an H100 (ops/gpu) on this CPU, in the environment of a GPU machine"
+	@echo "make gpu-pack    what these scripts carry to a machine without a network, in parts"
 	@echo "make clean   remove build products (distclean: the virtual environment too)"
 
 # torch first, then the project against it: a build without isolation compiles for the torch that will run it.
@@ -64,9 +69,9 @@ test: $(TESTING) fetch
 # links, messages and sockets, the launcher and its processes, files and text); and repetitions that are slow in plain
 # torch (further distributions, other modes and lengths of the same identity, 64 tokens of the real model).
 # tests/process, but for test_cli_ranks.py, always runs its ranks in plain torch.
-PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench.py cli.py config.py \
-  control.py logs.py messages* metrics.py model_files.py nodes.py processes.py prompts.py rank.py tokenizer_text.py \
-  topology.py torchrun.py trace.py tree.py setup.py)
+PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench*.py cli.py config.py \
+  control.py dependencies.py gpu_session.py logs.py messages* metrics.py model_files.py nodes.py processes.py prompts.py \
+  rank.py tokenizer_text.py topology.py torchrun.py trace.py tree.py setup.py)
 PLAIN_E2E := $(addprefix tests/e2e/,"test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[ssd-3-relative]" \
   "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-5-twin]" \
   "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-colocated-1-stranger]" \
@@ -77,15 +82,31 @@ test-plain: $(TESTING) fetch
 	SSD_CUDA_EXT=0 $(BIN)/python -m pytest -q $(PLAIN_LEFT_OUT) tests/unit $(PLAIN_E2E) \
 	  "tests/process/test_serving.py::test_every_mode_gives_the_same_tokens"
 
+host-check: $(PROJECT)
+	$(BIN)/python -m ops.host_check
+
 cuda-check: $(VENV)/.stamp-torch
 	$(BIN)/python ops/cuda_check.py
 
 sanitize: $(TESTING)
 	ops/sanitize.sh $(BIN)/python
 
-test-gpu: $(TESTING) ext
-	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
-	$(BIN)/python ops/bench/kv.py --device cuda
+# With the torch at hand, a CUDA build, on a machine that may have no network; pytest's plugins may not be there either.
+test-gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests/gpu -o addopts= $(PYTEST_ARGS)
+	$(PYTHON) -m ops.bench.kv --device cuda
+
+# Both build and run in $(REHEARSAL), outside of the tree and of $(VENV), which have an extension for their own torch.
+gpu-pack:
+	ops/gpu/environment.sh $(REHEARSAL)
+	ops/gpu/pack.sh $(REHEARSAL) build/gpu/carry
+
+rehearse: gpu-pack
+	@cd $(REHEARSAL)/tree && export REHEARSE=1 PYTHON=$(REHEARSAL)/bin/python; \
+	export CARRY=$(CURDIR)/build/gpu/carry OUT=$(CURDIR)/build/gpu/rehearsal; \
+	ops/gpu/first.sh; first=$$?; ops/gpu/second.sh; second=$$?; \
+	echo; cat $$OUT/first.txt $$OUT/second.txt; exit $$((first || second))
 
 lint: $(TESTING)
 	$(BIN)/ruff check .

@@ -2,19 +2,46 @@
 
 CUDA kernels come with it where nvcc is found (CUDA_HOME, or PATH) and torch is a CUDA build; no GPU is needed. They are
 built for TORCH_CUDA_ARCH_LIST, by default sm_80, sm_90, sm_100 and PTX. `make cuda-check` compiles them beside any
-torch. Everything else about the package is in pyproject.toml. SSD_BUILD_EXT=0 leaves the extension out.
+torch. Everything else about the package is in pyproject.toml, also the oldest torch, whose stable ABI is built for.
+SSD_BUILD_EXT=0 leaves the extension out.
 """
 
 import os
+import re
 import shutil
+import subprocess
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
-SOURCES = Path(__file__).resolve().parent / "cuda_ext" / "csrc"
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "cuda_ext" / "csrc"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # of torch 2.10
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version."""
+    major, minor, *_ = (int(number) for number in re.findall(r"\d+", f"{version}.0"))
+    return major, minor
+
+
+def oldest(package: str) -> tuple[int, int]:
+    """The oldest release of a package that pyproject.toml takes, to build with or to run with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    demands = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    return next(release(demand) for demand in demands if demand.startswith(f"{package}>="))
+
+
+def refuse_older(package: str, version: str) -> None:
+    """End with one line where a package is older than pyproject.toml takes: a build without isolation asks nobody."""
+    if release(version) < oldest(package):
+        wanted = ".".join(map(str, oldest(package)))
+        raise SystemExit(f"{package} {version} is older than {wanted}; pip install '{package}>={wanted}'")
+
+
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*oldest("torch"))
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -61,6 +88,17 @@ def sources(with_cuda: bool) -> list[str]:
     return [path.relative_to(SOURCES.parent.parent).as_posix() for path in files]
 
 
+def toolkit(nvcc: str) -> str | None:
+    """Where nvcc says that its toolkit is, if it does; what is in PATH may be a script, or a link, from elsewhere."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return os.path.realpath(found[1]) if found else None
+
+
 def extension_arguments() -> dict[str, object]:
     """Keyword arguments of setup() for the extension, or none and one line that says why."""
     asked = os.environ.get("SSD_BUILD_EXT", "")
@@ -69,12 +107,16 @@ def extension_arguments() -> dict[str, object]:
     if asked == "0":
         print("cuda_ext: not built (SSD_BUILD_EXT=0); the runtime will use plain torch")
         return {}
+    nvcc = shutil.which("nvcc")
+    if nvcc and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and (home := toolkit(nvcc)):
+        os.environ["CUDA_HOME"] = home  # torch's build tools read it when imported
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         print(f"cuda_ext: not built ({error}; pip install with --no-build-isolation); the runtime will use plain torch")
         return {}
+    refuse_older("torch", torch.__version__)
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         print(f"cuda_ext: not built (no C++ compiler {compiler!r}); the runtime will use plain torch")
@@ -97,4 +139,5 @@ def extension_arguments() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    setup(**extension_arguments())
+    refuse_older("setuptools", setuptools.__version__)
+    setuptools.setup(**extension_arguments())

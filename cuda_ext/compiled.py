@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import fakes, fallbacks, reference
-from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8, Span
 
 
 def _load() -> None:
@@ -37,7 +37,7 @@ def _load() -> None:
 
 _load()
 fakes.register()
-HAS_CUDA_KERNELS = fallbacks.has_cuda_kernel("copy_branch_")
+HAS_CUDA_KERNELS = fallbacks.has_kernel("copy_branch_")
 _fallbacks = fallbacks.register()
 _ops = torch.ops.ssd_runtime
 _pack_linear = _ops.pack_linear.default
@@ -50,7 +50,7 @@ rms_norm = _ops.rms_norm.default
 add_rms_norm = _ops.add_rms_norm.default
 silu_mul = _ops.silu_mul.default
 rope_write_ = _ops.rope_write_.default
-paged_attention = _ops.paged_attention.default
+_paged_attention = _ops.paged_attention.default
 _decoder_layers_ = _ops.decoder_layers_.default
 copy_branch_ = _ops.copy_branch_.default
 write_kv_ = _ops.write_kv_.default
@@ -83,7 +83,8 @@ def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
     plain = reference.pack_grouped(weight_OI, bits)
     if weight_OI.device.type != "cpu":
         return plain
-    return dataclasses.replace(plain, data=_pack_grouped(plain.data, plain.scales_OG, plain.minima_OG, bits))
+    data, none = _pack_grouped(plain.data, plain.scales_OG, plain.minima_OG, bits), plain.scales_OG.new_empty(0)
+    return dataclasses.replace(plain, data=data, scales_OG=none, minima_OG=none)
 
 
 def pack_bf16(weight_OI: Tensor) -> PackedBf16:
@@ -122,6 +123,22 @@ def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tens
     if x_NI.device.type != "cpu":
         return reference.linear_fp32(x_NI, packed, bias_O)
     return _linear_fp32(x_NI, packed.data, packed.out_features, bias_O)
+
+
+def paged_attention(
+    q_NHD: Tensor,
+    kv_2SGD: Tensor,
+    sequence_N: Tensor,
+    tables_SC: Tensor,
+    prefix_N: Tensor,
+    chain_NC: Tensor,
+    scale: float,
+    spans: Sequence[Span],
+) -> Tensor:
+    """On the CPU the rows may come in any order, and the spans are not looked at."""
+    if q_NHD.device.type != "cpu":
+        return reference.paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale, spans)
+    return _paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale)
 
 
 def decoder_layers_(

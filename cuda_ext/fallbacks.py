@@ -1,6 +1,9 @@
-"""Plain torch for CUDA tensors where the compiled library holds no CUDA kernel of an operator."""
+"""Plain torch for CUDA tensors where the compiled library holds no CUDA kernel of an operator, and for meta tensors,
+with which a forward is followed without its numbers: they take the branches of a device."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -13,7 +16,6 @@ NAMES = (
     "add_rms_norm",
     "silu_mul",
     "rope_write_",
-    "paged_attention",
     "copy_branch_",
     "write_kv_",
     "rollback_",
@@ -32,16 +34,16 @@ def rope_write_(
     torch.ops.ssd_runtime.write_kv_(kv_2SGD, k_NGD, v_NGD, slots_N)
 
 
-def has_cuda_kernel(name: str) -> bool:
-    """Whether anything serves CUDA tensors: the library, or what `register` has added."""
-    served: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{name}", "CUDA")
+def has_kernel(name: str, key: str = "CUDA") -> bool:
+    """Whether anything serves such tensors: the library, or what `register` or fakes.py has added."""
+    served: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{name}", key)
     return served
 
 
 def register() -> torch.library.Library:
     """Register them; they last as long as the result is held."""
     library = torch.library.Library("ssd_runtime", "IMPL")
-    for name in NAMES:
-        if not has_cuda_kernel(name):
-            library.impl(name, rope_write_ if name == "rope_write_" else getattr(reference, name), "CUDA")
+    for name, key in itertools.product(NAMES, ("CUDA", "Meta")):
+        if not has_kernel(name, key):
+            library.impl(name, rope_write_ if name == "rope_write_" else getattr(reference, name), key)
     return library

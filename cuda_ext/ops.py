@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8
+from cuda_ext.reference import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8, Span
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ __all__ = [
     "PackedFp32",
     "PackedGrouped",
     "PackedInt8",
+    "Span",
     "about",
     "add_rms_norm",
     "backend",
@@ -113,10 +114,11 @@ def paged_attention(
     sequence_N: Tensor,
     tables_SC: Tensor,
     prefix_N: Tensor,
-    chain_ND: Tensor,
+    chain_NC: Tensor,
     scale: float,
+    spans: Sequence[Span],
 ) -> Tensor:
-    return _kernels().paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_ND, scale)
+    return _kernels().paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale, spans)
 
 
 def decoder_layers_(

@@ -18,13 +18,14 @@ def as_text(generation: Generation) -> str:
     )
 
 
-def as_json(generation: Generation) -> dict[str, Any]:
-    """One answer at the top level; several as a list `outputs`."""
+def as_json(generation: Generation, label: str | None = None) -> dict[str, Any]:
+    """One answer at the top level; several as a list `outputs`. `label` is the session's."""
     finished = generation.finished
     outputs = [
         _output(output, reason) for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
     ]
     return {
+        **({} if label is None else {"label": label}),
         **(outputs[0] if len(outputs) == 1 else {"outputs": outputs}),
         "usage": asdict(finished.usage),
         "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
@@ -45,8 +46,8 @@ def _output(output: Output, reason: str) -> dict[str, Any]:
     return answer
 
 
-def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]]) -> str:
-    """Rates of the request, and on which cores."""
+def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], label: str | None = None) -> str:
+    """Rates of the request, and on which cores; on a line before them the session's label, if it has one."""
     finished = generation.finished
     found = summarise([finished])
     parts = [
@@ -56,4 +57,5 @@ def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]]) -> s
         f"hit rate {screen.share(found['hit_rate'])}",
         f"acceptance {screen.share(found['acceptance'])}",
     ]
-    return ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
+    rates = ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
+    return rates if label is None else f"{label}\n{rates}"

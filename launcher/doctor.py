@@ -18,10 +18,11 @@ from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError, SsdError
+from ssd_runtime.model import memory
 from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
 
-GIB = 2**30
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,6 @@ def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
     yield from _placement(config, seats)
     if "cuda" in (config.target.device, config.draft.device):
         yield from (Finding(one.name, True, f"{one.value}: {one.reason}") for one in nccl.settings(os.environ))
-    for role in roles:
-        yield _finding(f"{role} KV cache", lambda role=role: _kv(config, role))  # type: ignore[misc]
 
 
 def _finding(subject: str, look: Callable[[], str]) -> Finding:
@@ -95,8 +94,9 @@ def _torch() -> str:
     import torch
 
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    if (major, minor) < (2, 10):
-        raise ConfigError(f"{torch.__version__} is older than 2.10; pip install 'torch==2.13.*'")
+    if (major, minor) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ConfigError(f"{torch.__version__} is older than {oldest}; pip install 'torch==2.13.*'")
     distributed = "gloo" + (" and nccl" if torch.distributed.is_nccl_available() else ", no nccl")
     return f"{torch.__version__}, {distributed}"
 
@@ -189,7 +189,7 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     from ssd_runtime import hardware, topology
 
     try:
-        models = {role: _card(getattr(config, role)).arch for role in {seat.role for seat in seats}}
+        models = {role: _card(getattr(config, role)).arch for role in _roles_on_gpus(config, seats)}
         rdma = hardware.rdma_adapters()
         plan = placement.plan(config, hardware.read(), models, seats, topology.allowed_cores(), rdma)
     except (SsdError, ImportError):
@@ -207,22 +207,19 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
         yield Finding("placement", False, warning)
 
 
+def _roles_on_gpus(config: Config, seats: Sequence[Seat]) -> set[Role]:
+    """Those whose models are in the memory of the devices of these seats."""
+    roles: set[Role] = {seat.role for seat in seats}
+    if "target" in roles and config.deployment.holds_draft(config.speculation.mode):
+        roles.add("draft")
+    if memory.shares_gpu(config):
+        roles |= {"target", "draft"}
+    return roles
+
+
 def _vocabularies(config: Config) -> str:
     target, draft = preflight.inspect(config)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(reason)
     return "target and draft agree"
-
-
-def _kv(config: Config, role: str) -> str:
-    from ssd_runtime.model.parallel import ShardPlan
-
-    engine, arch, count = config.engine, _card(getattr(config, role)).arch, getattr(config, role).tensor_parallel
-    if count > 1:
-        arch = ShardPlan(arch, 0, count).local
-    slots = engine.pool_blocks * engine.block_size
-    size = 4 if getattr(config, role).dtype == "fp32" else 2
-    memory = slots * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * size
-    each = " a rank" if count > 1 else ""
-    return f"{memory / GIB:.2f} GiB{each} for {slots} slots (scratch rows apart)"

@@ -33,14 +33,16 @@ class DraftRank(Rank):
         else:
             address = rendezvous.await_key(rendezvous.store(config), rendezvous.CONTROL_KEY, first)
         tokenizer = Tokenizer.from_model(resolve(config.draft.model))
-        decoder = self._load("draft", config.draft.model, config.draft.dtype)
-        vocabulary = tokenizer.vocabulary()
-        digest, instance = vocabulary.digest(), secrets.token_hex(8)
-        hello = Hello(PROTOCOL_VERSION, "draft", number, config.digest(), digest, instance)
+        decoder = self._models.load("draft")
+        engine = self._models.engine_of(self._models.blocks_that_fit())
+        with self._models.making_pool(engine.pool_blocks):
+            drafter = Drafter(decoder, engine, config.speculation, len(tokenizer.vocabulary().tokens))
+        digest, instance = tokenizer.vocabulary().digest(), secrets.token_hex(8)
+        hello = Hello(PROTOCOL_VERSION, "draft", number, config.digest(), digest, instance, engine.pool_blocks)
         membership = Membership(
             address,
             hello,
-            Drafter(decoder, config.engine, config.speculation, len(vocabulary.tokens)),
+            drafter,
             lambda at: open_draft_link(at, link_timing(config), **self._frames_travel_by()),
             Patience(first, timeouts.rejoin, timeouts.link),
             self._known_as,

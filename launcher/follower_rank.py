@@ -18,8 +18,8 @@ class FollowerRank(Rank):
     def serve(self) -> None:
         config = self._config
         with joined(config, self._place, rendezvous.store(config)) as group:
-            part = self._load("target", config.target.model, config.target.dtype, group.tensors)
-            group.all_loaded()
+            part = self._models.load("target", group.tensors)
+            self._models.engine_of(group.all_loaded(self._models.blocks_that_fit()))
             forget_loading()
             self._on_stop = self._wait_for_leader
             Follower(part, group.frames, config.engine.block_size).run()

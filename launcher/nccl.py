@@ -43,6 +43,16 @@ def settings(environ: Mapping[str, str], infiniband: Path = INFINIBAND) -> list[
             "0",
             "torch's monitor ends the process when a communicator hangs; deadlines here end the link only",
         ),
+        Setting(
+            "TORCH_NCCL_NONBLOCKING_TIMEOUT",
+            "60",
+            "torch waits half an hour for a peer that is lost while a communicator is made, and cannot be interrupted",
+        ),
+        Setting(
+            "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING",
+            "false",
+            "sends of a link are to follow each other: each direction has a communicator of its own",
+        ),
     ]
     if interface := _interface_to(environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")):
         wanted.append(Setting("NCCL_SOCKET_IFNAME", f"={interface}", "the interface that leads to the other nodes"))

@@ -6,23 +6,20 @@ copies of this one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.layout import Seat
 from ssd_runtime.allotment import gpus_of, lacks_gpus, model_of
-from ssd_runtime.config import Config, ModelConfig
+from ssd_runtime.config import Config
 from ssd_runtime.cores import Role, listed
+from ssd_runtime.errors import ConfigError
 from ssd_runtime.hardware import Gpu, Hardware, Joint
+from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.memory import GIB
 from ssd_runtime.topology import cores_of_ranks
 
-GIB = 2**30
-# Left free on each GPU: CUDA's context, NCCL's buffers, activations of a prefill chunk, logits. An estimate.
-RESERVE = 3 * GIB
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.625}  # int4: with a scale and a minimum for 32
 JOINTS: dict[Joint, str] = {
     "same": "one GPU",
     "nvlink": "NVLink",
@@ -40,10 +37,11 @@ class RankPlan:
 
     Attributes:
         gpu: position among the visible GPUs; None on a CPU.
-        weights: bytes of its part of the model.
-        kv_blocks: blocks of its pool, scratch included.
-        kv_bytes: bytes of these.
-        blocks_left: blocks that fit beside the weights; None on a CPU.
+        weights: bytes of its part of the model, and of the draft that a target may hold.
+        kv_blocks: blocks of its pool, for sequences.
+        kv_bytes: bytes of these and of those for a draft's trees.
+        scratch: bytes of working memory; 0 on a CPU, where nothing is kept for it.
+        left: bytes that stay free beside all this and CUDA's own; None on a CPU.
         cores: CPU cores it is pinned to; empty means not pinned here.
         node: of the world.
     """
@@ -54,7 +52,8 @@ class RankPlan:
     weights: int
     kv_blocks: int
     kv_bytes: int
-    blocks_left: int | None
+    scratch: int
+    left: int | None
     cores: tuple[int, ...]
     node: int = 0
 
@@ -81,7 +80,7 @@ def plan(
     """Place ranks on nodes like this host; the ranks of a node take its GPUs in order.
 
     Args:
-        models: of the roles that have a seat.
+        models: of the roles that have a seat, and of those that are on their GPUs too.
         seats: the ranks, in order.
         allowed: CPU cores of this process.
         rdma: adapters of this host over which GPUs of other nodes are reached.
@@ -92,8 +91,9 @@ def plan(
         gpus = gpus_of(config, [seat.role for seat in here.values()])
         cores = cores_of_ranks(config, range(min(here), max(here) + 1), allowed, hardware)
         for seat, gpu in zip(here.values(), gpus, strict=True):
-            one = _rank(config, hardware, seat, gpu, models[seat.role])
+            one = _rank(config, hardware, seat, gpu, models)
             ranks.append(replace(one, cores=cores[seat.rank]))
+    ranks = _with_pools(config, hardware, models, ranks)
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]
     between = [_joint(hardware, a, b) for i, a in enumerate(targets) for b in targets[:i]]
@@ -106,47 +106,45 @@ def describe(one: RankPlan, block_size: int, *, with_node: bool = False) -> str:
     """One rank's plan in a line."""
     where = ("cpu" if one.gpu is None else f"GPU {one.gpu}") + (f" of node {one.node}" if with_node else "")
     cores = f", cores {listed(one.cores)}" if one.cores else ""
-    room = "" if one.blocks_left is None else f"; room for {one.blocks_left} ({one.blocks_left * block_size} tokens)"
-    kv = f"{one.kv_blocks} KV blocks in {one.kv_bytes / GIB:.2f} GiB{room}"
-    return f"{where}{cores}: {one.weights / GIB:.2f} GiB of weights, {kv}"
+    kv = f"{one.kv_blocks} KV blocks ({one.kv_blocks * block_size} tokens) in {one.kv_bytes / GIB:.2f} GiB"
+    rest = "" if one.left is None else f", {one.scratch / GIB:.2f} GiB of scratch, {one.left / GIB:.2f} GiB left"
+    return f"{where}{cores}: {one.weights / GIB:.2f} GiB of weights, {kv}{rest}"
 
 
-def weight_bytes(arch: Architecture, dtype: str, share: int = 1) -> int:
-    """Bytes of one of `share` equal parts: matrices of the layers in `dtype`, the rest in bf16 (fp32 for fp32).
-
-    Vectors are not divided, but they do not count for much.
-    """
-    other = 4 if dtype == "fp32" else 2
-    total = 0.0
-    for name, shape in expected_tensors(arch).items():
-        in_layer = name.startswith("layers.") and len(shape) == 2
-        total += math.prod(shape) * (WEIGHT_BYTES[dtype] if in_layer else other)
-    return math.ceil(total / share)
-
-
-def block_bytes(arch: Architecture, block_size: int, dtype: str, share: int = 1) -> int:
-    """Bytes of one KV block at one of `share` ranks: keys and values of all layers, a head at least."""
-    heads = max(1, arch.num_kv_heads // share)
-    return block_size * arch.num_layers * 2 * heads * arch.head_dim * (4 if dtype == "fp32" else 2)
+def _rank(
+    config: Config, hardware: Hardware, seat: Seat, wanted: int | None, models: Mapping[Role, Architecture]
+) -> RankPlan:
+    """The plan of one rank as if it were alone; without its cores, and without what is left."""
+    demands = memory.demands_of_rank(config, seat.role, models)
+    weights, scratch = sum(one.weights for one in demands), sum(one.scratch for one in demands)
+    if wanted is None or not hardware.gpus:
+        return RankPlan(seat.role, seat.rank, None, weights, config.engine.pool_blocks, 0, 0, None, (), seat.node)
+    index = min(wanted, len(hardware.gpus) - 1)
+    gpu = hardware.gpus[index]
+    free = gpu.memory_free - memory.CONTEXT - weights
+    blocks = memory.blocks_that_fit(config, seat.role, models, free, gpu.memory_total)
+    return RankPlan(seat.role, seat.rank, index, weights, blocks, 0, scratch, None, (), seat.node)
 
 
-def _rank(config: Config, hardware: Hardware, seat: Seat, wanted: int | None, arch: Architecture) -> RankPlan:
-    """The plan of one rank, but for its cores."""
-    role = seat.role
-    model: ModelConfig = config.target if role == "target" else config.draft
-    share = config.target.tensor_parallel if role == "target" else 1
-    weights = weight_bytes(arch, model.dtype, share)
-    block = block_bytes(arch, config.engine.block_size, model.dtype, share)
-    blocks = config.engine.pool_blocks
-    if role == "draft":  # the rows of its trees have a pool of their own
-        rows = config.engine.max_num_seqs * (config.speculation.budget + 1) * (config.speculation.lookahead + 1)
-        blocks += -(-rows // config.engine.block_size)
-    gpu: int | None = None
-    left: int | None = None
-    if wanted is not None and hardware.gpus:
-        gpu = min(wanted, len(hardware.gpus) - 1)
-        left = max(0, (hardware.gpus[gpu].memory_free - RESERVE - weights) // block)
-    return RankPlan(role, seat.rank, gpu, weights, blocks, blocks * block, left, (), seat.node)
+def _with_pools(
+    config: Config, hardware: Hardware, models: Mapping[Role, Architecture], ranks: Sequence[RankPlan]
+) -> list[RankPlan]:
+    """The same with pools, equal ones at the target's ranks, and with what all ranks of a GPU leave of it."""
+    least = min((one.kv_blocks for one in ranks if one.role == "target"), default=0)
+    found = []
+    for one in ranks:
+        blocks = least if one.role == "target" else one.kv_blocks
+        pools = [each.pool(blocks) for each in memory.demands_of_rank(config, one.role, models)]
+        found.append(replace(one, kv_blocks=blocks, kv_bytes=sum(pools)))
+    return [replace(one, left=_left(hardware, one, found)) for one in found]
+
+
+def _left(hardware: Hardware, one: RankPlan, ranks: Sequence[RankPlan]) -> int | None:
+    if one.gpu is None:
+        return None
+    here = [other for other in ranks if (other.node, other.gpu) == (one.node, one.gpu)]
+    taken = sum(memory.CONTEXT + other.weights + other.scratch + other.kv_bytes for other in here)
+    return hardware.gpus[one.gpu].memory_free - taken
 
 
 def _joint(hardware: Hardware, a: RankPlan, b: RankPlan) -> Joint | None:
@@ -164,13 +162,14 @@ def _warnings(config: Config, hardware: Hardware, found: Plan, rdma: Sequence[st
     warnings = []
     on_gpus = [one for one in found.ranks if one.gpu is not None]
     for one in on_gpus:
-        warnings += _memory(one, hardware.gpus[one.gpu or 0], config.engine.block_size)
+        warnings += _memory(config, one, hardware.gpus[one.gpu or 0])
         remote = set(one.cores) - set(hardware.gpus[one.gpu or 0].cores)
         if remote and hardware.gpus[one.gpu or 0].cores and model_of(config, one.role).cores:
             warnings.append(
                 f"{one.role} rank {one.rank} is pinned to cores {listed(remote)}, which are far from GPU {one.gpu} "
                 f"(near: {listed(hardware.gpus[one.gpu or 0].cores)}); leave {one.role}.cores empty"
             )
+    warnings += _pools_differ(found.ranks)
     for node in sorted({one.node for one in on_gpus}):
         lack = lacks_gpus(config, [one.role for one in found.ranks if one.node == node], len(hardware.gpus))
         warnings += [] if lack is None else [lack]
@@ -207,16 +206,29 @@ def _notes(config: Config, ranks: Sequence[RankPlan]) -> list[str]:
     ]
 
 
-def _memory(one: RankPlan, gpu: Gpu, block_size: int) -> list[str]:
+def _memory(config: Config, one: RankPlan, gpu: Gpu) -> list[str]:
+    """What does not fit. A pool that is smaller than it could be is no fault."""
     who = f"{one.role} rank {one.rank}"
     free = f"GPU {one.gpu} has {gpu.memory_free / GIB:.1f} GiB free"
-    if one.weights + RESERVE > gpu.memory_free:
+    if one.weights + one.scratch + memory.CONTEXT > gpu.memory_free:
         remedy = "raise target.tensor_parallel" if one.role == "target" else "take a smaller draft"
-        return [f"{who} does not fit: {one.weights / GIB:.1f} GiB of weights, and {free}; {remedy}"]
-    if one.blocks_left is not None and one.kv_blocks > one.blocks_left:
-        return [
-            f"the KV cache of {who} does not fit: {one.kv_blocks} blocks ({one.kv_bytes / GIB:.1f} GiB), and beside "
-            f"the weights there is room for {one.blocks_left}; {free}; lower engine.num_blocks, max_num_seqs "
-            f"or max_model_len ({one.blocks_left * block_size} tokens fit)"
-        ]
+        sizes = f"{one.weights / GIB:.1f} GiB of weights, {one.scratch / GIB:.1f} GiB of scratch"
+        return [f"{who} does not fit: {sizes}, and {free}; {remedy}"]
+    try:
+        memory.with_pool(config.engine, one.kv_blocks)
+    except ConfigError as error:
+        return [f"{who}: {free}; {error}"]
+    if one.left is not None and one.left < 0:
+        pool = f"{one.kv_blocks} blocks ({one.kv_bytes / GIB:.1f} GiB)"
+        remedy = "lower engine.num_blocks, or set it to 0" if config.engine.num_blocks else "use more GPUs"
+        return [f"the KV cache of {who} does not fit: {pool}, and {free}; {remedy}"]
     return []
+
+
+def _pools_differ(ranks: Sequence[RankPlan]) -> list[str]:
+    """Drafts that the target would refuse."""
+    targets = [one.kv_blocks for one in ranks if one.role == "target"]
+    least = min((one.kv_blocks for one in ranks if one.role == "draft"), default=0)
+    if not targets or least >= targets[0] or least == 0:
+        return []
+    return [f"a draft has room for {least} KV blocks and the target for {targets[0]}: set engine.num_blocks = {least}"]

@@ -21,6 +21,8 @@ from ssd_runtime.engine.stop_strings import check_stop_strings
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.card import ModelCard, inspect_model
 from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.memory import GIB, demand
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.topology import Group, Role
@@ -34,7 +36,7 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
     check_host()
     if group is not None and group.role == "draft":
         check_target(group)
-        check_memory(config, "draft", inspect(replace(config, target=config.draft))[0])
+        check_memory(config, "draft", inspect_model(resolve(config.draft.model)))
         return
     if nodes is None or nodes.leads:
         check_port(config)
@@ -76,7 +78,9 @@ def check_host() -> None:
 
 
 def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
-    """The cards of target and draft."""
+    """The cards of target and draft. Raises ConfigError for a target that is to agree with itself."""
+    if (model := random_model(config.target.model)) is not None and model.agreement < 1.0:
+        raise ConfigError(f"target model {config.target.model}: its text is the script; give an agreement to the draft")
     target_path, draft_path = resolve(config.target.model), resolve(config.draft.model)
     target = inspect_model(target_path)
     return target, target if draft_path == target_path else inspect_model(draft_path)
@@ -90,15 +94,13 @@ def check_shares(config: Config, target: ModelCard) -> None:
 
 def check_memory(config: Config, role: Role, card: ModelCard) -> None:
     """Raise ConfigError for a KV pool of one rank on the CPU that is larger than this host's memory."""
-    model, engine, arch = getattr(config, role), config.engine, card.arch
-    heads = max(1, arch.num_kv_heads // model.tensor_parallel)
-    slot = arch.num_layers * 2 * heads * arch.head_dim * (4 if model.dtype == "fp32" else 2)
-    pool = engine.pool_blocks * engine.block_size * slot
+    model, engine = getattr(config, role), config.engine
+    pool = demand(config, role, card.arch, model.device).pool(engine.pool_blocks)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if model.device == "cpu" and pool > memory:
         keys = "engine.num_blocks" if engine.num_blocks else "engine.max_num_seqs or engine.max_model_len"
-        needs = f"the KV pool of the {role} needs {pool / 2**30:.1f} GiB"
-        raise ConfigError(f"{needs}, and this host has {memory / 2**30:.1f} GiB of memory: lower {keys}")
+        needs = f"the KV pool of the {role} needs {pool / GIB:.1f} GiB"
+        raise ConfigError(f"{needs}, and this host has {memory / GIB:.1f} GiB of memory: lower {keys}")
 
 
 def check_port(config: Config) -> None:

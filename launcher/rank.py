@@ -13,16 +13,12 @@ from types import FrameType
 from typing import Any
 
 from launcher.announcer import Announcer
+from launcher.models import Models
 from ssd_runtime import topology
 from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.config import Config
 from ssd_runtime.cores import Claims
 from ssd_runtime.errors import InputOutputError
-from ssd_runtime.model.catalogue import resolve
-from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.parallel import ALONE, Collective
 from ssd_runtime.trace import Tracer, part_path
 
 log = logging.getLogger("ssd.rank")
@@ -58,6 +54,7 @@ class Rank:
         self._config = surroundings.config
         self._place = place = surroundings.place
         self._announcer = surroundings.announcer
+        self._models = Models(self._config, place, self._announcer)
         self._trace = surroundings.trace
         self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=self._trace is not None, sort_index=place.rank)
         self._on_stop: Callable[[str], None] | None = None
@@ -72,7 +69,8 @@ class Rank:
         self._cores = topology.settle(self._place, self._claims)
         _allow_descriptors()
         try:
-            self.serve()
+            with self._models.at_work():
+                self.serve()
         except Stopped as stopped:
             log.info("leaving: %s", stopped)
         finally:
@@ -102,15 +100,6 @@ class Rank:
     def _frames_travel_by(self) -> dict[str, Any]:
         backend = self._place.link_backend
         return {"backend": backend, "device": topology.link_device(backend, self._place.device)}
-
-    def _load(self, phase: str, model: str, dtype: Any, group: Collective = ALONE) -> Decoder:
-        def progress(fraction: float) -> None:
-            self._announcer.say(Progress(self._place.role, self._place.rank, f"load {phase}", fraction))
-
-        progress(0.0)
-        decoder = load_decoder(resolve(model), dtype, self._place.device, progress, group)
-        decoder.arch.check_length(self._config.engine.max_model_len, f"{phase} model {model}")
-        return decoder
 
 
 def _allow_descriptors() -> None:

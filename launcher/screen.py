@@ -85,6 +85,8 @@ def fetching(title: str) -> Iterator[Callable[[float], None]]:
 def show_bench(report: dict[str, Any]) -> None:
     """Print the report of a benchmark: tables, comparison of the tokens, cores."""
     out = console()
+    if "label" in report:
+        out.print(report["label"], markup=False, soft_wrap=True)
     out.print(bench_table(report))
     out.print(serving_table(report))
     out.print(bench_verdict(report), markup=False)

@@ -18,6 +18,7 @@ from ssd_runtime.comm.messages_launcher import Progress
 from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import ConfigError, InputOutputError, Overloaded, PeerLost, RequestError, SsdError
+from ssd_runtime.model.random_models import label
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,14 @@ class Session:
         address: of the engine, for other clients.
         cores: role -> CPU cores it is pinned to.
         ranks: of an engine started here.
+        label: what must be said beside its text and figures (model/random_models.py); None of real models.
     """
 
     client: Client
     address: str
     cores: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ranks: Ranks | None = None
+    label: str | None = None
 
 
 @contextlib.contextmanager
@@ -53,12 +56,12 @@ def connected(address: str, timeout_s: float) -> Iterator[Session]:
     try:
         _knock(address)
         with contextlib.closing(Client(address, ANSWER_S)) as client:
-            cores = client.status().cores
+            status = client.status()
     except (PeerLost, OSError) as error:
         reason = error.reason if isinstance(error, PeerLost) else error.strerror or "it took too long"
         raise ConfigError(f"no engine answers at {address} ({reason}); start one with `ssd up`") from None
     with contextlib.closing(Client(address, timeout_s)) as client:
-        yield Session(client, address, cores)
+        yield Session(client, address, status.cores, label=label(status.target_model, status.draft_model))
 
 
 @contextlib.contextmanager
@@ -85,7 +88,8 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         key = ready.key
         client = Client(ready.address, launch.config.timeouts.load)
         try:
-            yield Session(client, ready.address, ready.cores, ranks)
+            config = launch.config
+            yield Session(client, ready.address, ready.cores, ranks, label(config.target.model, config.draft.model))
         except (ConfigError, RequestError, Overloaded):
             raise
         except SsdError as error:

@@ -30,10 +30,18 @@ class SharedTarget:
     tensors: TargetGroup
     silence: float
 
-    def all_loaded(self) -> None:
-        """Wait until every rank has loaded its part; from here on nobody waits long."""
-        self.frames.gather(torch.zeros(1, dtype=torch.int64))
+    def all_loaded(self, blocks: int) -> int:
+        """Wait until every rank has loaded its part; from here on nobody waits long.
+
+        Args:
+            blocks: KV blocks that fit beside this rank's part.
+
+        Returns:
+            Those that fit beside every rank's.
+        """
+        least = int(self.frames.gather(torch.tensor([blocks])).min())
         self.frames.deadline_s = self.tensors.deadline_s = self.silence
+        return least
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -19,13 +20,14 @@ from ssd_runtime.comm.control import ControlServer
 from ssd_runtime.comm.meeting import LinkHost
 from ssd_runtime.comm.messages_launcher import Ready
 from ssd_runtime.comm.protocol import FrameShape
-from ssd_runtime.config import Mode
+from ssd_runtime.config import EngineConfig, Mode
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.speculator import NoSpeculation, Speculator
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.speculation.pace import Pace
 from ssd_runtime.speculation.planner import AdaptivePlanner, FixedPlanner
@@ -37,6 +39,23 @@ from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.target.replay import LeadingDecoder
 
 log = logging.getLogger("ssd.target")
+
+
+@dataclass(frozen=True)
+class _OwnDraft:
+    """A draft in the target's process, and the tokens that both share."""
+
+    decoder: Decoder
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The models of this process, and the engine with the KV pool that fits beside them."""
+
+    target: Model
+    draft: _OwnDraft | None
+    engine: EngineConfig
 
 
 class TargetRank(Rank):
@@ -61,17 +80,23 @@ class TargetRank(Rank):
                 store.set(rendezvous.CONTROL_KEY, server.address)
             tokenizer = Tokenizer.from_model(resolve(config.target.model))
             with (
-                self._model(store) as decoder,
-                self._speculators(server, decoder, tokenizer) as (
+                self._loaded(store, tokenizer) as loaded,
+                self._speculators(server, loaded, tokenizer) as (
                     speculators,
                     link,
                     door,
                 ),
             ):
                 speculation = config.speculation
-                engine = Engine(
-                    decoder, config.engine, speculation.lookahead, speculators, self._tracer, speculation.coupling
-                )
+                with self._models.making_pool(loaded.engine.pool_blocks):
+                    engine = Engine(
+                        loaded.target,
+                        loaded.engine,
+                        speculation.lookahead,
+                        speculators,
+                        self._tracer,
+                        speculation.coupling,
+                    )
                 cores = topology.cores_by_role(config, self._place.world_size, self._place.here)
                 key = secrets.token_hex(16)
                 leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop, key)
@@ -91,37 +116,40 @@ class TargetRank(Rank):
         return rendezvous.own_host(self._config, guests=guests)
 
     @contextlib.contextmanager
-    def _model(self, store: Any) -> Iterator[Model]:
-        """The target model, whole or shared with the ranks that follow."""
-        config = self._config
+    def _loaded(self, store: Any, tokenizer: Tokenizer) -> Iterator[_Loaded]:
+        """The target model, whole or shared with the ranks that follow, and the draft that this process may hold."""
+        config, models = self._config, self._models
         if self._place.num_targets == 1:
-            yield self._load("target", config.target.model, config.target.dtype)
+            target, draft = models.load("target"), self._own_draft(tokenizer)
+            yield _Loaded(target, draft, models.engine_of(models.blocks_that_fit()))
             return
         with joined(config, self._place, store) as group:
-            part = self._load("target", config.target.model, config.target.dtype, group.tensors)
-            group.all_loaded()
+            part, draft = models.load("target", group.tensors), self._own_draft(tokenizer)
+            engine = models.engine_of(group.all_loaded(models.blocks_that_fit()))
             heartbeat = config.timeouts.idle_heartbeat
-            with contextlib.closing(LeadingDecoder(part, group.frames, config.engine.block_size, heartbeat)) as decoder:
+            with contextlib.closing(LeadingDecoder(part, group.frames, engine.block_size, heartbeat)) as decoder:
                 decoder.start()
-                yield decoder
+                yield _Loaded(decoder, draft, engine)
 
     def _set_stop(self, reason: str) -> None:
         self._stop.reason = self._stop.reason or reason
 
     @contextlib.contextmanager
     def _speculators(
-        self, server: ControlServer, decoder: Model, tokenizer: Tokenizer
+        self, server: ControlServer, loaded: _Loaded, tokenizer: Tokenizer
     ) -> Iterator[tuple[dict[Mode, Speculator], LinkSpeculator | None, Door | None]]:
         """How this engine can speculate: every mode the ranks at hand allow, and what drafts need."""
         config = self._config
         speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
-        if config.deployment.holds_draft(config.speculation.mode):
-            speculators["sd-colocated"] = ColocatedSpeculator(self._drafter(tokenizer))
+        if loaded.draft is not None:
+            with self._models.making_pool(loaded.engine.pool_blocks):
+                drafter = Drafter(loaded.draft.decoder, loaded.engine, config.speculation, loaded.draft.vocab_size)
+            speculators["sd-colocated"] = ColocatedSpeculator(drafter)
         if not self._place.drafts_may_come:
             yield speculators, None, None
             return
         with contextlib.closing(LinkHost(self._own_host())) as host:
-            door = self._door(server, host, tokenizer)
+            door = self._door(server, host, tokenizer, loaded.engine.pool_blocks)
             try:
                 if awaited := self._place.num_drafts or int(config.deployment.draft_required):
                     patience = config.timeouts.load + config.timeouts.handshake
@@ -130,24 +158,25 @@ class TargetRank(Rank):
                 most = speculation.lookahead, speculation.budget
                 planner = AdaptivePlanner(*most, pace) if speculation.adapt else FixedPlanner(*most)
                 drafts = Drafts(door, config.timeouts.link)
-                link = LinkSpeculator(drafts, speculation.backup, decoder.arch.vocab_size, pace, planner)
+                link = LinkSpeculator(drafts, speculation.backup, loaded.target.arch.vocab_size, pace, planner)
                 link.check()
                 speculators |= {"ssd": link, "sd": link}
                 yield speculators, link, door
             finally:
                 door.close(self._stop.reason or "the target failed")
 
-    def _drafter(self, tokenizer: Tokenizer) -> Drafter:
-        """A draft in this process."""
+    def _own_draft(self, tokenizer: Tokenizer) -> _OwnDraft | None:
+        """The draft in this process, if it is to hold one."""
         config = self._config
-        draft = Tokenizer.from_model(resolve(config.draft.model))
-        reason = tokenizer.vocabulary().difference(draft.vocabulary())
+        if not config.deployment.holds_draft(config.speculation.mode):
+            return None
+        draft = Tokenizer.from_model(resolve(config.draft.model)).vocabulary()
+        reason = tokenizer.vocabulary().difference(draft)
         if reason is not None:
             raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
-        decoder = self._load("draft in the target's process", config.draft.model, config.draft.dtype)
-        return Drafter(decoder, config.engine, config.speculation, len(draft.vocabulary().tokens))
+        return _OwnDraft(self._models.load("draft"), len(draft.tokens))
 
-    def _door(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer) -> Door:
+    def _door(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer, num_blocks: int) -> Door:
         config, speculation = self._config, self._config.speculation
         shape = FrameShape.of(
             config.engine.max_num_seqs,
@@ -164,6 +193,7 @@ class TargetRank(Rank):
             link_timing(config),
             ranks,
             self._place.num_drafts,
+            num_blocks,
         )
         return Door(
             server,

@@ -13,9 +13,11 @@ if ! command -v "$compiler" >/dev/null || ! runtime=$("$compiler" -print-file-na
   exit 2
 fi
 flags=(-std=c++17 -O1 -g1 -fPIC -fno-omit-frame-pointer -ffp-contract=off -Wno-psabi -Wno-unknown-pragmas
-  -fsanitize=address,undefined -fno-sanitize-recover=undefined -DTORCH_TARGET_VERSION=0x020a000000000000)
+  -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 mapfile -t torch < <("$python" -c '
+from setup import STABLE_ABI
 from torch.utils import cpp_extension
+print(STABLE_ABI)
 print(*(f"-isystem{path}" for path in cpp_extension.include_paths()), sep="\n")
 print(*(f"-L{path}" for path in cpp_extension.library_paths()), sep="\n")')
 

@@ -46,7 +46,7 @@ class ModelConfig:
     """One role's model and where it runs.
 
     Attributes:
-        model: path of a Hugging Face directory or GGUF file, or the name of an embedded model.
+        model: path of a Hugging Face directory or GGUF file, or the name of an embedded or random model.
         dtype: what the linear layers compute in.
         device: kind of device; which one follows from the rank (allotment.py).
         threads: compute threads of the rank on a CPU.
@@ -71,7 +71,10 @@ class EngineConfig:
         max_model_len: most tokens (prompt and output) of one sequence.
         max_num_seqs: most sequences decoded at once.
         block_size: KV slots in one block.
-        num_blocks: blocks in the pool; 0 means enough for max_num_seqs sequences of max_model_len.
+        num_blocks: blocks in the pool; 0 means enough for max_num_seqs sequences of max_model_len, on a GPU as many of
+            these as fit.
+        kv_memory: share that KV pools may take of what is free on a GPU once the models are loaded, less the working
+            memory of a forward (model/memory.py).
         prefill_chunk: most prompt tokens of one forward.
         numerics: "invariant": a row's rounding depends on nothing that shares its forward, so the tokens are the same
             in every mode, speculation length and batch in bf16 and int8 too. Free with the compiled operators, which
@@ -82,13 +85,24 @@ class EngineConfig:
     max_num_seqs: Annotated[int, Within(1, 4096)] = 4
     block_size: Annotated[int, Within(1, 1 << 16)] = 16
     num_blocks: Annotated[int, Within(0, 1 << 24)] = 0
+    kv_memory: Annotated[float, Within(0.05, 1.0)] = 0.9
     prefill_chunk: Annotated[int, Within(1, 1 << 16)] = 256
     numerics: Numerics = "fast"
 
     @property
+    def sequence_blocks(self) -> int:
+        """Blocks of one sequence of max_model_len."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of sequences that can be in use at once."""
+        return self.max_num_seqs * self.sequence_blocks
+
+    @property
     def pool_blocks(self) -> int:
-        """Blocks in a pool of KV rows of sequences."""
-        return self.num_blocks or self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        """Blocks in a pool of KV rows of sequences; a rank on a GPU has put what fits there in place of 0."""
+        return self.num_blocks or self.most_blocks
 
 
 @dataclass(frozen=True)

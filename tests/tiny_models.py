@@ -7,9 +7,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import tokenizers
 import torch
@@ -17,12 +16,16 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from cuda_ext.ops import Span
 from ssd_runtime.config import Dtype
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.model.source import WHOLE, Part, expected_tensors
+
+if TYPE_CHECKING:
+    import gguf
 
 CPU = torch.device("cpu")
 TRAINING_TEXT = "the quick brown fox jumps over the lazy dog; 1234 naïve café, print(x) # ok\n"
@@ -128,6 +131,8 @@ def write_gguf(
     pre: str = "gpt-2",
 ) -> str:
     """Write a GGUF file of one architecture; tensors go by GGUF names, in GGUF layout."""
+    import gguf  # not everywhere where this file is used
+
     writer = gguf.GGUFWriter(path, arch.family)
     writer.add_block_count(arch.num_layers)
     writer.add_context_length(arch.max_position)
@@ -184,12 +189,16 @@ class PagedRun:
 
     def trunk(self, tokens: Sequence[int], start: int = 0, logit_rows: Sequence[int] | None = None) -> Tensor:
         """Forward the tokens at positions start, start + 1, ... of the sequence."""
+        return self.decoder.forward(self.batch(tokens, start, logit_rows), self.kv)
+
+    def batch(self, tokens: Sequence[int], start: int = 0, logit_rows: Sequence[int] | None = None) -> ForwardBatch:
+        """The rows of `trunk`."""
         count = len(tokens)
         positions = torch.arange(start, start + count)
         rows = None if logit_rows is None else torch.tensor(logit_rows, dtype=torch.int64)
         none = torch.empty(count, 0, dtype=torch.int64)
         sequence = torch.zeros(count, dtype=torch.int64)
-        batch = ForwardBatch(
+        return ForwardBatch(
             torch.tensor(tokens),
             positions,
             self.slots[positions],
@@ -197,6 +206,6 @@ class PagedRun:
             self.slots[None],
             positions + 1,
             none,
+            (Span(count, start + count),),
             rows,
         )
-        return self.decoder.forward(batch, self.kv)

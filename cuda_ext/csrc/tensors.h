@@ -10,6 +10,10 @@
 
 #include "kernels.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as it is called since torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace ssd {
 
 using torch::headeronly::ScalarType;

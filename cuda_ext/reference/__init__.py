@@ -3,6 +3,7 @@
 Knows no models and no caches.
 """
 
+from cuda_ext.reference.attention import Span, attention_by_rows, paged_attention
 from cuda_ext.reference.cache import (
     copy_branch_,
     lookup_branches,
@@ -12,7 +13,7 @@ from cuda_ext.reference.cache import (
     rollback_,
     write_kv_,
 )
-from cuda_ext.reference.layers import add_rms_norm, paged_attention, rms_norm, rope_write_, rotate_, silu_mul
+from cuda_ext.reference.layers import add_rms_norm, rms_norm, rope_write_, rotate_, silu_mul
 from cuda_ext.reference.linear import (
     linear_bf16,
     linear_fp32,
@@ -32,7 +33,9 @@ __all__ = [
     "PackedFp32",
     "PackedGrouped",
     "PackedInt8",
+    "Span",
     "add_rms_norm",
+    "attention_by_rows",
     "copy_branch_",
     "linear_bf16",
     "linear_fp32",

@@ -29,7 +29,7 @@ class PackedGrouped:
 
     Attributes:
         data: the codes (uint8), in the backend's layout; with the rest where the backend wants it so.
-        scales_OG, minima_OG: float16, one a group: weight = scale * code + minimum.
+        scales_OG, minima_OG: float16, one a group: weight = scale * code + minimum. Empty where `data` has them.
         bits: of a code, 4 or 8.
         in_features, out_features: the shape before packing.
     """

@@ -16,11 +16,13 @@ from launcher.commands import engine
 from launcher.commands.options import check_writable, config_options, connect_option, trace_option, writing
 from launcher.commands.sampling import sampling_options, sampling_params
 from ssd_runtime.config import MODES, Config, ConfigFile, Mode, load_config
+from ssd_runtime.model.random_models import pair_overrides
 
 if TYPE_CHECKING:
     from launcher.bench import Run
     from launcher.teams import Team
 
+DEFAULT_AGREEMENT = 0.85  # of the draft of --random
 WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what an engine in it can serve
 
 
@@ -46,6 +48,8 @@ WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what 
     is_flag=True,
     help="With --drafts: N drafts have speculation.budget / N each, rounded down, at least 1.",
 )
+@click.option("--random", "shapes", metavar="TARGET[,DRAFT]", help="Random weights of these shapes, as in llama-8b.")
+@click.option("--agreement", type=click.FloatRange(0, 1), help="With --random: of the draft; 0.85 without.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Measure all of it so often.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
 @connect_option
@@ -62,6 +66,8 @@ def bench_command(
     numerics: str | None,
     drafts: str | None,
     divide_budget: bool,
+    shapes: str | None,
+    agreement: float | None,
     repeat: int,
     out: Path | None,
     connect: str | None,
@@ -72,10 +78,12 @@ def bench_command(
     from launcher import bench, screen, teams
     from launcher.prompts import read_prompts
 
+    if shapes is not None:
+        overrides = (*pair_overrides(shapes, DEFAULT_AGREEMENT if agreement is None else agreement), *overrides)
     config = load_config(config_file, overrides)
     modes_asked = [mode.strip() for mode in modes.split(",")]
     runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
-    _check_options(connect, numerics, drafts, divide_budget)
+    _check_options(connect, numerics, drafts, divide_budget, shapes, agreement)
     compared = [] if drafts is None else teams.teams_of(drafts, config.speculation.budget, divide=divide_budget)
     prompts = tuple(read_prompts(prompts_path, limit))
     overrides = (*overrides, *overrides_for(runs, config))
@@ -92,6 +100,7 @@ def bench_command(
             preflight.check_devices(load_config(config_file, one.overrides))
     measured: dict[str, list[bench.Measured]] = {}
     machines: dict[str, dict[str, Any]] = {}
+    label: str | None = None
     for one in engines:
         config = load_config(config_file, one.overrides)
         with engine.open_session(config, connect, trace, request) as session:
@@ -99,7 +108,7 @@ def bench_command(
             workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
             with screen.counting(f"benchmark {one.name}".strip(), bench.count_steps(one.runs, workload)) as advance:
                 measured[one.name] = bench.measure(session.client, one.runs, workload, advance)
-            machines[one.name] = _machine(session.cores)
+            machines[one.name], label = _machine(session.cores), session.label
     if compared:
         config = load_config(config_file, overrides)  # the rows say in what the engines differ
         report = teams.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
@@ -119,6 +128,8 @@ def bench_command(
         "sampling": sampling,
         "config": config.to_dict(),
     }
+    if label is not None:
+        report = {"label": label, **report}
     screen.show_bench(report)  # first: a full disk is not to cost what took minutes to measure
     if out is not None:
         with writing(out):
@@ -148,15 +159,24 @@ def _engines(
     return [_Engine(one, (*overrides, f"engine.numerics={one}"), runs) for one in bench.parse_numerics(numerics)]
 
 
-def _check_options(connect: str | None, numerics: str | None, drafts: str | None, divide_budget: bool) -> None:
+def _check_options(
+    connect: str | None,
+    numerics: str | None,
+    drafts: str | None,
+    divide_budget: bool,
+    shapes: str | None,
+    agreement: float | None,
+) -> None:
     """Raise UsageError for options that do not go together."""
-    for option, given in (("--numerics", numerics), ("--drafts", drafts)):
+    for option, given in (("--numerics", numerics), ("--drafts", drafts), ("--random", shapes)):
         if connect is not None and given is not None:
             raise click.UsageError(f"{option} is the engine's own: give it to ssd up, not together with --connect")
     if drafts is not None and numerics is not None:
         raise click.UsageError("--drafts and --numerics start engines of their own: compare one of them at a time")
     if drafts is None and divide_budget:
         raise click.UsageError("--divide-budget says how the drafts of --drafts share: give that too")
+    if shapes is None and agreement is not None:
+        raise click.UsageError("--agreement is of the models of --random: give that too")
 
 
 def overrides_for(runs: Sequence[Any], config: Config) -> list[str]:

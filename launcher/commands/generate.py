@@ -73,11 +73,11 @@ def generate(
             if streams:
                 click.echo()
         if as_json:
-            click.echo(json.dumps(answers.as_json(generation)))
+            click.echo(json.dumps(answers.as_json(generation, session.label)))
         else:
             if not streams:
                 click.echo(answers.as_text(generation))
-            click.echo(answers.summary_line(generation, session.cores), err=True)
+            click.echo(answers.summary_line(generation, session.cores, session.label), err=True)
 
 
 def _standard_input() -> str:

@@ -67,6 +67,8 @@ def up(
         with engine.open_session(config, None, trace, None, nodes, group) as session:
             from launcher import screen
 
+            if session.label:
+                click.echo(session.label)
             click.echo(f"address: {session.address}")
             click.echo(f"cores: {screen.cores_line(session.cores)}")
             click.echo(f"use it: ssd generate --connect {session.address} --prompt 'Hello'  (Ctrl-C ends it)")

@@ -15,6 +15,7 @@ import click
 from launcher.commands.options import config_options, writing
 from ssd_runtime.config import Config, ConfigFile, load_config
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.random_models import random_model
 
 if TYPE_CHECKING:
     from launcher.bench import Generates
@@ -90,6 +91,8 @@ def study(
 
     pictures.check_installed()
     preflight.check_engine(config)
+    if random_model(config.target.model) is not None:
+        raise ConfigError(f"target model {config.target.model} says scripted text; a study needs real text")
     _make_directory(out)
     grown = _standing(out, config)
     run = _run(len(texts), max_tokens)

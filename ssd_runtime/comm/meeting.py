@@ -10,7 +10,9 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -18,14 +20,17 @@ import torch.distributed as dist
 from ssd_runtime.comm import exchange
 from ssd_runtime.comm.endpoint import Endpoint, GroupDraftLink, GroupTargetLink
 from ssd_runtime.comm.exchange import Exchange
-from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
+from ssd_runtime.comm.frames import HEADER, OutcomeCodec, TreeCodec
+from ssd_runtime.comm.gpu_queue import GpuQueue
 from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.messages_draft import LinkAddress
-from ssd_runtime.comm.pipes import GlooPipe, NcclPipe, Pipe, first_line, gloo_group, nccl_group
+from ssd_runtime.comm.nccl_pipe import NcclPipe
+from ssd_runtime.comm.pipes import GlooPipe, Pipe, first_line, gloo_group, nccl_group
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import ConfigError, PeerLost
 
 TARGET, DRAFT = 0, 1  # ranks inside a link's groups
+Direction = Literal["outcomes", "trees"]
 
 
 class LinkHost:
@@ -64,7 +69,7 @@ class LinkHost:
     ) -> GroupTargetLink:
         """Meet the draft at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come."""
         with _meeting(address, DRAFT, timing) as give_up, contextlib.closing(self._come(address, give_up)) as store:
-            outcomes, trees = _pipes(store, TARGET, give_up, device, backend)
+            outcomes, trees = _Builder(store, TARGET, give_up, address.shape, timing, device, backend).pipes()
         return GroupTargetLink(
             Endpoint("draft", 1, outcomes, trees, OutcomeCodec(address.shape), TreeCodec(address.shape), timing)
         )
@@ -91,7 +96,7 @@ def open_draft_link(
         _meeting(address, TARGET, timing) as give_up,
         contextlib.closing(exchange.knock(address.host, address.port, _secret(address), give_up)) as store,
     ):
-        outcomes, trees = _pipes(store, DRAFT, give_up, device, backend)
+        outcomes, trees = _Builder(store, DRAFT, give_up, address.shape, timing, device, backend).pipes()
     return GroupDraftLink(
         Endpoint("target", 0, trees, outcomes, TreeCodec(address.shape), OutcomeCodec(address.shape), timing)
     )
@@ -111,16 +116,42 @@ def _secret(address: LinkAddress) -> bytes:
     return f"{address.session}/{address.epoch}".encode()
 
 
-def _pipes(store: Exchange, rank: int, give_up: float, device: torch.device | None, backend: str) -> tuple[Pipe, Pipe]:
-    """The pipes of both directions, outcomes first."""
+@dataclass(frozen=True)
+class _Builder:
+    """One side's pipes of both directions."""
 
-    def pipe(direction: str) -> Pipe:
-        prefix, left = dist.PrefixStore(direction, store), timedelta(seconds=max(0.1, give_up - time.monotonic()))
-        if backend == "nccl":
-            assert device is not None, "NCCL needs a device"
-            return NcclPipe(nccl_group(prefix, rank, device, left), 1 - rank, device)
-        return GlooPipe(gloo_group(prefix, rank, store.own_host, left), 1 - rank)
+    store: Exchange
+    rank: int
+    give_up: float
+    shape: FrameShape
+    timing: LinkTiming
+    device: torch.device | None
+    backend: str
 
-    pipes = pipe("outcomes"), pipe("trees")
-    store.settle()
-    return pipes
+    def pipes(self) -> tuple[Pipe, Pipe]:
+        """Outcomes first."""
+        with contextlib.ExitStack() as built:
+            outcomes = self._pipe("outcomes", built)
+            trees = self._pipe("trees", built)
+            self.store.settle()
+            built.pop_all()
+        return outcomes, trees
+
+    def _pipe(self, direction: Direction, built: contextlib.ExitStack) -> Pipe:
+        """Built within the deadline; `built` closes it should the rest fail."""
+        prefix = dist.PrefixStore(direction, self.store)
+        group = gloo_group(prefix, self.rank, self.store.own_host, timedelta(seconds=self._left()))
+        gloo = GlooPipe(group, 1 - self.rank)
+        if self.backend == "gloo":
+            return gloo
+        assert self.device is not None, "NCCL needs a device"
+        silence, store = self.timing.silence, dist.PrefixStore("nccl", prefix)
+        group = nccl_group(store, self.rank, self.device, timedelta(seconds=silence), small=True)
+        sender, codec = (TARGET, OutcomeCodec) if direction == "outcomes" else (DRAFT, TreeCodec)
+        pipe = NcclPipe(gloo, group, 1 - self.rank, GpuQueue(self.device), codec(self.shape).num_words, HEADER, silence)
+        built.callback(pipe.close)
+        pipe.warm_up(self.rank == sender, self._left())
+        return pipe
+
+    def _left(self) -> float:
+        return max(0.1, self.give_up - time.monotonic())

@@ -23,6 +23,7 @@ class Hello:
     Attributes:
         rank: in the leader's torchrun; 0 for a draft of another, which is given a number.
         instance: random name of this process: one that comes back takes its own place, not another's.
+        num_blocks: of its KV pool, for sequences.
     """
 
     version: Annotated[int, Within(0, 2**31 - 1)]
@@ -31,6 +32,7 @@ class Hello:
     config_digest: Name
     vocabulary: VocabularyDigest
     instance: Name = ""
+    num_blocks: Annotated[int, Within(0, 2**31 - 1)] = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""One direction of a link over one process group of two: Gloo between CPUs, NCCL between GPUs. Knows words, no frames.
+"""One direction of a link over a process group of two, between CPUs; the groups themselves. Knows words, no frames.
+
+Between GPUs the same is in nccl_pipe.py.
 
 Facts this rests on (torch 2.13, Gloo): a receive completes only in a wait; a wait that times out closes every
 connection of its group, which also frees whoever else waits there - that is how a deadline ends a link and how close()
@@ -8,7 +10,6 @@ ends a blocked receive.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from datetime import timedelta
 from typing import Any, Protocol
@@ -69,45 +70,6 @@ class GlooPipe:
         self._group = None
 
 
-class NcclPipe:
-    """Frames between GPUs, in device memory. Written by reading torch's source; it has not run yet.
-
-    Args:
-        group: a ProcessGroupNCCL of two with a non-blocking communicator.
-        peer: the other one's rank in it.
-        device: of this rank.
-    """
-
-    def __init__(self, group: Any, peer: int, device: torch.device) -> None:
-        self._group, self._peer, self._device = group, peer, device
-
-    def post(self, words: Tensor) -> Any:
-        with torch.cuda.device(self._device):
-            on_device = words.to(self._device)
-            return self._group.send([on_device], self._peer, 0), on_device
-
-    def finish(self, in_flight: Any, timeout_s: float) -> None:
-        work, deadline = in_flight[0], time.monotonic() + timeout_s
-        while not work.is_completed():  # wait() would block the stream, not this thread
-            if time.monotonic() > deadline:
-                self._group.abort()
-                raise RuntimeError(f"no completion within {timeout_s:g} s")
-            time.sleep(50e-6)
-        work.wait()
-
-    def receive(self, num_words: int, timeout_s: float) -> Tensor:
-        with torch.cuda.device(self._device):
-            on_device = torch.empty(num_words, dtype=torch.int64, device=self._device)
-            self.finish((self._group.recv([on_device], self._peer, 0),), timeout_s)
-            return on_device.cpu()
-
-    def cancel(self) -> None:
-        self._group.abort()
-
-    def close(self) -> None:
-        self._group = None
-
-
 def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta, size: int = 2) -> Any:
     """A group between CPUs. It listens at `local_host` while it is built."""
     with heard_while_built(lambda: dist.ProcessGroupGloo.create_device(hostname=local_host)) as device:
@@ -116,10 +78,19 @@ def gloo_group(store: Any, rank: int, local_host: str, timeout: timedelta, size:
         return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def nccl_group(store: Any, rank: int, device: torch.device, timeout: timedelta, size: int = 2) -> Any:
-    """A group between GPUs with a non-blocking communicator."""
+def nccl_group(
+    store: Any, rank: int, device: torch.device, timeout: timedelta, size: int = 2, small: bool = False
+) -> Any:
+    """A group between GPUs with a non-blocking communicator.
+
+    Args:
+        timeout: torch itself ends an operation that takes longer.
+        small: for few words beside a forward: one block of threads, before the forward's where there is a choice.
+    """
     options = dist.ProcessGroupNCCL.Options()
     options._timeout, options.config.blocking = timeout, 0
+    if small:
+        options.is_high_priority_stream, options.config.max_ctas = True, 1
     group = dist.ProcessGroupNCCL(store, rank, size, options)
     group.eager_connect_single_device(device)
     return group

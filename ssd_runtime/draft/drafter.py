@@ -22,6 +22,7 @@ from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
 from ssd_runtime.kv.sharing import take_over
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.memory import chain_nodes, tree_blocks
 from ssd_runtime.speculation.fanout import Fork, share_budget
 from ssd_runtime.speculation.policies import fan_out_policy
 from ssd_runtime.speculation.processors import process_rows
@@ -60,7 +61,8 @@ class Drafter:
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
         self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
         self._rule = proposal_rule(speculation)
-        self._kv = decoder.new_kv(draft_blocks(engine, speculation) * engine.block_size)
+        self._num_blocks = engine.pool_blocks + tree_blocks(engine, speculation)
+        self._kv = decoder.new_kv(self._num_blocks * engine.block_size)
         self._round = 0
         self._told_of_blind_rows = False
         self.reset()
@@ -71,8 +73,8 @@ class Drafter:
         Whatever state an exception has left, there is nothing of it afterwards.
         """
         engine, speculation = self._engine, self._speculation
-        self.allocator = BlockAllocator(draft_blocks(engine, speculation))
-        self._scratch = ScratchSlots(self.allocator, engine.block_size, self.allocator.num_blocks - engine.pool_blocks)
+        self.allocator = BlockAllocator(self._num_blocks)
+        self._scratch = ScratchSlots(self.allocator, engine.block_size, self._num_blocks - engine.pool_blocks)
         self._sequences: dict[int, DraftedSequence] = {}
         self._plan = Plan(speculation.lookahead, speculation.budget)
         self._last_step: DraftStep | None = None
@@ -291,15 +293,3 @@ def proposal_rule(speculation: SpeculationConfig) -> ProposalRule | None:
     if speculation.coupling == "shared-noise":
         return None
     return ProposalRule(speculation.top_m, speculation.saguaro_c, speculation.saguaro_f)
-
-
-def draft_blocks(engine: EngineConfig, speculation: SpeculationConfig) -> int:
-    """Blocks of the draft's pool: the target's number for sequences, and scratch for two generations of trees."""
-    nodes = 2 * (speculation.budget * (speculation.lookahead + 2) + chain_nodes(speculation))
-    scratch = engine.max_num_seqs * -(-nodes // engine.block_size) + 1
-    return engine.pool_blocks + scratch
-
-
-def chain_nodes(speculation: SpeculationConfig) -> int:
-    """Most nodes of one chain with all bets on it: a trunk with its root, or a branch drafted just in time."""
-    return (1 + 2 * speculation.recycle) * (speculation.lookahead + 2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
-from ssd_runtime.comm.control import ControlPeer
 from ssd_runtime.comm.link import DraftLink
 from ssd_runtime.comm.messages import Message, Refused, Shutdown
 from ssd_runtime.comm.messages_draft import Admit, Finish, Share
@@ -13,6 +13,9 @@ from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame
 from ssd_runtime.trace import Tracer
+
+if TYPE_CHECKING:
+    from ssd_runtime.comm.control import ControlPeer
 
 log = logging.getLogger(__name__)
 

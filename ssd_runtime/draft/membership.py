@@ -21,6 +21,7 @@ from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.draft.loop import DraftLoop
 from ssd_runtime.errors import ConfigError, PeerLost, SsdError
+from ssd_runtime.model.device_memory import told
 from ssd_runtime.trace import Tracer
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Membership:
 
     def _failed(self, error: Exception) -> _DraftFailed:
         """What is said of a failure: where it came from only once, if it comes again and again."""
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        failure = told(error)
         if failure != self._last_failure:
             log.error("this draft failed", exc_info=error)
             self._last_failure = failure

@@ -29,6 +29,7 @@ from ssd_runtime.errors import DeviceFault, PeerLost, RequestError
 from ssd_runtime.kv.blocks import BlockAllocator
 from ssd_runtime.kv.paged import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
+from ssd_runtime.model.device_memory import told
 from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.speculation.logprobs import token_logprobs
 from ssd_runtime.speculation.types import MOST_ALTERNATIVES, Outcome, Speculation
@@ -193,7 +194,7 @@ class Engine:
             ending = [sequence for sequence in concerned if sequence in self.scheduler.running]
             log.exception("%s failed in round %d; %d sequences end with it", doing, self._round, len(ending))
             for sequence in ending:
-                sequence.fail(f"{doing} failed: {type(error).__name__}: {error}".splitlines()[0])
+                sequence.fail(f"{doing} failed: {told(error)}")
                 self._end(sequence, running=True)
                 self._failed.append(Progressed(sequence, Delta("", (), sequence.finish_reason), sequence.failure))
 

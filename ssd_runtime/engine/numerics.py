@@ -88,28 +88,20 @@ class Rounding:
 
     def _cut(self, fresh: FreshTokens) -> Iterator[tuple[ForwardBatch, slice]]:
         """The windows that hold the fresh tokens, and which of their rows were asked for."""
-        device, end = self._decoder.device, fresh.start + len(fresh.tokens)
+        end = fresh.start + len(fresh.tokens)
         for first in range(fresh.start // WINDOW * WINDOW, end, WINDOW):
             reach = min(first + WINDOW, len(fresh.table.slots))
-            rows = []
-            for index in range(WINDOW):
-                position = first + index
-                if fresh.start <= position < end:
-                    token, slot = fresh.tokens[position - fresh.start], fresh.table.slot(position)
-                    rows.append((token, position, slot, 0, position + 1))
-                else:  # it sees the whole window, so that the attention is always as wide; what comes out is dropped
-                    rows.append((0, position, self._spare_slot + index, 0, reach))
-            rows_5N = torch.tensor(rows, dtype=torch.int64).T.contiguous().to(device)
-            batch = ForwardBatch(
-                tokens_N=rows_5N[0],
-                positions_N=rows_5N[1],
-                slots_N=rows_5N[2],
-                sequence_N=rows_5N[3],
-                tables_SC=fresh.table.slots[None, :reach],
-                prefix_N=rows_5N[4],
-                chain_ND=torch.empty(WINDOW, 0, dtype=torch.int64, device=device),
-            )
-            yield batch, slice(max(fresh.start - first, 0), min(end - first, WINDOW))
+            begin, stop = max(fresh.start, first), min(end, first + WINDOW)
+            rows = RowBuilder(self._decoder.device)
+            rows.begin_sequence(fresh.table)
+            # Padding sees the whole window, so that the attention is always as wide; what comes out is dropped.
+            for position in range(first, begin):
+                rows.add_padding(position, self._spare_slot + position - first, reach)
+            rows.add_trunk(fresh.tokens[begin - fresh.start : stop - fresh.start], begin)
+            for position in range(stop, first + WINDOW):
+                rows.add_padding(position, self._spare_slot + position - first, reach)
+            rows.want_logits(WINDOW)
+            yield rows.build(), slice(begin - first, stop - first)
 
 
 def needs_windows(decoder: Model, numerics: Numerics) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cuda_ext.ops import Span
+from cuda_ext.upload import uploaded
 from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.model.batch import ForwardBatch
 
@@ -15,14 +18,15 @@ class RowBuilder:
     """Rows of several sequences, one after the other.
 
     Args:
-        device: where the batch is wanted. It travels there as one tensor.
+        device: where the batch is wanted. It travels there as one vector.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._tables: list[BlockTable] = []
-        self._reach: int = 1
-        self._rows: list[tuple[int, int, int, int, int]] = []
+        self._first_rows: list[int] = []  # of each table
+        self._reaches: list[int] = []
+        self._rows: list[tuple[int, int, int, int]] = []  # token, position, slot, prefix
         self._chains: list[Sequence[int]] = []
         self._wanted: list[int] = []
 
@@ -32,20 +36,24 @@ class RowBuilder:
     def begin_sequence(self, table: BlockTable) -> None:
         """The rows added from here on belong to the sequence of this table."""
         self._tables.append(table)
+        self._first_rows.append(len(self._rows))
+        self._reaches.append(0)
 
     def add_trunk(self, tokens: Sequence[int], start: int) -> None:
         """Consecutive tokens of the sequence from position `start`, written to their own places, causal."""
-        table, index = self._tables[-1], len(self._tables) - 1
-        for position, token in enumerate(tokens, start):
-            self._rows.append((token, position, table.slot(position), index, position + 1))
-            self._chains.append(())
-        self._reach = max(self._reach, start + len(tokens))
+        end = start + len(tokens)
+        slots = self._tables[-1].slots_of(start, end)
+        self._rows += zip(tokens, range(start, end), slots, range(start + 1, end + 1), strict=True)
+        self._chains += [()] * len(tokens)
+        self._reaches[-1] = max(self._reaches[-1], end)
 
     def add_branch_row(self, token: int, position: int, prefix: int, chain: Sequence[int]) -> None:
         """A row of a tree: sees `prefix` positions of the sequence and the slots of `chain`, the last one its own."""
-        self._rows.append((token, position, chain[-1], len(self._tables) - 1, prefix))
-        self._chains.append(chain)
-        self._reach = max(self._reach, prefix)
+        self._add(token, position, chain[-1], prefix, chain)
+
+    def add_padding(self, position: int, slot: int, prefix: int) -> None:
+        """A row that nobody asks for, on a slot that belongs to nobody: it keeps a place in the forward."""
+        self._add(0, position, slot, prefix, ())
 
     def want_logits(self, count: int = 1) -> None:
         """Logits are wanted of the last `count` rows added."""
@@ -53,25 +61,43 @@ class RowBuilder:
 
     def build(self) -> ForwardBatch:
         """The batch. Logits come in the order they were asked for; of the last row if none was asked for."""
-        rows_5N = torch.tensor(self._rows, dtype=torch.int64).T.contiguous().to(self._device)
-        depth = max(map(len, self._chains))
-        chains = [[*chain, *[-1] * (depth - len(chain))] for chain in self._chains]
-        if len(self._tables) == 1:
-            tables_SC = self._tables[0].slots[None, : self._reach]
-        else:
-            tables_SC = torch.stack([table.slots[: self._reach] for table in self._tables])
-        wanted = self._wanted or [len(self._rows) - 1]
+        num_rows, depth = len(self._rows), max(map(len, self._chains))
+        counts = [end - first for first, end in itertools.pairwise([*self._first_rows, num_rows])]
+        wanted = self._wanted or [num_rows - 1]
+        if wanted == list(range(num_rows)):
+            wanted = []
+        words = [*itertools.chain.from_iterable(zip(*self._rows, strict=True))]
+        for index, count in enumerate(counts):
+            words += [index] * count
+        if depth:
+            padding = [-1] * depth
+            for chain in self._chains:
+                words += chain
+                words += padding[len(chain) :]
+        words += wanted
+        lengths = [num_rows] * 5 + [num_rows * depth, len(wanted)]
+        *rows_5N, chains, wanted_R = uploaded(words, self._device).split(lengths)
+        tokens_N, positions_N, slots_N, prefix_N, sequence_N = rows_5N
         return ForwardBatch(
-            tokens_N=rows_5N[0],
-            positions_N=rows_5N[1],
-            slots_N=rows_5N[2],
-            sequence_N=rows_5N[3],
-            tables_SC=tables_SC,
-            prefix_N=rows_5N[4],
-            chain_ND=torch.tensor(chains, dtype=torch.int64, device=self._device).reshape(len(chains), depth),
-            logit_rows_R=None if wanted == list(range(len(self._rows))) else _indices(wanted, self._device),
+            tokens_N=tokens_N,
+            positions_N=positions_N,
+            slots_N=slots_N,
+            sequence_N=sequence_N,
+            tables_SC=self._slots_of_tables(),
+            prefix_N=prefix_N,
+            chain_ND=chains.view(num_rows, depth),
+            spans=tuple(map(Span, counts, self._reaches)),
+            logit_rows_R=wanted_R if wanted else None,
         )
 
+    def _slots_of_tables(self) -> Tensor:
+        width = max(1, *self._reaches)
+        if len(self._tables) == 1:
+            return self._tables[0].slots[None, :width]
+        return torch.stack([table.slots[:width] for table in self._tables])
 
-def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    def _add(self, token: int, position: int, slot: int, prefix: int, chain: Sequence[int]) -> None:
+        self._rows.append((token, position, slot, prefix))
+        self._chains.append(chain)
+        if prefix > self._reaches[-1]:
+            self._reaches[-1] = prefix

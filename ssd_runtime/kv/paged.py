@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops
+from cuda_ext.upload import upload_, uploaded
 from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv.blocks import BlockAllocator
 
@@ -54,13 +55,14 @@ class BlockTable:
 
     def reserve(self, length: int) -> None:
         """Make room for rows up to `length`, without changing `length`."""
-        while self.capacity < length:
-            block = self._allocator.allocate()
-            start = block * self.block_size
-            self.slots[self.capacity : self.capacity + self.block_size] = torch.arange(
-                start, start + self.block_size, device=self._device
-            )
-            self._blocks.append(block)
+        first = self.capacity
+        if length <= first:
+            return
+        try:
+            while self.capacity < length:
+                self._blocks.append(self._allocator.allocate())
+        finally:  # also of what it got before the pool was exhausted
+            upload_(self.slots[first : self.capacity], self.slots_of(first, self.capacity))
 
     def take_over(self, other: BlockTable, length: int) -> None:
         """Begin with the first `length` rows of another table, whole blocks, held by both: neither may write there."""
@@ -76,6 +78,14 @@ class BlockTable:
     def slot(self, position: int) -> int:
         """The slot of a position inside the capacity, computed on the host."""
         return self._blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def slots_of(self, start: int, end: int) -> list[int]:
+        """The slots of the positions from `start` to before `end`, computed on the host."""
+        size, slots = self.block_size, list[int]()
+        for index in range(start // size, -(-end // size)):
+            shift = (self._blocks[index] - index) * size
+            slots += range(max(start, index * size) + shift, min(end, (index + 1) * size) + shift)
+        return slots
 
     def rollback(self, length: int) -> None:
         """Keep the first `length` rows and give back every whole block behind them."""
@@ -134,9 +144,8 @@ def copy_branch(kv: Tensor, source_slots: Sequence[int], target_slots: Sequence[
     """
     if not source_slots:
         return
-    source = torch.tensor(source_slots, dtype=torch.int64, device=kv.device)
-    target = torch.tensor(target_slots, dtype=torch.int64, device=kv.device)
-    ops.copy_branch_(kv, source, target)
+    source_N, target_N = uploaded([*source_slots, *target_slots], kv.device).view(2, -1)
+    ops.copy_branch_(kv, source_N, target_N)
 
 
 def raise_faults(kv: Tensor) -> None:

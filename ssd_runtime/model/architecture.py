@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from ssd_runtime.errors import ConfigError
@@ -119,6 +119,16 @@ class Architecture:
                 f"{who}: its sliding window of {self.sliding_window} tokens is not supported on longer texts; "
                 f"set engine.max_model_len to at most {self.sliding_window}, not {length}"
             )
+
+    def part(self, ranks: int) -> Architecture:
+        """The shape of what one of `ranks` holds of a model that divides among them (model/parallel.py says how)."""
+        return replace(
+            self,
+            num_heads=self.num_heads // ranks,
+            num_kv_heads=max(1, self.num_kv_heads // ranks),
+            intermediate_size=self.intermediate_size // ranks,
+            vocab_size=-(-self.vocab_size // ranks),
+        )
 
     def check_divides(self, ranks: int, who: str) -> None:
         """Raise ConfigError unless the model divides among so many ranks (model/parallel.py says how)."""

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cuda_ext.ops import Span
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.speculation.choice import Choice
 
@@ -16,6 +17,9 @@ from ssd_runtime.speculation.choice import Choice
 @dataclass(frozen=True)
 class ForwardBatch:
     """N rows for one forward; int64 tensors on the model's device.
+
+    Rows of a sequence come one after the other, sequences in the order of the tables. What decides the shapes of a
+    forward is there as integers of the host, so that nobody reads a tensor of the device for it.
 
     A row sees the first `prefix` slots of its sequence's table and the non-negative slots of its chain. Its own slot is
     among them: a trunk row at position p has prefix p + 1, a tree row ends its chain with its own slot.
@@ -28,6 +32,7 @@ class ForwardBatch:
         tables_SC: slots of each sequence in order (C may exceed what is used).
         prefix_N: how many slots of its table a row sees.
         chain_ND: further slots a row sees, -1 for none; D may be 0.
+        spans: of each sequence how many rows it has and how far they reach.
         logit_rows_R: rows whose logits are wanted; None for all.
     """
 
@@ -38,6 +43,7 @@ class ForwardBatch:
     tables_SC: Tensor
     prefix_N: Tensor
     chain_ND: Tensor
+    spans: tuple[Span, ...]
     logit_rows_R: Tensor | None = None
 
 

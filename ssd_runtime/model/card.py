@@ -1,7 +1,7 @@
 """What a model file says of itself: its header and its tokenizer, checked whole. Makes no tensors.
 
 Commands read it before they start ranks, and torch takes seconds to import: nothing here needs it, and the weight
-formats import it where a tensor is made.
+formats import it where a tensor is made. What a format or a tokenizer needs is imported where one is opened.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Literal
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.files import look
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.source import WeightSource
-from ssd_runtime.model.tokenizer import Tokenizer
 from ssd_runtime.model.vocabulary import Vocabulary
-from ssd_runtime.model.weights_gguf import GgufWeights
-from ssd_runtime.model.weights_hf import HfWeights
+from ssd_runtime.model.weights_random import RandomWeights
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,30 @@ class ModelCard:
     """What a model file says of itself."""
 
     path: str
-    format: Literal["hf", "gguf"]
+    format: Literal["hf", "gguf", "random"]
     arch: Architecture
     eos_token_ids: tuple[int, ...]
     vocabulary: Vocabulary
 
 
 def open_weights(path: str) -> WeightSource:
-    """Open a Hugging Face directory or a GGUF file and check it whole, reading headers only.
+    """Open a Hugging Face directory, a GGUF file or a random model and check it whole, reading headers only.
 
     Raises:
         ConfigError: missing, truncated, damaged or unsupported; one line with the remedy.
     """
+    if (model := random_model(path)) is not None:
+        return RandomWeights(model)
     if look(path) is None:
         remedy = "pass a Hugging Face directory, a GGUF file or the name of an embedded model"
         raise ConfigError(f"model {path} does not exist; {remedy}")
-    return HfWeights(path) if Path(path).is_dir() else GgufWeights(path)
+    if Path(path).is_dir():
+        from ssd_runtime.model.weights_hf import HfWeights
+
+        return HfWeights(path)
+    from ssd_runtime.model.weights_gguf import GgufWeights
+
+    return GgufWeights(path)
 
 
 def inspect_model(path: str) -> ModelCard:
@@ -49,6 +56,8 @@ def inspect_model(path: str) -> ModelCard:
     Raises:
         ConfigError: as `open_weights`; or a tokenizer that is missing, damaged or another model's.
     """
+    from ssd_runtime.model.tokenizer import Tokenizer
+
     source = open_weights(path)
     tokenizer = Tokenizer.from_model(path)
     if tokenizer.vocab_size > source.architecture.vocab_size:
@@ -58,7 +67,7 @@ def inspect_model(path: str) -> ModelCard:
         )
     return ModelCard(
         path=path,
-        format="hf" if Path(path).is_dir() else "gguf",
+        format="random" if random_model(path) else "hf" if Path(path).is_dir() else "gguf",
         arch=source.architecture,
         eos_token_ids=tokenizer.eos_token_ids,
         vocabulary=tokenizer.vocabulary(),

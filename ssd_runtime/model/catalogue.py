@@ -1,4 +1,4 @@
-"""The embedded models by name, and where their files lie. Fetches nothing."""
+"""Models by name: embedded ones, and where their files lie; random ones, which have none. Fetches nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.files import look
+from ssd_runtime.model.random_models import random_model
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ def cache_directory() -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """The path of an embedded model's file, or the path itself.
+    """The path of an embedded model's file, or the path itself; a random model goes by its name everywhere.
 
     Raises:
         ConfigError: neither; or an embedded model that has not been fetched.
     """
+    if random_model(name_or_path) is not None:
+        return name_or_path
     model = CATALOGUE.get(name_or_path)
     if model is not None:
         cached = cache_directory() / model.file

@@ -28,7 +28,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model.tokenizer_gguf import brief
+from ssd_runtime.model.fields import brief_error
 
 LONGEST_TEMPLATE = 1 << 18  # characters; known ones have a few tens of thousands, and this takes a second to compile
 MOST_SECONDS = 1.0  # of processor time for one conversation, in which nobody else is served
@@ -74,7 +74,7 @@ class ChatTemplate:
                     **self._special_tokens,
                 )
         except Exception as error:  # noqa: BLE001 (a stranger's program may raise anything)
-            reason = brief(error) or type(error).__name__
+            reason = brief_error(error) or type(error).__name__
             raise RequestError(f"the model's chat template refuses these messages: {reason}") from None
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class ChatTemplate:
             with self._environment.budget():
                 return self._environment.from_string(source)
         except Exception as error:  # noqa: BLE001 (Python, which it is compiled to, has errors of its own)
-            return f"has a chat template that does not parse ({brief(error) or type(error).__name__})"
+            return f"has a chat template that does not parse ({brief_error(error) or type(error).__name__})"
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -143,7 +143,14 @@ class Decoder:
                 k_NGD = ops.rms_norm(k_NGD.reshape(-1, head_dim), layer.k_norm_D, eps).view(k_NGD.shape)
             ops.rope_write_(q_NHD, k_NGD, v_NGD, cos_ND, sin_ND, kv_2SGD, batch.slots_N)
             attended_NHD = ops.paged_attention(
-                q_NHD, kv_2SGD, batch.sequence_N, batch.tables_SC, batch.prefix_N, batch.chain_ND, self._scale
+                q_NHD,
+                kv_2SGD,
+                batch.sequence_N,
+                batch.tables_SC,
+                batch.prefix_N,
+                batch.chain_ND,
+                self._scale,
+                batch.spans,
             )
             x_NE = attended_NHD.reshape(num_rows, num_heads * head_dim)
             if index == last and batch.logit_rows_R is not None:  # the other rows have left their keys and values

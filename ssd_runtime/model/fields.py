@@ -68,3 +68,8 @@ def brief(value: Any) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists within lists
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def brief_error(error: BaseException) -> str:
+    """The message of a foreign error as the part of one line."""
+    return " ".join(str(error).split())[:200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -14,9 +15,11 @@ from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
+from ssd_runtime.model.random_models import random_model
+from ssd_runtime.model.script import ScriptedDecoder
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
 from ssd_runtime.model.source import WeightSource
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.weights_random import RandomWeights
 
 Progress = Callable[[float], None]
 
@@ -30,7 +33,11 @@ def load_decoder(
 ) -> Decoder:
     """Load a model, layer by layer: besides the result, one layer (or the embedding table) is in memory at a time.
 
+    A random model ("random:llama-8b", "random:llama-1b@0.85") is made on the device itself, without a copy on the host,
+    on "meta" too. Its forwards are computed, and some of their logits replaced (script.py).
+
     Args:
+        path: what `catalogue.resolve` returns: of a directory or file, or the name of a random model.
         progress: called with the part done, 0 to 1, in the loading thread.
         group: ranks that share the model; each calls this, reads its own part only and gets a decoder of that part.
 
@@ -41,9 +48,18 @@ def load_decoder(
     """
     environment.check_operators()
     check_dtype(dtype, device)
+    if (model := random_model(path)) is not None:
+        scripted = partial(ScriptedDecoder, model.agreement)
+        return decoder_from_weights(RandomWeights(model, device), dtype, device, progress, group=group, make=scripted)
     source = open_weights(path)
-    calibration = Tokenizer.from_model(path).encode(CALIBRATION_TEXT) if dtype == "int8" else None
+    calibration = _calibration(path) if dtype == "int8" else None
     return decoder_from_weights(source, dtype, device, progress, calibration, group)
+
+
+def _calibration(path: str) -> list[int]:
+    from ssd_runtime.model.tokenizer import Tokenizer  # no other dtype needs one
+
+    return Tokenizer.from_model(path).encode(CALIBRATION_TEXT)
 
 
 def decoder_from_weights(
@@ -53,18 +69,20 @@ def decoder_from_weights(
     progress: Progress | None = None,
     calibration: Sequence[int] | None = None,
     group: Collective = ALONE,
+    make: Callable[..., Decoder] = Decoder,
 ) -> Decoder:
     """As `load_decoder`, from weights already opened.
 
     Args:
         calibration: tokens of a text on which to smooth the layers; None leaves them as they are.
+        make: a decoder of its parts.
     """
     shard = None
     if group.size > 1:
         source.architecture.check_divides(group.size, f"model {source.path}")
         shard = Shard(ShardPlan(source.architecture, group.rank, group.size), group)
         source = ShardedWeights(source, shard.plan)
-    return _Loader(source, dtype, device, progress or (lambda part: None), calibration, shard).run()
+    return _Loader(source, dtype, device, progress or (lambda part: None), calibration, shard).run(make)
 
 
 class _Loader:
@@ -84,7 +102,7 @@ class _Loader:
         self.kind = activation_dtype(dtype)
 
     @torch.inference_mode()
-    def run(self) -> Decoder:
+    def run(self, make: Callable[..., Decoder]) -> Decoder:
         arch, smoother = self.source.architecture, None
         self.progress(0.0)
         steps = arch.num_layers + 2  # the embedding table and the head count as a layer each
@@ -108,7 +126,7 @@ class _Loader:
             layers.append(self._layer(smoother.smooth(weights) if smoother else weights))
             self.progress((index + 3) / steps)
         norm_E = self._vector(self._read("norm.weight"))
-        return Decoder(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P, self.shard)
+        return make(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P, self.shard)
 
     def _smoother(self, table_VE: torch.Tensor, tokens: list[int], frequencies_P: torch.Tensor) -> Smoother:
         arch = self.source.architecture
@@ -148,8 +166,12 @@ class _Loader:
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
-        """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway."""
-        return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32)
+        """In float32, which int8 and int4 are best made from; but bfloat16 where that is what will be kept anyway.
+
+        On its device at once: what the layers make of it is made there, without another copy here, and what is used
+        twice, as the table of tied embeddings is, is there once.
+        """
+        return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32).to(self.device)
 
     def _bias(self, linears: Sequence[str], present: bool) -> torch.Tensor | None:
         return torch.cat([self._read(f"{name}.bias") for name in linears]) if present else None
@@ -174,5 +196,5 @@ def check_finite(tensor: torch.Tensor, who: str) -> None:
     The sum of a tensor with NaN or infinity in it is one of these, and costs a reading of the memory; the converse does
     not hold, sums overflow.
     """
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    if not tensor.is_meta and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise ConfigError(f"{who}: NaN or infinity ({tensor.dtype}); the weights are damaged, fetch the model again")

@@ -10,7 +10,7 @@ Shape legend: N rows, R rows of logits, V vocabulary, L columns of a rank, G ran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -113,7 +113,7 @@ class ShardPlan:
     @property
     def vocab_size(self) -> int:
         """Rows of this rank's part of the embedding table, padding included."""
-        return -(-self.arch.vocab_size // self.size)
+        return self.local.vocab_size
 
     @property
     def vocabulary(self) -> tuple[int, int]:
@@ -124,14 +124,7 @@ class ShardPlan:
     @property
     def local(self) -> Architecture:
         """The part as a model of its own."""
-        (first, last), (kv_first, kv_last), (start, end) = self.heads, self.kv_heads, self.inner
-        return replace(
-            self.arch,
-            num_heads=last - first,
-            num_kv_heads=kv_last - kv_first,
-            intermediate_size=end - start,
-            vocab_size=self.vocab_size,
-        )
+        return self.arch.part(self.size)
 
     def part(self, name: str) -> Part:
         """Which part of a tensor (by its Hugging Face name) this rank reads."""

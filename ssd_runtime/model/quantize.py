@@ -33,6 +33,17 @@ class PackedLinear:
         return ops.linear_grouped(x_NI, self.packed, self.bias_O)
 
 
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A linear layer in plain torch, as GPUs have it."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return functional.linear(x_NI, self.weight_OI, self.bias_O)
+
+
 def check_dtype(dtype: Dtype, device: torch.device) -> None:
     """Raise ConfigError when this dtype does not run on this device."""
     if not runs_on(dtype, device.type):
@@ -47,16 +58,15 @@ def activation_dtype(dtype: Dtype) -> torch.dtype:
 def make_linear(weight_OI: Tensor, bias_O: Tensor | None, dtype: Dtype, device: torch.device) -> Linear:
     """A linear layer that computes in `dtype`: NI -> NO in the activations' dtype.
 
-    On a GPU it is F.linear. On the CPU weights are packed; int8 has one scale per output channel and quantizes its
-    input by row; int4 has a scale and a minimum per 32 input features, and quantizes its input to int8 in the same
-    groups. With the compiled operators a row's result does not depend on the rows beside it.
+    On a GPU it is F.linear, with these very weights if they are there and in that dtype. On the CPU weights are packed;
+    int8 has one scale per output channel and quantizes its input by row; int4 has a scale and a minimum per 32 input
+    features, and quantizes its input to int8 in the same groups. With the compiled operators a row's result does not
+    depend on the rows beside it.
     """
     check_dtype(dtype, device)
     if device.type != "cpu":
         kind = activation_dtype(dtype)
-        weight_OI = weight_OI.to(device, kind).contiguous()
-        bias_O = None if bias_O is None else bias_O.to(device, kind)
-        return lambda x_NI: functional.linear(x_NI, weight_OI, bias_O)
+        return PlainLinear(weight_OI.to(device, kind).contiguous(), None if bias_O is None else bias_O.to(device, kind))
     if dtype == "fp32":
         return PackedLinear(dtype, ops.pack_fp32(weight_OI), None if bias_O is None else bias_O.float())
     if dtype == "bf16":

@@ -6,10 +6,12 @@ What transformers calls `special_tokens_map`; a name whose token is null, or tha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.gguf_file import GgufFile
+
+if TYPE_CHECKING:
+    from ssd_runtime.model.gguf_file import GgufFile
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OF_CLASS = {  # what transformers' tokenizer classes assume where tokenizer_config.json is silent

@@ -10,18 +10,22 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tokenizers
 
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.architecture import LARGEST_VOCABULARY
 from ssd_runtime.model.chat_template import LONGEST_TEMPLATE, ChatTemplate
+from ssd_runtime.model.fields import brief_error
 from ssd_runtime.model.files import file_size, read_json
-from ssd_runtime.model.gguf_file import GgufFile, open_gguf
+from ssd_runtime.model.random_models import random_model
 from ssd_runtime.model.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
-from ssd_runtime.model.tokenizer_gguf import brief, tokenizer_from_gguf
+from ssd_runtime.model.tokenizer_random import CHAT_TEMPLATE, random_tokenizer
 from ssd_runtime.model.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from ssd_runtime.model.gguf_file import GgufFile
 
 _CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>")
 _GGUF_ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -77,7 +81,9 @@ class Tokenizer:
 
     @classmethod
     def from_model(cls, path: str) -> Tokenizer:
-        """From a Hugging Face directory or a GGUF file. Raises ConfigError with the remedy."""
+        """From a Hugging Face directory or a GGUF file, or of a random model. Raises ConfigError with the remedy."""
+        if (model := random_model(path)) is not None:
+            return cls(path, _Parts(random_tokenizer(model.arch.vocab_size), (), {}, {"default": CHAT_TEMPLATE}))
         return cls(path, _hf_parts(Path(path)) if Path(path).is_dir() else _gguf_parts(path))
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -92,7 +98,7 @@ class Tokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of Rust
                 raise
             half = any("\ud800" <= character <= "\udfff" for character in text)
-            reason = "it holds half of a surrogate pair, which is no character" if half else brief(error)
+            reason = "it holds half of a surrogate pair, which is no character" if half else brief_error(error)
             raise RequestError(f"the model's tokenizer cannot read this text: {reason}") from None
         return [*self._front, *ids, *self._behind] if add_special else ids
 
@@ -150,6 +156,9 @@ class Detokenizer:
 
 
 def _gguf_parts(path: str) -> _Parts:
+    from ssd_runtime.model.gguf_file import open_gguf  # these need the package gguf
+    from ssd_runtime.model.tokenizer_gguf import tokenizer_from_gguf
+
     file = open_gguf(path)
     tokenizer = tokenizer_from_gguf(file)
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
@@ -187,7 +196,7 @@ def _hf_parts(directory: Path) -> _Parts:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (`tokenizers` raises bare Exception)
-        raise ConfigError(f"{path} cannot be read ({brief(error)}); fetch the model again") from None
+        raise ConfigError(f"{path} cannot be read ({brief_error(error)}); fetch the model again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")

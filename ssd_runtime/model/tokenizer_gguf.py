@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.fields import brief_error
 from ssd_runtime.model.gguf_file import GgufFile
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
@@ -51,7 +52,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         raise
     except Exception as error:  # noqa: BLE001 (`tokenizers` raises bare Exception for merges that fit no token)
         raise ConfigError(
-            f"model {file.path}: its tokenizer does not fit together ({brief(error)}); fetch it again"
+            f"model {file.path}: its tokenizer does not fit together ({brief_error(error)}); fetch it again"
         ) from None
     special = [
         (token, kind) for token, kind in zip(tokens, _kinds(file), strict=False) if kind in (_CONTROL, _USER_DEFINED)
@@ -60,11 +61,6 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         [AddedToken(token, normalized=False, special=bool(kind == _CONTROL)) for token, kind in special]
     )
     return tokenizer
-
-
-def brief(error: BaseException) -> str:
-    """The message of a foreign error as the part of one line."""
-    return " ".join(str(error).split())[:200]
 
 
 def _byte_level(file: GgufFile, tokens: Sequence[str]) -> Tokenizer:

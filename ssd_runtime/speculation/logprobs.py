@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssd_runtime.speculation.readback import to_host
 from ssd_runtime.speculation.types import TokenLogprob
 
 
@@ -28,10 +29,10 @@ def token_logprobs(logits_RV: Tensor, tokens: Sequence[int], count: int) -> tupl
 def _one(logits_V: Tensor, token: int, count: int) -> TokenLogprob:
     """Row by row, so that the rounding of a sum cannot depend on how many rows there are."""
     logprobs_V = torch.log_softmax(logits_V.float(), dim=0)
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        least = logprobs_V.topk(min(count, logprobs_V.numel())).values[-1]
-        tokens = (logprobs_V >= least).nonzero().squeeze(1)  # in order of ids: among equals the lower one comes first
-        order = logprobs_V[tokens].sort(descending=True, stable=True)
-        top = tuple(zip(tokens[order.indices].tolist(), order.values.tolist(), strict=True))[:count]
-    return TokenLogprob(token, float(logprobs_V[token]), top)
+    if not count:
+        return TokenLogprob(token, float(logprobs_V[token]), ())
+    least = logprobs_V.topk(min(count, logprobs_V.numel())).values[-1]
+    tokens = (logprobs_V >= least).nonzero().squeeze(1)  # in order of ids: among equals the lower one comes first
+    order = logprobs_V[tokens].sort(descending=True, stable=True)
+    own, best, values = to_host(logprobs_V[token], tokens[order.indices], order.values)
+    return TokenLogprob(token, float(own), tuple(zip(best.tolist(), values.tolist(), strict=True))[:count])

@@ -90,6 +90,20 @@ def uniform_noise(key: int) -> float:
     return (splitmix64(key & _MASK) >> 11) * 2.0**-53
 
 
+def hash_tokens(key: int | Tensor, tokens: Tensor) -> Tensor:
+    """64 bits for each token (or other number) under a key: splitmix64 of the key and a stride for each.
+
+    Args:
+        key: one key, or an int64 tensor that broadcasts against `tokens`.
+        tokens: int64 tensor of any shape.
+    """
+    # int64 products wrap modulo 2^64 on every device; shifts are arithmetic, hence the masks.
+    bits = tokens * signed(_GOLDEN) + key + signed(_GOLDEN)
+    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * signed(_MIX_1)
+    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * signed(_MIX_2)
+    return bits ^ ((bits >> 31) & ((1 << 33) - 1))
+
+
 def gumbel_noise(key: int | Tensor, tokens: Tensor) -> Tensor:
     """Gumbel noise g(s, i, v) of tokens under `noise_key(s, i)`.
 
@@ -100,11 +114,7 @@ def gumbel_noise(key: int | Tensor, tokens: Tensor) -> Tensor:
     Returns:
         float64 tensor of the broadcast shape, between MIN_NOISE and MAX_NOISE.
     """
-    # int64 products wrap modulo 2^64 on every device; shifts are arithmetic, hence the masks.
-    bits = tokens * signed(_GOLDEN) + key + signed(_GOLDEN)
-    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * signed(_MIX_1)
-    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * signed(_MIX_2)
-    bits = bits ^ ((bits >> 31) & ((1 << 33) - 1))
+    bits = hash_tokens(key, tokens)
     upper = (bits >> (64 - _UNIFORM_BITS)) & ((1 << _UNIFORM_BITS) - 1)
     uniform = (upper.to(torch.float64) + 0.5) * 2.0**-_UNIFORM_BITS
     return -torch.log(-torch.log(uniform))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.speculation.noise import Stream, gumbel_noise, text_key
+from ssd_runtime.speculation.readback import to_host
 from ssd_runtime.speculation.saguaro import saguaro_logits
 from ssd_runtime.speculation.sampling import Draw, Ranking, process_logits, rank_tokens
 from ssd_runtime.speculation.types import Proposal
@@ -88,10 +89,9 @@ def _propose(
     q_SM = torch.softmax(saguaro_logits(kept_SM, rule.saguaro_c, rule.saguaro_f), dim=1).float()
     keys_S1 = torch.tensor(keys, dtype=torch.int64, device=z_SV.device)[:, None]
     index_S1 = (q_SM.double().log() + gumbel_noise(keys_S1, tokens_SM)).argmax(dim=1, keepdim=True)
-    sampled_S = tokens_SM.gather(1, index_S1).squeeze(1).tolist()
-    support_S, weights_S = tokens_SM.tolist(), q_SM.tolist()
+    found = to_host(tokens_SM.gather(1, index_S1).squeeze(1), q_SM, best.indices, best.values)
     rankings = []
-    for row, (tokens, scores) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+    for row, (sampled, weights, tokens, scores) in enumerate(zip(*(each.tolist() for each in found), strict=True)):
         if not math.isfinite(scores[0]):  # nothing to choose, as in sampling.py
             rankings.append(Ranking((), ()))
             continue
@@ -99,8 +99,9 @@ def _propose(
         margins = tuple((scores[0] - score) * temperatures[row] for score in scores[:left])
         ranking = Ranking(tuple(tokens[:left]), margins)
         if rule.top_m > 1:
-            pairs = [(token, q) for token, q in zip(support_S[row], weights_S[row], strict=True) if q > 0.0]
+            # q is of the first ones ranked.
+            pairs = [(token, q) for token, q in zip(tokens, weights, strict=False) if q > 0.0]
             proposal = Proposal(tuple(token for token, _ in pairs), tuple(q for _, q in pairs))
-            ranking = Ranking(ranking.tokens, ranking.margins, sampled_S[row], proposal)
+            ranking = Ranking(ranking.tokens, ranking.margins, sampled, proposal)
         rankings.append(ranking)
     return rankings

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.speculation.noise import MAX_NOISE, Stream, extend_text, gumbel_noise, text_key, uniform_noise
+from ssd_runtime.speculation.readback import to_host
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Proposal, Speculation
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winner
@@ -88,18 +89,19 @@ def verify_by_rejection(z_LV: Sequence[Tensor] | Tensor, speculation: Speculatio
     for k, (token, proposal) in enumerate(zip(tokens, proposals, strict=True)):
         z_V = z_LV[k].double()
         norm = torch.logsumexp(z_V, dim=0)
-        if not math.isfinite(norm):
-            return Outcome(k, NO_TOKEN)
         support_M = torch.tensor(proposal.tokens, device=z_V.device)
         q_M = torch.tensor(proposal.weights, dtype=torch.float64, device=z_V.device)
         q_M = q_M / q_M.sum()
-        if max(proposal.tokens) >= len(z_V):  # the draft's padding: p is 0 there
-            inside_M = support_M < len(z_V)
-            support_M, q_M = support_M[inside_M], q_M[inside_M]
+        inside = [index for index, one in enumerate(proposal.tokens) if one < len(z_V)]
+        if len(inside) < len(proposal.tokens):  # the draft's padding: p is 0 there
+            support_M, q_M = support_M[inside], q_M[inside]
         p_M = (z_V[support_M] - norm).exp()
-        index = support_M.tolist().index(token)
+        index = inside.index(proposal.tokens.index(token))
+        q, p, whole = map(float, to_host(q_M[index], p_M[index], norm))
+        if not math.isfinite(whole):
+            return Outcome(k, NO_TOKEN)
         # Not u < p / q, which is what it is: u may be 0 where p is 0, and q may be tiny.
-        if uniform_noise(text_key(seed, text, Stream.ACCEPTANCE)) * float(q_M[index]) >= float(p_M[index]):
+        if uniform_noise(text_key(seed, text, Stream.ACCEPTANCE)) * q >= p:
             rest_V = z_V.index_copy(0, support_M, (p_M - q_M).clamp(min=0.0).log() + norm)
             return Outcome(k, _draw(rest_V if bool(rest_V.max() > -torch.inf) else z_V, seed, text))
         text = extend_text(text, (token,))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cuda_ext import ops
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
+from ssd_runtime.speculation.readback import to_host
 from ssd_runtime.speculation.types import NO_TOKEN, Proposal, SamplingParams
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
@@ -116,6 +117,7 @@ def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> 
 
 def _ranking(tokens: Tensor, scores: Tensor, draw: Draw) -> Ranking:
     """Of tokens and their scores, best first; what is excluded is left out."""
+    tokens, scores = to_host(tokens, scores)
     left = scores > -torch.inf
     tokens, scores = tokens[left], scores[left]
     margins = (scores[0] - scores) * (draw.params.temperature or 1.0) if len(scores) else scores
@@ -159,7 +161,7 @@ def _sample(logits_RV: Tensor, draws: Sequence[Draw], count: int, first_token: i
 
 
 def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
-    tokens_RF, scores_RF = _sample(logits_RV, draws, count)
+    tokens_RF, scores_RF = to_host(*_sample(logits_RV, draws, count))
     rankings = []
     for tokens, scores, draw in zip(tokens_RF.tolist(), scores_RF.tolist(), draws, strict=True):
         left = count - tokens.count(-1)  # processors may leave fewer
@@ -175,13 +177,14 @@ def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
 
 def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
     """Ties go to the lower token id in the first place (argmax), as in the oracle."""
-    most_R, first_R = (found.tolist() for found in logits_RV.max(dim=-1))  # NaN is the greatest of all
+    most_R, first_R = logits_RV.max(dim=-1)  # NaN is the greatest of all
     if count == 1:
-        pairs = zip(most_R, first_R, strict=True)
+        pairs = zip(*(found.tolist() for found in to_host(most_R, first_R)), strict=True)
         return [Ranking((first,), (0.0,)) if math.isfinite(most) else Ranking((), ()) for most, first in pairs]
     best = logits_RV.topk(count, dim=-1)
+    found = to_host(first_R, best.indices, best.values)
     rankings = []
-    for first, tokens, values in zip(first_R, best.indices.tolist(), best.values.tolist(), strict=True):
+    for first, tokens, values in zip(*(each.tolist() for each in found), strict=True):
         if not math.isfinite(values[0]):
             rankings.append(Ranking((), ()))
             continue
@@ -221,7 +224,7 @@ def scaled(logits_V: Tensor, temperature: float) -> Tensor:
     On a GPU torch multiplies by the inverse of a number and divides by a tensor; the kernel divides.
     """
     if ops.compiled_for(logits_V.device):
-        return logits_V.float() / torch.tensor(temperature, dtype=torch.float32, device=logits_V.device)
+        return logits_V.float() / torch.full((), temperature, dtype=torch.float32, device=logits_V.device)
     return logits_V.float() / temperature
 
 

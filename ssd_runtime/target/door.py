@@ -42,6 +42,7 @@ class Terms:
         timing: deadlines of the link.
         ranks: numbers of drafts, one for each that may be there at a time.
         residents: how many of these, the first, belong to drafts of the leader's own torchrun.
+        num_blocks: of the target's KV pool; a draft's is to be as large.
     """
 
     config_digest: str
@@ -50,6 +51,7 @@ class Terms:
     timing: LinkTiming
     ranks: range = range(1, 2)
     residents: int = 0
+    num_blocks: int = 0
 
     def ranks_for(self, hello: Hello) -> range:
         """The numbers that this draft may have."""
@@ -96,7 +98,8 @@ class Door:
 
     def knock(self, identity: bytes, hello: Hello) -> str | None:
         """Answer a Hello; if it is welcome its link is built from now on. Returns why it does not fit, or None."""
-        reason = check_hello(hello, self._terms.config_digest, self._terms.vocabulary)
+        terms = self._terms
+        reason = check_hello(hello, terms.config_digest, terms.vocabulary, terms.num_blocks)
         if reason is not None:
             self._server.send(identity, Refused(reason))
             return reason

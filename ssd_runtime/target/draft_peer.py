@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from ssd_runtime.comm.control import ControlServer
+from typing import TYPE_CHECKING
+
 from ssd_runtime.comm.link import TargetLink
 from ssd_runtime.comm.messages import Message
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
+
+if TYPE_CHECKING:
+    from ssd_runtime.comm.control import ControlServer
 
 
 class DraftPeer:

@@ -26,8 +26,8 @@ from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Delta, Sequence, statistics_of
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
+from ssd_runtime.model.fields import brief_error
 from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
-from ssd_runtime.model.tokenizer_gguf import brief
 from ssd_runtime.speculation.types import TokenLogprob
 from ssd_runtime.target.door import Door
 from ssd_runtime.target.link_speculator import LinkSpeculator
@@ -229,7 +229,7 @@ class Leader:
         except Exception as error:  # whatever it is, it is the failure of this request
             log.exception("a request could not be begun")
             self._engine.cancel(sequences)  # those of its outputs that wait already
-            reason = f"the request could not be begun: {brief(error) or type(error).__name__}"
+            reason = f"the request could not be begun: {brief_error(error) or type(error).__name__}"
             self._server.send(identity, Failed(message.request_id, "engine", reason))
         else:
             asked = _Asked(identity, message.request_id, message.stream, message.samples, list(map(_Output, sequences)))

@@ -25,6 +25,7 @@ from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.device_memory import told
 from ssd_runtime.speculation.choice import Choice, choose, count_rows
 from ssd_runtime.speculation.slices import decidable, decide
 from ssd_runtime.target.words import decode_batch, decode_choices, encode_batch, encode_choices
@@ -142,7 +143,7 @@ class LeadingDecoder:
                 raise
             except Exception as error:
                 # The others wait in the middle of the same forward: nothing brings the ranks together again.
-                self._lost = PeerLost("target", 0, -1, f"its part of a forward failed: {type(error).__name__}: {error}")
+                self._lost = PeerLost("target", 0, -1, f"its part of a forward failed: {told(error)}")
                 raise self._lost from error
             self._said = time.monotonic()
 

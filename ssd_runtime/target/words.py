@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from cuda_ext.ops import Span
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.choice import Choice
@@ -23,7 +24,8 @@ _CPU = torch.device("cpu")
 
 
 def encode_batch(batch: ForwardBatch, block_size: int) -> Tensor:
-    """A batch as int64 words: the five sizes, then rows, blocks of the tables, chains, wanted rows."""
+    """A batch as int64 words: the five sizes, spans of the sequences, then rows, blocks of the tables, chains, wanted
+    rows."""
     num_rows, depth = batch.chain_ND.shape
     num_sequences, reach = batch.tables_SC.shape
     wanted_R = batch.logit_rows_R
@@ -33,7 +35,8 @@ def encode_batch(batch: ForwardBatch, block_size: int) -> Tensor:
     parts = [*rows, blocks_SB.flatten(), batch.chain_ND.flatten()]
     if wanted_R is not None:
         parts.append(wanted_R)
-    return torch.cat((torch.tensor(sizes), torch.cat(parts).to(_CPU)))
+    spans = [number for span in batch.spans for number in (span.rows, span.reach)]
+    return torch.cat((torch.tensor(sizes + spans), torch.cat(parts).to(_CPU)))
 
 
 def decode_batch(words: Tensor, block_size: int, device: torch.device) -> ForwardBatch:
@@ -41,9 +44,10 @@ def decode_batch(words: Tensor, block_size: int, device: torch.device) -> Forwar
     num_rows, num_sequences, reach, depth, wanted = words[:5].tolist()
     num_blocks = -(-reach // block_size)
     lengths = [num_rows] * 5 + [num_sequences * num_blocks, num_rows * depth, max(0, wanted)]
-    if len(words) != 5 + sum(lengths):
+    if len(words) != 5 + 2 * num_sequences + sum(lengths):
         raise PeerLost("target", 0, -1, f"a frame of {len(words)} words does not hold a batch of {words[:5].tolist()}")
-    tokens_N, positions_N, slots_N, sequence_N, prefix_N, blocks, chains, wanted_R = words[5:].to(device).split(lengths)
+    spans, rest = words[5:].split([2 * num_sequences, sum(lengths)])
+    tokens_N, positions_N, slots_N, sequence_N, prefix_N, blocks, chains, wanted_R = rest.to(device).split(lengths)
     offsets = torch.arange(block_size, device=device)
     tables_SC = (blocks[:, None] * block_size + offsets).view(num_sequences, -1)[:, :reach]
     return ForwardBatch(
@@ -54,6 +58,7 @@ def decode_batch(words: Tensor, block_size: int, device: torch.device) -> Forwar
         tables_SC=tables_SC.contiguous(),
         prefix_N=prefix_N,
         chain_ND=chains.view(num_rows, depth),
+        spans=tuple(Span(rows, reach) for rows, reach in spans.view(-1, 2).tolist()),
         logit_rows_R=None if wanted < 0 else wanted_R,
     )
 

@@ -19,6 +19,7 @@ from ssd_runtime.comm.messages_draft import LinkAddress, Welcome
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
+from tests.conformance.nccl_stand_in import stand_in
 
 SOON = 20.0  # seconds: a deadline that a healthy machine never reaches
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)
@@ -53,17 +54,18 @@ def make_inproc() -> Iterator[Pair]:
     draft.close()
 
 
-def make_gloo_threads(timing: LinkTiming = BRISK) -> Iterator[Pair]:
+def make_threads(timing: LinkTiming = BRISK, **how: Any) -> Iterator[Pair]:
+    """Both ends in this process; `how` as in `LinkHost.open`."""
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     opened: list[Any] = [None]
 
     def open_draft() -> None:
-        opened[0] = open_draft_link(address, timing)
+        opened[0] = open_draft_link(address, timing, **how)
 
     thread = threading.Thread(target=open_draft)
     thread.start()
-    target = host.open(address, timing)
+    target = host.open(address, timing, **how)
     thread.join(SOON)
     yield Pair(target, opened[0])
     target.close()
@@ -71,11 +73,11 @@ def make_gloo_threads(timing: LinkTiming = BRISK) -> Iterator[Pair]:
     host.close()
 
 
-def make_gloo_processes(process: RemoteProcess) -> Iterator[Pair]:
+def make_processes(process: RemoteProcess, **how: Any) -> Iterator[Pair]:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
-    process.start_opening("draft", address, BRISK)
-    target = host.open(address, BRISK)
+    process.start_opening("draft", address, BRISK, **how)
+    target = host.open(address, BRISK, **how)
     process.finish()
     yield Pair(target, RemoteDraftLink(process))
     target.close()
@@ -101,8 +103,8 @@ class RemoteProcess:
         assert isinstance(message, Welcome)
         return message.link
 
-    def start_opening(self, role: str, address: LinkAddress, timing: LinkTiming) -> None:
-        self._pipe.send(("open", (role, encode(Welcome(address, 1)), timing)))
+    def start_opening(self, role: str, address: LinkAddress, timing: LinkTiming, **how: Any) -> None:
+        self._pipe.send(("open", (role, encode(Welcome(address, 1)), timing, how)))
 
     def finish(self) -> Any:
         assert self._pipe.poll(SOON), "the other process does not answer"
@@ -145,6 +147,7 @@ class RemoteDraftLink:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
+    stand_in()
     link: Any = None
     host = LinkHost("127.0.0.1")
     while True:
@@ -154,10 +157,10 @@ def _serve(pipe: Connection) -> None:
             return
         try:
             if name == "open":
-                role, welcome, timing = arguments
+                role, welcome, timing, how = arguments
                 message = decode(welcome)
                 assert isinstance(message, Welcome)
-                link = (open_draft_link if role == "draft" else host.open)(message.link, timing)
+                link = (open_draft_link if role == "draft" else host.open)(message.link, timing, **how)
                 value = None
             elif name == "next_address":
                 value = encode(Welcome(host.next_address(SHAPE), 1))

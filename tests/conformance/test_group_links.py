@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -24,17 +25,25 @@ from tests.conformance.links import (
     SOON,
     Pair,
     RemoteProcess,
-    make_gloo_threads,
+    make_threads,
     outcomes,
     tree,
 )
+from tests.conformance.nccl_stand_in import OVER_NCCL, stand_in
 
 IMPATIENT = LinkTiming(build=0.5, heartbeat=0.2, silence=1.0)
 
 
+@pytest.fixture(params=["gloo", "nccl"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What links are built with: each test below holds over each carrier."""
+    stand_in(monkeypatch.setattr)
+    return OVER_NCCL if request.param == "nccl" else {}
+
+
 @pytest.fixture
-def pair() -> Iterator[Pair]:
-    yield from make_gloo_threads()
+def pair(how: dict[str, Any]) -> Iterator[Pair]:
+    yield from make_threads(**how)
 
 
 @pytest.fixture
@@ -103,15 +112,15 @@ def test_a_frame_damaged_behind_its_header_loses_the_peer(pair: Pair) -> None:
     del in_flight
 
 
-def test_closing_leaves_no_thread_and_no_socket() -> None:
+def test_closing_leaves_no_thread_and_no_socket(how: dict[str, Any]) -> None:
     def count() -> tuple[int, int]:
         gc.collect()
         return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
-    for _ in make_gloo_threads():
+    for _ in make_threads(**how):
         pass  # whatever torch keeps for ever is there after the first
     before = count()
-    for _ in make_gloo_threads():
+    for _ in make_threads(**how):
         assert count() > before
     deadline = time.monotonic() + SOON
     while count() > before and time.monotonic() < deadline:
@@ -119,26 +128,26 @@ def test_closing_leaves_no_thread_and_no_socket() -> None:
     assert count() <= before
 
 
-def test_a_peer_that_never_comes_is_missed_at_the_deadline() -> None:
+def test_a_peer_that_never_comes_is_missed_at_the_deadline(how: dict[str, Any]) -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     for open_link, role in ((host.open, "draft"), (open_draft_link, "target")):
         start = time.monotonic()
         with pytest.raises(PeerLost, match=f"{role} rank . .*did not meet at 127.0.0.1") as caught:
-            open_link(address, IMPATIENT)
+            open_link(address, IMPATIENT, **how)
         assert caught.value.role == role
         assert time.monotonic() - start < SOON
     host.close()
 
 
-def test_a_meeting_place_that_is_not_there_is_a_lost_target() -> None:
+def test_a_meeting_place_that_is_not_there_is_a_lost_target(how: dict[str, Any]) -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
     host.close()
     del host
     gc.collect()
     with pytest.raises(PeerLost, match="target rank 0"):
-        open_draft_link(address, IMPATIENT)
+        open_draft_link(address, IMPATIENT, **how)
 
 
 @pytest.mark.parametrize("change", [{"session": "of another engine"}, {"epoch": 99}])
@@ -162,8 +171,8 @@ def test_strangers_are_not_met(change: dict[str, object]) -> None:
     host.close()
 
 
-def test_two_engines_on_one_host_do_not_meet() -> None:
-    first, second = make_gloo_threads(), make_gloo_threads()
+def test_two_engines_on_one_host_do_not_meet(how: dict[str, Any]) -> None:
+    first, second = make_threads(**how), make_threads(**how)
     one, two = next(first), next(second)
     one.target.send_outcomes(outcomes(1))
     two.target.send_outcomes(outcomes(2))
@@ -178,14 +187,14 @@ def test_two_engines_on_one_host_do_not_meet() -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize(("signal_number", "within"), [(signal.SIGKILL, 0.9), (signal.SIGSTOP, 3.0)])
-@pytest.mark.parametrize("role", ["draft", "target"])
+@pytest.mark.parametrize(("how", "role"), [("gloo", "draft"), ("gloo", "target"), ("nccl", "draft")], indirect=["how"])
 def test_a_killed_or_stopped_peer_is_noticed_and_closing_stays_quick(
-    victim: RemoteProcess, role: str, signal_number: int, within: float
+    victim: RemoteProcess, role: str, signal_number: int, within: float, how: dict[str, Any]
 ) -> None:
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE) if role == "draft" else victim.next_address()
-    victim.start_opening(role, address, BRISK)
-    link = (host.open if role == "draft" else open_draft_link)(address, BRISK)
+    victim.start_opening(role, address, BRISK, **how)
+    link = (host.open if role == "draft" else open_draft_link)(address, BRISK, **how)
     victim.finish()
     wait = link.wait_trees if role == "draft" else link.wait_outcomes  # type: ignore[union-attr]
     assert wait(0) == []
@@ -202,12 +211,14 @@ def test_a_killed_or_stopped_peer_is_noticed_and_closing_stays_quick(
 
 
 @pytest.mark.process
-def test_closing_is_bounded_beside_a_stopped_peer_that_was_not_missed_yet(victim: RemoteProcess) -> None:
+def test_closing_is_bounded_beside_a_stopped_peer_that_was_not_missed_yet(
+    victim: RemoteProcess, how: dict[str, Any]
+) -> None:
     patient = LinkTiming(build=SOON, heartbeat=20, silence=60, close=0.5)
     host = LinkHost("127.0.0.1")
     address = host.next_address(SHAPE)
-    victim.start_opening("draft", address, patient)
-    link = host.open(address, patient)
+    victim.start_opening("draft", address, patient, **how)
+    link = host.open(address, patient, **how)
     victim.finish()
     os.kill(victim.pid, signal.SIGSTOP)
     for round in range(100):  # more than the wire takes from a peer that does not read

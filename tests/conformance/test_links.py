@@ -14,12 +14,13 @@ from tests.conformance.links import (
     SOON,
     Pair,
     RemoteProcess,
-    make_gloo_processes,
-    make_gloo_threads,
     make_inproc,
+    make_processes,
+    make_threads,
     outcomes,
     tree,
 )
+from tests.conformance.nccl_stand_in import OVER_NCCL, stand_in
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,20 @@ def other_process() -> Iterator[RemoteProcess]:
     process.end()
 
 
-@pytest.fixture(params=["inproc", "gloo-threads", pytest.param("gloo-processes", marks=pytest.mark.process)])
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    if request.param == "inproc":
+IN_PROCESSES = [pytest.param(f"{carrier}-processes", marks=pytest.mark.process) for carrier in ("gloo", "nccl")]
+
+
+@pytest.fixture(params=["inproc", "gloo-threads", "nccl-threads", *IN_PROCESSES])
+def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    stand_in(monkeypatch.setattr)
+    carrier, _, ends = request.param.partition("-")
+    how = OVER_NCCL if carrier == "nccl" else {}
+    if carrier == "inproc":
         yield from make_inproc()
-    elif request.param == "gloo-threads":
-        yield from make_gloo_threads()
+    elif ends == "threads":
+        yield from make_threads(**how)
     else:
-        yield from make_gloo_processes(request.getfixturevalue("other_process"))
+        yield from make_processes(request.getfixturevalue("other_process"), **how)
 
 
 def read_outcomes(pair: Pair, count: int) -> list[OutcomeFrame]:

@@ -21,7 +21,7 @@ from ssd_runtime.comm.link import LinkTiming
 from ssd_runtime.comm.meeting import LinkHost, open_draft_link
 from ssd_runtime.comm.pipes import gloo_group
 from ssd_runtime.errors import PeerLost
-from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_gloo_threads, outcomes, tree
+from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_threads, outcomes, tree
 from tests.soak.strangers import listening, visit
 from tests.target_ranks import on_every_rank
 
@@ -42,7 +42,7 @@ def until(condition: object, what: str) -> None:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    yield from make_gloo_threads()
+    yield from make_threads()
 
 
 def ports() -> set[tuple[str, int]]:

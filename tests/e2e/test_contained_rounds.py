@@ -188,6 +188,19 @@ def test_a_forward_that_raises_once_for_all_costs_no_request() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_forward_without_device_memory_fails_its_sequences_with_what_to_change(mode: str) -> None:
+    def ails(tokens: list[int]) -> Exception | None:
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.") if BAD in tokens else None
+
+    asked = request((1, BAD, 2), mode, request_id="prompt")
+    one, other, *others = serve(Delicate(table(), ails), [asked, victim(mode), *bystanders(mode)])
+    remedy = "failed: out of device memory; lower engine.kv_memory or engine.prefill_chunk"
+    assert (one.failure, other.failure) == (f"computing the prompt {remedy}", f"verifying {remedy}")
+    assert other.tokens == last_words().tokens[: len(other.tokens)]
+    assert others == unharmed()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_whose_forward_raises_fails_alone(mode: str) -> None:
     asked = request((1, BAD, 2), mode, request_id="victim")
     one, *others = serve(Delicate(table(), ill_at(BAD)), [asked, *bystanders(mode)])

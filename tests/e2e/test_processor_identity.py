@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import ops
+from cuda_ext.ops import Span
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.errors import RequestError
@@ -72,9 +73,8 @@ def plain_text(asked: Request) -> tuple[int, ...]:
         positions = torch.arange(count)
         none = torch.empty(count, 0, dtype=torch.int64)
         sequence = torch.zeros(count, dtype=torch.int64)
-        forward = ForwardBatch(
-            torch.tensor(text), positions, positions, sequence, positions[None], positions + 1, none, positions[-1:]
-        )
+        rows = (torch.tensor(text), positions, positions, sequence, positions[None], positions + 1, none)
+        forward = ForwardBatch(*rows, (Span(count, count),), positions[-1:])
         logits_V = decoder.forward(forward, decoder.new_kv(count))[0]
         logits_V = process_history(logits_V, asked.params, History(asked.prompt_tokens, output, asked.eos_token_ids))
         output += (*choose_tokens(logits_V[None], [Draw(asked.params, count)]),)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from setup import STABLE_ABI
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "cuda_ext" / "csrc"
 
@@ -25,7 +27,7 @@ def build(directory: Path) -> Path:
     command = [
         *(compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", "-ffp-contract=off"),
         *(sanitize if os.environ.get("SSD_SANITIZE") == "1" else []),
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        STABLE_ABI,
         *(f"-I{path}" for path in (SOURCES, HERE)),
         *(f"-isystem{path}" for path in cpp_extension.include_paths()),
         *(str(HERE / "emulated.cpp"), "-o", str(library)),

@@ -21,6 +21,8 @@ from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.tiny_models import write_hf
 from tests.unit.test_model_files import gguf_file
 
+RANDOM = ("--set", "target.model=random:tiny", "--set", "draft.model=random:tiny")
+
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 2) -> str:
     """Run `ssd`, expect an exit code and exactly one line on standard error; return the line."""
@@ -76,6 +78,12 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 
         (["bench", "--drafts", "2", "--modes", "ar"], "have sd or ssd among --modes"),
         (["bench", "--drafts", "2", "--numerics", "fast"], "compare one of them at a time"),
         (["bench", "--drafts", "2", "--connect", "tcp://127.0.0.1:9"], "--drafts is the engine's own"),
+        (["bench", "--random", "llama-9b"], "did you mean random:llama-8b?"),
+        (["bench", "--random", "tiny,tinny"], "did you mean random:tiny?"),
+        (["bench", "--random", "tiny", "--connect", "tcp://127.0.0.1:9"], "--random is the engine's own"),
+        (["bench", "--agreement", "0.5"], "--agreement is of the models of --random"),
+        (["bench", "--set", "target.model=random:tiny@0.5"], "its text is the script; give an agreement to the draft"),
+        (["study", "--out", "x", *RANDOM], "random:tiny says scripted text; a study needs real text"),
         (["bench", "--divide-budget"], "--divide-budget says how the drafts of --drafts share"),
         (["fetch", "nope"], "no embedded model 'nope'"),
         (["nope"], "No such command"),
@@ -156,6 +164,7 @@ class Engine:
     """Answers every request with two chunks, or raises what it is told to."""
 
     error: BaseException | None = None
+    label: str | None = None  # of its session
 
     def __init__(self) -> None:
         self.requests: list[Generate] = []
@@ -184,6 +193,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
     class Session:
         client, address, cores, ranks = played, "tcp://127.0.0.1:9", {"target": (0,), "draft": (1,)}, None
+        label = property(lambda self: played.label)
 
     @contextmanager
     def session(*arguments: object) -> Iterator[Session]:
@@ -277,6 +287,21 @@ def test_bench_writes_the_report_and_prints_the_table(
     assert "tokens/s" in printed
     assert "identical in all runs" in printed
     assert "target on core 0, draft on core 1" in printed
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "Hi"], ["bench", "--modes", "ar", "--limit", "1"]])
+def test_scripted_text_is_said_to_be_scripted(
+    engine: Engine, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
+) -> None:
+    engine.label = "scripted text, random weights: target random:tiny"
+    assert cli.main(command) == 0
+    captured = capsys.readouterr()
+    told = captured.err if command[0] == "generate" else captured.out
+    assert told.splitlines()[0] == engine.label
+    out = tmp_path / "out.json"
+    assert cli.main([*command, "--json", *([str(out)] if command[0] == "bench" else [])]) == 0
+    report = json.loads(out.read_text() if command[0] == "bench" else capsys.readouterr().out)
+    assert report["label"] == engine.label
 
 
 def test_bench_compares_numbers_of_drafts_on_one_page(

@@ -14,6 +14,7 @@ compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not b
 ROWS = st.integers(0, 24)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 NUM_SLOTS = 90
+kernel = torch.ops.ssd_runtime.paged_attention  # takes the rows in any order, and no spans
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -94,29 +95,29 @@ def attention_case(rows: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch
 )
 def test_attention_agrees_and_a_row_does_not_depend_on_the_others(rows, head_dim, dtype, kv_dtype, seed):
     q, kv, sequence, tables, prefix, chain, scale = attention_case(rows, head_dim, dtype, kv_dtype, seed)
-    together = compiled.paged_attention(q, kv, sequence, tables, prefix, chain, scale)
-    assert_near(together, reference.paged_attention(q, kv, sequence, tables, prefix, chain, scale))
+    together = kernel(q, kv, sequence, tables, prefix, chain, scale)
+    assert_near(together, reference.attention_by_rows(q, kv, sequence, tables, prefix, chain, scale, reach=70))
     for row in range(rows):
         one = slice(row, row + 1)
-        alone = compiled.paged_attention(q[one], kv, sequence[one], tables, prefix[one], chain[one], scale)
+        alone = kernel(q[one], kv, sequence[one], tables, prefix[one], chain[one], scale)
         assert torch.equal(alone[0], together[row])
 
 
 def test_attention_never_reads_a_hidden_slot():
     q, kv, sequence, tables, prefix, chain, scale = attention_case(12, 64, torch.float32, torch.float32, 3)
-    clean = compiled.paged_attention(q, kv, sequence, tables, prefix, chain, scale)
+    clean = kernel(q, kv, sequence, tables, prefix, chain, scale)
     for row in range(12):
         seen = torch.cat((tables[sequence[row], : prefix[row]], chain[row][chain[row] >= 0]))
         poisoned = kv.clone()
         hidden = torch.ones(NUM_SLOTS, dtype=torch.bool).index_fill(0, seen, False)
         poisoned[:, hidden] = float("nan")
-        out = compiled.paged_attention(q, poisoned, sequence, tables, prefix, chain, scale)
+        out = kernel(q, poisoned, sequence, tables, prefix, chain, scale)
         assert torch.equal(out[row], clean[row])
 
 
 def test_a_row_that_sees_nothing_is_zero():
     q, kv, sequence, tables, prefix, chain, scale = attention_case(4, 64, torch.bfloat16, torch.bfloat16, 3)
-    out = compiled.paged_attention(q, kv, sequence, tables, prefix * 0, chain * 0 - 1, scale)
+    out = kernel(q, kv, sequence, tables, prefix * 0, chain * 0 - 1, scale)
     assert not out.any()
 
 
@@ -163,4 +164,4 @@ def test_attention_refuses_bad_indices(name, value, reason):
     }
     arguments[name] = value
     with pytest.raises(RuntimeError, match=reason):
-        compiled.paged_attention(*arguments.values())
+        kernel(*arguments.values())

@@ -87,9 +87,10 @@ def test_a_cpu_level_that_is_mistyped_or_not_run_here_is_refused_and_the_others_
         assert refusal(level).startswith(f"SSD_CPU_LEVEL={level} is no level")
 
 
-def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
+def test_every_operator_serves_cuda_and_meta_tensors_but_those_that_python_picks_by_device():
     pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
-    packed = {
+    picked = {
+        "paged_attention",
         "pack_grouped",
         "linear_grouped",
         "pack_linear",
@@ -101,8 +102,9 @@ def test_every_operator_but_the_packed_ones_serves_cuda_tensors():
         "huge_memory",
     }
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("ssd_runtime::") and (operator := name.split("::")[1].split(".")[0]) not in packed:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{operator}", "CUDA"), operator
+        if name.startswith("ssd_runtime::") and (operator := name.split("::")[1].split(".")[0]) not in picked:
+            for key in ("CUDA", "Meta"):
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ssd_runtime::{operator}", key), (operator, key)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16", "fp32"])

@@ -57,6 +57,7 @@ def tree(run: PagedRun, rows: list[int], logit_rows: torch.Tensor | None = None)
         tables_SC=torch.stack((run.slots, run.slots.roll(-1))),
         prefix_N=31 - torch.arange(count) % 2,
         chain_ND=chains,
+        spans=(),  # on the CPU the compiled operators do not look at them
         logit_rows_R=logit_rows,
     )
 

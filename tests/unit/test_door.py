@@ -4,6 +4,7 @@ knock, it builds a bounded number of links at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,19 @@ def test_drafts_of_their_own_torchruns_get_the_first_free_numbers() -> None:
     assert knock(opened, "d") == Refused("this engine has its 3 drafts already", again=True)
     opened[1].gone.add(b"b")
     assert number(opened, "d") == 5
+
+
+def test_a_draft_with_a_smaller_pool_than_the_target_s_is_refused_with_the_number_to_set() -> None:
+    opened = door(range(1, 2))
+    opened[0]._terms = dataclasses.replace(opened[0]._terms, num_blocks=9)
+    for blocks, welcome in ((8, False), (9, True)):
+        reason = opened[0].knock(b"a", dataclasses.replace(hello("a"), num_blocks=blocks))
+        assert (reason is None) == welcome
+        (answer,) = opened[1].sent.pop(b"a")
+        assert isinstance(answer, Welcome if welcome else Refused)
+        if isinstance(answer, Refused):
+            assert not answer.again
+            assert answer.reason.endswith("and the target's 9: start both with engine.num_blocks = 8")
 
 
 def test_a_draft_that_knocks_again_keeps_its_number() -> None:

@@ -13,7 +13,7 @@ from ssd_runtime.comm.protocol import CHUNK, PROTOCOL_VERSION, VocabularyDigest
 
 TOKENS = [f"t{i}" for i in range(3 * CHUNK + 100)]
 VOCABULARY = VocabularyDigest.of(TOKENS)
-HELLO = Hello(PROTOCOL_VERSION, "draft", 1, "digest", VOCABULARY)
+HELLO = Hello(PROTOCOL_VERSION, "draft", 1, "digest", VOCABULARY, num_blocks=77)
 
 
 def changed(index: int) -> VocabularyDigest:
@@ -56,10 +56,10 @@ def test_text_and_its_bytes_are_the_same_token() -> None:
 
 
 def test_a_draft_that_fits_is_welcome_also_after_the_wire() -> None:
-    assert check_hello(HELLO, "digest", VOCABULARY) is None
+    assert check_hello(HELLO, "digest", VOCABULARY, 77) is None
     arrived = decode(encode(HELLO))
     assert isinstance(arrived, Hello)
-    assert check_hello(arrived, "digest", VOCABULARY) is None
+    assert check_hello(arrived, "digest", VOCABULARY, 70) is None
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,10 @@ def test_a_draft_that_fits_is_welcome_also_after_the_wire() -> None:
         ({"rank": -1}, "only a draft"),
         ({"config_digest": "another"}, "another of the draft, digest of the target"),
         ({"vocabulary": VocabularyDigest.of(["x"])}, "target's and draft's vocabularies"),
+        ({"num_blocks": 76}, "has 76 blocks and the target's 77: start both with engine.num_blocks = 76"),
     ],
 )
 def test_a_draft_that_does_not_fit_is_told_why(change: dict[str, object], reason: str) -> None:
-    refusal = check_hello(dataclasses.replace(HELLO, **change), "digest", VOCABULARY)  # type: ignore[arg-type]
+    refusal = check_hello(dataclasses.replace(HELLO, **change), "digest", VOCABULARY, 77)  # type: ignore[arg-type]
     assert refusal is not None
     assert reason in refusal

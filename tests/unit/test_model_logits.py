@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from cuda_ext.ops import Span
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.card import open_weights
 from ssd_runtime.model.load import decoder_from_weights, load_decoder
@@ -120,6 +121,7 @@ def test_sequences_of_a_batch_give_what_they_give_alone() -> None:
         tables_SC=tables,
         prefix_N=positions + 1,
         chain_ND=torch.empty(len(positions), 0, dtype=torch.int64),
+        spans=tuple(Span(len(text), len(text)) for text in texts),
     )
     together = decoder.forward(batch, kv)
     alone = torch.cat([PagedRun(decoder).trunk(text) for text in texts])
@@ -147,6 +149,7 @@ def test_tree_rows_give_what_each_branch_gives_alone() -> None:
                 tables_SC=run.slots[None],
                 prefix_N=torch.full((count,), 10),
                 chain_ND=torch.tensor([chains[i] for i in rows]),
+                spans=(Span(count, 10),),
             ),
             run.kv,
         )

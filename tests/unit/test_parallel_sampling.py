@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_ext.ops import Span
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.choice import Choice, choose, count_rows
@@ -113,7 +114,10 @@ def batch() -> ForwardBatch:
     positions = torch.arange(ROWS)
     tokens = torch.tensor([5, 8000, 3, 4444, 17, 9000])
     nothing = torch.empty(ROWS, 0, dtype=torch.int64)
-    return ForwardBatch(tokens, positions, positions, positions * 0, torch.arange(16)[None], positions + 1, nothing)
+    return ForwardBatch(
+        *(tokens, positions, positions, positions * 0, torch.arange(16)[None], positions + 1, nothing),
+        spans=(Span(ROWS, ROWS),),
+    )
 
 
 def compared(three: Counted, choices: list[Choice], first_row: int = 0) -> list[int]:

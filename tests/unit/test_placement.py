@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ssd_runtime import hardware, topology
 from ssd_runtime.config import Config, load_config
 from ssd_runtime.cores import Role
 from ssd_runtime.hardware import Hardware, near_cores, read
+from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml
 from tests.tiny_models import write_hf
@@ -102,34 +104,73 @@ def test_each_gpu_gets_cores_of_its_own_near_it() -> None:
     assert near_cores(node, 5, (0, 1)) == near_cores(Hardware(), 0, ALL_CORES) == ()
 
 
-def test_weights_and_blocks_are_those_of_the_published_models() -> None:
-    assert placement.weight_bytes(LLAMA_70B, "bf16") == pytest.approx(2 * 70.55e9, rel=0.001)
-    assert placement.weight_bytes(LLAMA_1B, "bf16") == pytest.approx(2 * 1.236e9, rel=0.001)
-    assert placement.weight_bytes(LLAMA_70B, "bf16", 4) == pytest.approx(2 * 70.55e9 / 4, rel=0.001)
-    assert placement.weight_bytes(LLAMA_70B, "int8") < 0.53 * placement.weight_bytes(LLAMA_70B, "bf16")
-    assert placement.block_bytes(LLAMA_70B, 16, "bf16") == 16 * 327_680  # 320 KiB a token
-    assert placement.block_bytes(LLAMA_70B, 16, "bf16", 4) == 4 * 327_680
-
-
 def test_four_and_one_fit_on_one_node_with_room_counted_for_the_draft() -> None:
     plan = planned()
     assert [(one.role, one.gpu) for one in plan.ranks] == [("target", i) for i in range(4)] + [("draft", 4)]
     assert (plan.target_joint, plan.link_joint, plan.warnings) == ("nvlink", "nvlink", ())
     target, draft = plan.ranks[0], plan.ranks[4]
-    assert target.kv_blocks == 8 * 8192 // 16 < draft.kv_blocks  # the draft's trees need rows too
-    assert target.blocks_left is not None
-    free = (81559 - 551) * 2**20
-    assert target.weights + placement.RESERVE + target.blocks_left * 4 * 327_680 <= free
-    assert target.weights + placement.RESERVE + (target.blocks_left + 1) * 4 * 327_680 > free
+    assert target.kv_blocks == draft.kv_blocks == 8 * 8192 // 16
+    assert target.kv_bytes == target.kv_blocks * 4 * 327_680
+    assert draft.kv_bytes > draft.kv_blocks * 16 * 32_768  # its trees need rows too
+    for one in (target, draft):
+        taken = memory.CONTEXT + one.weights + one.scratch + one.kv_bytes
+        assert one.left == (81559 - 551) * 2**20 - taken > 0
     assert set(draft.cores) <= set(range(56, 112)) | set(range(168, 224))
     assert "GPU 4, cores" in placement.describe(draft, 16)
+    assert "4096 KV blocks (65536 tokens) in 5.00 GiB, 0." in placement.describe(target, 16)
+
+
+def test_a_pool_smaller_than_could_be_used_is_shown_and_no_fault() -> None:
+    plan = planned("engine.max_num_seqs=200", "engine.max_model_len=16384")
+    assert plan.warnings == ()
+    target, draft = plan.ranks[0], plan.ranks[4]
+    assert target.left is not None
+    assert 512 < target.kv_blocks < draft.kv_blocks < 200 * 1024
+    free = (81559 - 551) * 2**20 - memory.CONTEXT - target.weights  # once it is loaded
+    block = target.kv_bytes // target.kv_blocks
+    assert 0.9 * free - block < target.kv_bytes + target.scratch <= 0.9 * free
+    lower = planned("engine.max_num_seqs=200", "engine.max_model_len=16384", "engine.kv_memory=0.5").ranks[0]
+    assert lower.kv_bytes + lower.scratch < 0.5 * free
+
+
+def test_a_target_rank_with_less_free_memory_lowers_the_pools_of_all_and_a_draft_s_own() -> None:
+    node = read(RecordedNvml(), {})
+    gpus = list(node.gpus)
+    gpus[2] = replace(gpus[2], memory_free=36 * GIB)
+    plan = planned(node=replace(node, gpus=tuple(gpus)))
+    pools = [one.kv_blocks for one in plan.ranks]
+    assert len(set(pools[:4])) == 1
+    assert 512 <= pools[0] < pools[4] == 4096
+    gpus[2], gpus[4] = node.gpus[2], replace(gpus[4], memory_free=5 * GIB)
+    (warning,) = planned(node=replace(node, gpus=tuple(gpus))).warnings
+    assert "for 4096: set engine.num_blocks = " in warning
+
+
+def test_two_roles_on_one_gpu_have_equal_pools_and_what_is_left_counts_both() -> None:
+    sizes = ("target.tensor_parallel=1", "engine.max_num_seqs=512", "deployment.share_gpu=true")
+    node = replace(read(RecordedNvml(), {"CUDA_VISIBLE_DEVICES": "0"}), joints={})
+    models: dict[Role, Architecture] = {"target": LLAMA_1B, "draft": LLAMA_1B}
+    seats = layout.seats(1, (2,))
+    plan = placement.plan(config(*sizes), node, models, seats, ALL_CORES)
+    target, draft = plan.ranks
+    assert target.gpu == draft.gpu == 0
+    assert target.kv_blocks == draft.kv_blocks > 512
+    taken = sum(memory.CONTEXT + one.weights + one.scratch + one.kv_bytes for one in plan.ranks)
+    assert target.left == draft.left == node.gpus[0].memory_free - taken
+    assert 0.85 * node.gpus[0].memory_total < taken <= 0.9 * node.gpus[0].memory_total
 
 
 @pytest.mark.parametrize(
     ("overrides", "changes", "num_ranks", "warning"),
     [
-        (["target.tensor_parallel=1"], {}, 2, "target rank 0 does not fit: 131.4 GiB of weights, and GPU 0 has 79.1"),
-        (["engine.max_num_seqs=512"], {}, 5, "the KV cache of target rank 0 does not fit: 262144 blocks"),
+        (["target.tensor_parallel=1"], {}, 2, "target rank 0 does not fit: 131.4 GiB of weights, 0."),
+        (["engine.num_blocks=262144"], {}, 5, "the KV cache of target rank 0 does not fit: 262144 blocks (320.0 GiB)"),
+        (
+            ["target.tensor_parallel=2", "engine.max_model_len=131072"],
+            {},
+            3,
+            "target rank 0: GPU 0 has 79.1 GiB free; there is room for",
+        ),
         (["target.cores=[200]"], {}, 5, "target rank 0 is pinned to cores 200, which are far from GPU 0"),
         (["target.tensor_parallel=8"], {}, 9, "8 targets and 1 draft want 9 GPUs of one host, and it has 8: set depl"),
         ([], NO_NVLINK, 5, "spread over NVLink islands (joined by the NUMA node)"),
@@ -182,6 +223,7 @@ def test_nccl_settings_respect_the_environment_and_name_the_interface(tmp_path: 
     names = lambda found: {one.name: (one.value, one.chosen) for one in found}  # noqa: E731
     alone = names(nccl.settings({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, tmp_path))
     assert alone["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == ("2", True)
+    assert alone["TORCH_NCCL_NONBLOCKING_TIMEOUT"] == ("60", True)
     assert alone["NCCL_IB_DISABLE"] == ("1", True)
     assert "NCCL_SOCKET_IFNAME" not in alone
     (tmp_path / "mlx5_0").mkdir()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cuda_ext.ops import Span
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
@@ -41,17 +42,19 @@ def test_a_batch_arrives_as_it_was_sent(data: st.DataObject) -> None:
     tables = (blocks[:, :, None] * block_size + torch.arange(block_size)).flatten(1)[:, :reach]
     wanted = None if draw(st.booleans()) else integers(draw(st.integers(0, num_rows)))
     rows = [integers(num_rows) for _ in range(5)]
-    batch = ForwardBatch(*rows[:4], tables, rows[4], integers(num_rows, depth), wanted)
+    spans = tuple(Span(draw(st.integers(0, 9)), draw(st.integers(0, reach))) for _ in range(num_sequences))
+    batch = ForwardBatch(*rows[:4], tables, rows[4], integers(num_rows, depth), spans, wanted)
     arrived = decode_batch(encode_batch(batch, block_size), block_size, CPU)
     for name, sent in vars(batch).items():
         got = getattr(arrived, name)
-        assert (got is None and sent is None) or torch.equal(got, sent), name
+        assert torch.equal(got, sent) if isinstance(sent, torch.Tensor) else got == sent, name
 
 
 def test_words_that_are_no_batch_lose_the_leader() -> None:
     words = encode_batch(
         ForwardBatch(*torch.zeros(4, 3, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64),
-                     torch.ones(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64)), 4
+                     torch.ones(3, dtype=torch.int64), torch.zeros(3, 0, dtype=torch.int64),
+                     (Span(3, 1),)), 4
     )  # fmt: skip
     with pytest.raises(PeerLost, match="does not hold a batch"):
         decode_batch(words[:-1], 4, CPU)

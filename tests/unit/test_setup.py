@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,6 +11,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch.utils import cpp_extension
+
+from launcher import doctor
+from ops import host_check
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,8 +27,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "ssd_setup", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module.shutil, "which", lambda name: f"/usr/bin/{name}")
-    for name in ("SSD_BUILD_EXT", "TORCH_CUDA_ARCH_LIST", "CXX"):
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/nowhere/{name}")
+    for name in ("SSD_BUILD_EXT", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -80,8 +84,56 @@ def test_no_gpu_is_asked_for(build, nvcc, monkeypatch):
     assert build.os.environ.get("TORCH_CUDA_ARCH_LIST") == ("8.0;9.0;10.0+PTX" if nvcc else None)
     assert extension.py_limited_api
     for flags in extension.extra_compile_args.values():
-        assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags
+        assert build.STABLE_ABI in flags
     assert "--fmad=false" in extension.extra_compile_args["nvcc"]
+
+
+def test_the_oldest_torch_is_one_number(build):
+    """Of pyproject.toml, what is built for, what `ssd doctor` refuses, and what the README says."""
+    assert build.oldest("torch") == doctor.OLDEST_TORCH == (2, 10)
+    assert build.STABLE_ABI == "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    assert "torch 2.10 is the oldest that works" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("version", "old"), [("2.9.1", True), ("2.10.0+cpu", False), ("2.13.0a0+git", False)])
+def test_a_build_with_an_older_torch_is_refused_in_one_line(build, version, old, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(cpp_extension, "CppExtension", lambda *_, **__: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    if not old:
+        assert build.extension_arguments()
+        return
+    with pytest.raises(SystemExit, match=r"^torch 2\.9\.1 is older than 2\.10; pip install 'torch>=2\.10'$"):
+        build.extension_arguments()
+
+
+@pytest.mark.parametrize("asked", [None, "/elsewhere"])
+def test_the_toolkit_is_where_nvcc_says_it_is(build, asked, tmp_path, monkeypatch):
+    """What is in PATH may be a script; libraries and headers lie where the compiler itself does."""
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/cuda/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(nvcc))
+    monkeypatch.setattr(cpp_extension, "CppExtension", lambda *_, **__: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("CUDA_HOME", asked or "")
+    if asked is None:
+        monkeypatch.delenv("CUDA_HOME")
+    build.extension_arguments()
+    assert os.environ["CUDA_HOME"] == (asked or str(tmp_path / "cuda"))
+    assert build.toolkit(str(tmp_path / "no-nvcc")) is None
+
+
+def test_what_the_oldest_torch_does_not_declare_is_found_in_the_built_extension(tmp_path):
+    """The stable ABI: what is built with one torch runs with the others (`make host-check` has the real headers)."""
+    (library,) = (ROOT / "cuda_ext").glob("_C*.so")
+    headers = tmp_path / "torch" / "csrc"
+    headers.mkdir(parents=True)
+    names = host_check.undeclared(library, tmp_path)
+    assert {"aoti_torch_empty_strided", "torch_library_impl"} <= names
+    (headers / "shim.h").write_text(" ".join(f"int {name}(int);" for name in names - {"torch_library_impl"}))
+    assert host_check.undeclared(library, tmp_path) == {"torch_library_impl"}
 
 
 def test_the_check_of_the_kernels_compiles_for_what_is_built(build):
