@@ -144,7 +144,7 @@ def test_a_draft_with_another_configuration_is_refused_on_both_sides(rank: Start
     target, draft = rank(0, 2), rank(1, 2, "--set", "speculation.budget=5")
     assert (target.exit_code(40), draft.exit_code(10)) == (2, 2)
     for done in (target, draft):
-        assert "start both with the same [engine] and [speculation] sections" in last_line(done.err)
+        assert "start both with the same [engine], [speculation] and [link] sections" in last_line(done.err)
 
 
 def test_a_draft_with_another_vocabulary_is_refused_on_both_sides(rank: Start, models: Path) -> None:
