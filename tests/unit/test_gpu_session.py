@@ -26,7 +26,7 @@ SCRIPTS = sorted(FOLDER.glob("*.sh"))
 STEPS = sorted(
     {name for script in SCRIPTS for name in re.findall(r"^step \d+ (\w+)", script.read_text(), re.MULTILINE)}
 )
-ENGINES = {"cpu_draft", "shared_gpu", "large_target"}  # start ranks: tests/process
+ENGINES = {"cpu_draft", "shared_gpu", "large_target", "nccl_link", "nccl_target"}  # start ranks: tests/process
 ELSEWHERE = {"build": "a compiler at work for a minute", "device_tests": "pytest in pytest"}
 
 # A step that is imported above is run here as the program that it is, too.
