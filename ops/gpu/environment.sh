@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The environment of the GPU machine that these scripts were written for, in a folder of its own: Python 3.12 where there
-# is one, PyPI's torch 2.11 (a CUDA build; it is imported without a GPU too), Triton 3.6, what the product and its tests
-# need. About 6 GB. A folder with a file READY is left as it is.
+# The environment of the GPU machine that these scripts were written for, in a folder of its own: Python 3.12 where
+# there is one, PyPI's torch 2.11 (a CUDA build; it is imported without a GPU too), Triton 3.6, what the product and its
+# tests need. About 5 GB. A folder with a file READY is left as it is.
 #
 #   ops/gpu/environment.sh FOLDER
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU machine without a network lacks, in parts that travel (carry.py): the extension built for its torch and for
-# sm_90, wheels of packages it does not have, and the embedded model, or for third.sh an NCCL that lets two ranks share a
-# GPU (241 MiB).
+# sm_90, wheels of packages it does not have, and the embedded model, or for third.sh an NCCL that lets two ranks share
+# a GPU (241 MiB).
 #
 #   ops/gpu/pack.sh ENVIRONMENT CARRY        ENVIRONMENT is environment.sh's; CARRY/part-1, CARRY/part-2, ... are made
 #
@@ -18,7 +18,8 @@ tar c --exclude-vcs --exclude='*.so' --exclude=__pycache__ --exclude='./.[a-z]*'
 
 echo "building the extension for sm_90 in $TREE (a minute or two)"
 mkdir -p "$BUILT"
-(cd "$TREE" && TORCH_CUDA_ARCH_LIST=9.0 "$PYTHON" setup.py build_ext --inplace --build-temp "$BUILT" >"$BUILT/log" 2>&1) ||
+export TORCH_CUDA_ARCH_LIST=9.0
+(cd "$TREE" && "$PYTHON" setup.py build_ext --inplace --build-temp "$BUILT" >"$BUILT/log" 2>&1) ||
   { tail -5 "$BUILT/log" >&2 && echo "the extension could not be built; $BUILT/log says why" >&2 && exit 1; }
 
 # bring FOLDER PACKAGE: its wheel for the GPU machine, whichever this one is.

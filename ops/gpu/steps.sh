@@ -28,8 +28,8 @@ begin() {
   fi
   if [ -f "$CARRIED/_C.abi3.so" ]; then cp "$CARRIED/_C.abi3.so" cuda_ext/; fi
   if compgen -G "$CARRIED/wheels/*.whl" >/dev/null && [ ! -d "$CARRIED/site" ]; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$CARRIED/site" "$CARRIED"/wheels/*.whl \
-      >>"$LOG" 2>&1 || echo "the carried wheels could not be installed; $LOG says why"
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$CARRIED/site" "$CARRIED"/wheels/*.whl \
+      >>"$LOG" 2>&1 || echo "the carried wheels do not fit this Python, going on with what it has; $LOG says more"
   fi
   export PYTHONPATH=$PWD:$CARRIED/site${PYTHONPATH:+:$PYTHONPATH}
   if [ -d "$CARRIED/models" ]; then export SSD_CACHE=$CARRIED/models; fi
