@@ -75,7 +75,10 @@ def demand(config: Config, role: Role, arch: Architecture, device: Device) -> De
 
 def weight_bytes(part: Architecture, dtype: Dtype, device: Device) -> int:
     """Of the weights of one rank's part: matrices of the layers and the head in `dtype`, the rest in bf16 (fp32 for
-    fp32). On a GPU a tied table is the head's matrix too; on a CPU the head is packed apart."""
+    fp32). On a GPU a tied table is the head's matrix too; on a CPU the head is packed apart.
+
+    As the compiled operators pack them: in plain torch a code of int4 has a byte.
+    """
     other = 4 if dtype == "fp32" else 2
     head = INT4_HEAD_BYTES if dtype == "int4" else WEIGHT_BYTES[dtype]
     total = 0.0
