@@ -25,7 +25,7 @@ WAIT_S = 60.0
 def hello(config_path: Path, instance: str, digest: str | None = None) -> Hello:
     """What a draft with this configuration says first."""
     config = load_config(config_path)
-    vocabulary = Tokenizer.from_model(Path(config.draft.model)).vocabulary().digest()
+    vocabulary = Tokenizer.from_model(config.draft.model).vocabulary().digest()
     return Hello(
         PROTOCOL_VERSION, "draft", 0, digest or config.digest(), vocabulary, instance, config.engine.pool_blocks
     )
