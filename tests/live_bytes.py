@@ -7,19 +7,19 @@ that an operator takes for itself and gives back (a library's workspace, a compi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from tests.operator_watch import OperatorWatch
 
-class LiveBytes(TorchDispatchMode):
+
+class LiveBytes(OperatorWatch):
     """Counts storages from the operator that made them to the end of the last tensor that uses them.
 
-    A view adds nothing, nor does what was there before. Operators made of others are taken apart, since these make
-    tensors too (`einsum`); under `torch.inference_mode` they would come whole.
+    A view adds nothing, nor does what was there before.
 
     Attributes:
         now: bytes that are alive.
@@ -31,24 +31,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **kwargs)
-        given = {id(storage) for storage in _storages((args, kwargs))}
+    def watched(self, func: Any, given: object, result: object) -> None:
+        before = {id(storage) for storage in _storages(given)}
         for storage in _storages(result):
-            if id(storage) not in given and storage not in self._counted:
+            if id(storage) not in before and storage not in self._counted:
                 self._count(storage)
-        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         self._counted.add(storage)

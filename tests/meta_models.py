@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ssd_runtime.model.architecture import Architecture
@@ -19,6 +18,7 @@ from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import Shard, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, make_linear
+from tests.operator_watch import OperatorWatch
 
 META = torch.device("meta")
 KIND = activation_dtype("bf16")
@@ -82,7 +82,7 @@ class MixedDevices(Exception):
     """Tensors of two devices met in an operator: at best the device's queue is waited for, to copy one of them."""
 
 
-class _OneDevice(TorchDispatchMode):
+class _OneDevice(OperatorWatch):
     """Raises MixedDevices; torch itself lets indices on the CPU pass, and numbers in tensors.
 
     Attributes:
@@ -93,25 +93,12 @@ class _OneDevice(TorchDispatchMode):
         super().__init__()
         self.uploads = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        with self:
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **kwargs)
-        given, made = _devices((args, kwargs)), _devices(result)
+    def watched(self, func: Any, given: object, result: object) -> None:
+        met, made = _devices(given), _devices(result)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            self.uploads += (given | made) == {"cpu", "meta"}
-        elif len(given) > 1:
-            raise MixedDevices(f"{func} of tensors on {' and '.join(sorted(given))}")
-        return result
+            self.uploads += (met | made) == {"cpu", "meta"}
+        elif len(met) > 1:
+            raise MixedDevices(f"{func} of tensors on {' and '.join(sorted(met))}")
 
 
 class _Making(TorchFunctionMode):

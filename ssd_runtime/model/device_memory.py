@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.model.memory import GIB
 
-GIB = 2**30
 _WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
