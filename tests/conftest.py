@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -40,6 +41,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # in order of collection the longest come first: clusters and processes
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_garbage_only() -> None:
+    """Full collections within a file look at what that file made, as a rank's look at what it made since it loaded:
+    over all that a suite has imported and kept, one takes half a second, at a moment of any test's choosing."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

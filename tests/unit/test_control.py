@@ -203,13 +203,13 @@ def test_a_message_of_very_many_parts_is_refused_without_holding_up_the_server(
         longest, deadline = 0.0, time.monotonic() + SOON
         while not refused:
             assert time.monotonic() < deadline
-            begin = time.monotonic()
+            begin = time.thread_time()
             assert server.poll(0.0) == []
-            longest = max(longest, time.monotonic() - begin)
+            longest = max(longest, time.thread_time() - begin)
             assert len(server._parts) <= 3
             refused = sender.poll(0.0)
         assert refused == [Refused("a message has one part, not more")]
-        assert longest < 0.5  # all at once took seconds for millions; a busy machine gets room
+        assert longest < 0.5  # all at once took seconds for millions
     meet(server, peer)
 
 
