@@ -1,7 +1,7 @@
 # Everything happens in $(VENV); stamps live inside it, so removing it starts afresh.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-REHEARSAL ?= $(HOME)/.cache/ssd_runtime/rehearsal
+REHEARSAL ?= $(HOME)/.cache/ssd-runtime/rehearsal
 CONFIG ?= configs/smollm2_cpu.toml
 PROMPT ?= Explain in a few sentences why the sky is blue.
 
