@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher import screen
-from launcher.report import Generation, Output, summarise
+from launcher.bench.report import Generation, Output, summarise
 
 
 def as_text(generation: Generation) -> str:

@@ -23,12 +23,12 @@ from launcher.commands.doctor import doctor
 from launcher.commands.fetch import fetch
 from launcher.commands.generate import generate
 from launcher.commands.slurm import slurm
+from launcher.commands.study import study
 from launcher.commands.up import up
-from launcher.study.command import study
 from ssd_runtime import __version__, environment, logs
 from ssd_runtime.bounds import shown
-from ssd_runtime.cores import about_binding, forget_binding
 from ssd_runtime.errors import ConfigError, InputOutputError, SsdError
+from ssd_runtime.host.cores import about_binding, forget_binding
 
 log = logging.getLogger(__name__)
 

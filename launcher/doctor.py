@@ -10,17 +10,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher import layout, nccl, preflight
+from launcher import layout, preflight
 from launcher.layout import Seat
+from launcher.ranks import nccl
 from launcher.screen import cores_line
 from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError, SsdError
+from ssd_runtime.host.cores import Role
 from ssd_runtime.model import memory
-from ssd_runtime.model.card import ModelCard, inspect_model
-from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.files.catalogue import resolve
+from ssd_runtime.model.files.header import ModelCard, inspect_model
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 
@@ -114,7 +115,7 @@ def _compiler() -> str:
 
 
 def _devices(config: Config, seats: Sequence[Seat]) -> str:
-    from ssd_runtime import topology
+    from ssd_runtime.host import topology
 
     nodes = sorted({seat.node for seat in seats})
     devices: dict[Role, dict[int, str]] = {"target": {}, "draft": {}}
@@ -140,8 +141,8 @@ def _devices(config: Config, seats: Sequence[Seat]) -> str:
 
 def _cores(config: Config, seats: Sequence[Seat]) -> str:
     """Of the ranks of one node, on a host like this."""
-    from ssd_runtime import topology
-    from ssd_runtime.cores import crowding
+    from ssd_runtime.host import topology
+    from ssd_runtime.host.cores import crowding
 
     here = range(seats[0].rank, seats[-1].rank + 1)
     placed = topology.cores_by_role(config, num_ranks(config), here)
@@ -152,7 +153,7 @@ def _cores(config: Config, seats: Sequence[Seat]) -> str:
 
 
 def _hardware() -> str:
-    from ssd_runtime import topology
+    from ssd_runtime.host import topology
 
     return "; ".join(" ".join(line.split()) for line in topology.describe().splitlines())
 
@@ -186,7 +187,7 @@ def _shares(config: Config) -> str:
 def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     """The plan, rank by rank, and each of its faults."""
     from launcher import placement
-    from ssd_runtime import hardware, topology
+    from ssd_runtime.host import hardware, topology
 
     try:
         models = {role: _card(getattr(config, role)).arch for role in _roles_on_gpus(config, seats)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssd_runtime.cores import Role, listed
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.cores import Role, listed
 
 COUNTS = "--nproc-per-node"
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.layout import Seat
-from ssd_runtime.allotment import gpus_of, lacks_gpus, model_of
 from ssd_runtime.config import Config
-from ssd_runtime.cores import Role, listed
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.hardware import Gpu, Hardware, Joint
+from ssd_runtime.host.allotment import gpus_of, lacks_gpus, model_of
+from ssd_runtime.host.cores import Role, listed
+from ssd_runtime.host.hardware import Gpu, Hardware, Joint
+from ssd_runtime.host.topology import cores_of_ranks
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.memory import GIB
-from ssd_runtime.topology import cores_of_ranks
 
 JOINTS: dict[Joint, str] = {
     "same": "one GPU",

@@ -12,20 +12,20 @@ from dataclasses import replace
 
 from launcher.nodes import Nodes
 from launcher.torchrun import num_ranks
-from ssd_runtime import topology
-from ssd_runtime.allotment import model_of
 from ssd_runtime.comm import hosts
-from ssd_runtime.comm.messages_client import Generate
+from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.config import Config
 from ssd_runtime.engine.stop_strings import check_stop_strings
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model.card import ModelCard, inspect_model
-from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.host import topology
+from ssd_runtime.host.allotment import model_of
+from ssd_runtime.host.topology import Group, Role
+from ssd_runtime.model.files.catalogue import resolve
+from ssd_runtime.model.files.header import ModelCard, inspect_model
 from ssd_runtime.model.memory import GIB, demand
-from ssd_runtime.model.random_models import random_model
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.random.models import random_model
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.limits import check_processors, check_sampling
-from ssd_runtime.topology import Group, Role
 
 LEAST_FILES = 256  # descriptors that a rank may need to come up, with a link to each of a few drafts
 LOOPBACK_S = 2.0

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ssd_runtime.comm import messages_launcher
-from ssd_runtime.cores import Role, listed
+from ssd_runtime.comm.control import launcher_messages as messages_launcher
+from ssd_runtime.host.cores import Role, listed
 
 if TYPE_CHECKING:
     from launcher.doctor import Finding

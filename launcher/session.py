@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 from launcher.torchrun import Launch, Ranks
 from ssd_runtime import trace
+from ssd_runtime.comm.control.launcher_messages import Progress
 from ssd_runtime.comm.hosts import resolve, split
-from ssd_runtime.comm.messages_launcher import Progress
-from ssd_runtime.cores import crowding
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import ConfigError, InputOutputError, Overloaded, PeerLost, RequestError, SsdError
-from ssd_runtime.model.random_models import label
+from ssd_runtime.host.cores import crowding
+from ssd_runtime.model.random.models import label
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Session:
         address: of the engine, for other clients.
         cores: role -> CPU cores it is pinned to.
         ranks: of an engine started here.
-        label: what must be said beside its text and figures (model/random_models.py); None of real models.
+        label: what must be said beside its text and figures (model/random/models.py); None of real models.
     """
 
     client: Client

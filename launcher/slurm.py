@@ -18,10 +18,10 @@ import jinja2
 
 from launcher import layout
 from launcher.torchrun import ranks_by_role
-from ssd_runtime.allotment import gpus_of, model_of
 from ssd_runtime.config import Config
-from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.allotment import gpus_of, model_of
+from ssd_runtime.host.cores import Role
 
 Form = Literal["two-jobs", "single-job"]
 CORES_BESIDE_A_GPU = 4  # the rank's own thread, those of the link, ZeroMQ's, torchrun's

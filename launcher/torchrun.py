@@ -22,18 +22,18 @@ from pathlib import Path
 
 import zmq
 
-from launcher import announcer
 from launcher.keeper import LOG
 from launcher.nodes import Nodes
 from launcher.processes import Kept
-from ssd_runtime.comm import codec
-from ssd_runtime.comm.messages import Message
-from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
+from launcher.ranks import announcer
+from ssd_runtime.comm.control import codec
+from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
+from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import Config
-from ssd_runtime.cores import about_binding, forget_binding
 from ssd_runtime.errors import ConfigError, SsdError
-from ssd_runtime.topology import Group, Role
+from ssd_runtime.host.cores import about_binding, forget_binding
+from ssd_runtime.host.topology import Group, Role
 
 log = logging.getLogger(__name__)
 

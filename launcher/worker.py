@@ -1,7 +1,7 @@
 """The first instructions of a rank under torchrun: `python -m torch.distributed.run ... -m launcher.worker --config X`.
 
 Whatever has to be done before torch is imported, which takes seconds: the rank ties its life to those who started it
-and drops what would mislead it. Then `launcher/roles.py` goes on.
+and drops what would mislead it. Then `launcher/ranks/roles.py` goes on.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher import keeper
-from ssd_runtime.cores import forget_binding, leave_binding
+from ssd_runtime.host.cores import forget_binding, leave_binding
 
 if TYPE_CHECKING:
-    from ssd_runtime.topology import Role
+    from ssd_runtime.host.topology import Role
 
 STDIN = 0
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -45,8 +45,8 @@ def main(
     ignored = forget_binding(os.environ)
     if ignored and UNDER_TORCHRUN in os.environ:  # by hand: ours is started without them
         leave_binding()
-    from launcher import roles  # brings torch
-    from launcher.announcer import Announcer
+    from launcher.ranks import roles  # brings torch
+    from launcher.ranks.announcer import Announcer
 
     sys.exit(roles.run(config_path, overrides, role, target, Announcer(announce), trace, ignored))
 

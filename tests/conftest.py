@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from ssd_runtime.model import catalogue, fetch
-
 # A loaded machine may pause any process for a second, in the middle of an example or of drawing one. Examples are new
+from ssd_runtime.model.files import catalogue, fetch
+
 # in every run, so that they find something some day; where CI is set they are the same, as hypothesis itself has it.
 settings.register_profile(
     "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ

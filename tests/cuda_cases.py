@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cuda_ext import reference
 from ssd_runtime.speculation.noise import signed
-from ssd_runtime.speculation.sampling import Draw
+from ssd_runtime.speculation.sampling.ranking import Draw
 from ssd_runtime.speculation.types import SamplingParams
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

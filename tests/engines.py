@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import Message
-from ssd_runtime.comm.messages_draft import Admit, Finish, Share
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.draft_messages import Admit, Finish, Share
+from ssd_runtime.comm.control.messages import Message
+from ssd_runtime.comm.link.frames import OutcomeCodec, TreeCodec
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
@@ -17,13 +17,13 @@ from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.sequence import Delta, Request, Sequence, TextStream
 from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
+from ssd_runtime.leader.colocated import ColocatedSpeculator
+from ssd_runtime.leader.drafts import Drafts
+from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.pace import Pace
-from ssd_runtime.speculation.planner import FixedPlanner, Planner
+from ssd_runtime.speculation.planning.cost_model import Pace
+from ssd_runtime.speculation.planning.planner import FixedPlanner, Planner
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
-from ssd_runtime.target.colocated import ColocatedSpeculator
-from ssd_runtime.target.drafts import Drafts
-from ssd_runtime.target.link_speculator import LinkSpeculator
 from ssd_runtime.trace import Tracer
 
 

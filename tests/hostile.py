@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import msgpack
 
-from ssd_runtime.comm.codec import ASKED, MOST_PAIRS, Limits, encode
-from ssd_runtime.comm.messages_client import Generate
+from ssd_runtime.comm.control.client_messages import Generate
+from ssd_runtime.comm.control.codec import ASKED, MOST_PAIRS, Limits, encode
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.speculation.types import MOST_TOKENS, SamplingParams
 

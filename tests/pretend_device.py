@@ -33,7 +33,12 @@ from cuda_ext import fallbacks, reference
 
 PRODUCT = [Path(package.__file__ or "").parent for package in (ssd_runtime, cuda_ext)]
 # A line there says nothing, its caller does.
-PASSING_ON = ["cuda_ext/ops.py", "cuda_ext/compiled.py", "cuda_ext/upload.py", "ssd_runtime/speculation/readback.py"]
+PASSING_ON = [
+    "cuda_ext/ops.py",
+    "cuda_ext/compiled.py",
+    "cuda_ext/upload.py",
+    "ssd_runtime/speculation/sampling/readback.py",
+]
 
 # Those of the product's operators that have CUDA kernels where the library was built with nvcc.
 _REGISTERED = (PRODUCT[1] / "csrc" / "cuda" / "operators.cpp").read_text()

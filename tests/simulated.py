@@ -16,14 +16,15 @@ from unittest import mock
 
 from torch import Tensor
 
-from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import DraftStep
 from ssd_runtime.engine import engine as engine_module
+from ssd_runtime.leader import draft_state as at_work
+from ssd_runtime.leader import drafts, link_speculator
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
-from ssd_runtime.target import at_work, drafts, link_speculator
 from tests.engines import InProcess, SteppedDraft, in_process
 
 TIMED = (engine_module, at_work, drafts, link_speculator)

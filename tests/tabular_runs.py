@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.speculation.planner import Planner
+from ssd_runtime.speculation.planning.planner import Planner
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, random_steps, request
 from tests.enumeration import ChiSquare, counted, joint_law, next_tokens

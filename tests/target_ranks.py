@@ -12,10 +12,10 @@ import torch.distributed as dist
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import PeerLost
+from ssd_runtime.leader.replay import Follower, LeadingDecoder
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.files.source import WeightSource
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.model.source import WeightSource
-from ssd_runtime.target.replay import Follower, LeadingDecoder
 from tests.tiny_models import CPU
 
 SOON = 30.0  # a loaded machine

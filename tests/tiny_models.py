@@ -21,8 +21,8 @@ from ssd_runtime.config import Dtype
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.files.source import WHOLE, Part, expected_tensors
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.model.source import WHOLE, Part, expected_tensors
 
 if TYPE_CHECKING:
     import gguf

@@ -16,11 +16,11 @@ from launcher.commands import engine
 from launcher.commands.options import check_writable, config_options, connect_option, trace_option, writing
 from launcher.commands.sampling import sampling_options, sampling_params
 from ssd_runtime.config import MODES, Config, ConfigFile, Mode, load_config
-from ssd_runtime.model.random_models import pair_overrides
+from ssd_runtime.model.random.models import pair_overrides
 
 if TYPE_CHECKING:
-    from launcher.bench import Run
-    from launcher.teams import Team
+    from launcher.bench.benchmark import Run
+    from launcher.bench.draft_counts import Team
 
 DEFAULT_AGREEMENT = 0.85  # of the draft of --random
 WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what an engine in it can serve
@@ -75,8 +75,10 @@ def bench_command(
     **sampling: Any,
 ) -> None:
     """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
-    from launcher import bench, screen, teams
-    from launcher.prompts import read_prompts
+    from launcher import screen
+    from launcher.bench import benchmark as bench
+    from launcher.bench import draft_counts as teams
+    from launcher.bench.prompts import read_prompts
 
     if shapes is not None:
         overrides = (*pair_overrides(shapes, DEFAULT_AGREEMENT if agreement is None else agreement), *overrides)
@@ -117,7 +119,7 @@ def bench_command(
             {name: bench.report_on(measured[name], prompts) | {"machine": machines[name]} for name in measured}
         )
     if report["first_divergence"] and connect is None:
-        from launcher.scoring import gap_of_divergence
+        from launcher.bench.scoring import gap_of_divergence
 
         report["first_divergence"]["logit_gap"] = gap_of_divergence(report["first_divergence"], config, prompts, params)
     report["workload"] = {
@@ -149,7 +151,8 @@ def _engines(
     overrides: tuple[str, ...], runs: list[Run], numerics: str | None, compared: Sequence[Team]
 ) -> list[_Engine]:
     """The engines to start one after the other."""
-    from launcher import bench, teams
+    from launcher.bench import benchmark as bench
+    from launcher.bench import draft_counts as teams
 
     if compared:
         pairs = zip(compared, teams.runs_by_team(compared, runs), strict=True)
@@ -201,7 +204,7 @@ def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     import torch
 
     from cuda_ext import ops
-    from ssd_runtime import topology
+    from ssd_runtime.host import topology
 
     return {
         "host": platform.node(),

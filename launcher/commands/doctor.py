@@ -10,7 +10,7 @@ from launcher.commands.options import MOST_NODES, config_options
 from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
-    from ssd_runtime.cores import Role
+    from ssd_runtime.host.cores import Role
 
 
 @click.command()

@@ -17,8 +17,8 @@ from ssd_runtime.speculation.types import SamplingParams
 if TYPE_CHECKING:
     from launcher.nodes import Nodes
     from launcher.session import Session
-    from ssd_runtime.comm.messages_client import Generate
-    from ssd_runtime.topology import Group
+    from ssd_runtime.comm.control.client_messages import Generate
+    from ssd_runtime.host.topology import Group
 
 CONNECT_TIMEOUT_S = 300.0  # longest silence of an engine that has answered before; long prompts take their time
 
@@ -66,7 +66,7 @@ def request_for(
     prompt: str, raw: bool, max_tokens: int, stop: tuple[str, ...], mode: Mode | None, params: SamplingParams
 ) -> Generate:
     """A request with a fresh name; `raw` leaves the prompt as it is, otherwise it is one message of a chat."""
-    from ssd_runtime.comm.messages_client import ChatMessage, Generate
+    from ssd_runtime.comm.control.client_messages import ChatMessage, Generate
 
     request = Generate(request_id=uuid.uuid4().hex, params=params, max_tokens=max_tokens, stop=stop, mode=mode)
     if raw:

@@ -14,8 +14,8 @@ from ssd_runtime.config import ConfigFile, load_config
 def fetch(names: tuple[str, ...], config_file: ConfigFile | None, overrides: tuple[str, ...]) -> None:
     """Bring embedded models into the cache: NAMES, or those the configuration uses."""
     from launcher import screen
-    from ssd_runtime.model.catalogue import CATALOGUE, resolve
-    from ssd_runtime.model.fetch import fetch as fetch_model
+    from ssd_runtime.model.files.catalogue import CATALOGUE, resolve
+    from ssd_runtime.model.files.fetch import fetch as fetch_model
 
     config = load_config(config_file, overrides)
     for name in names or dict.fromkeys([config.target.model, config.draft.model]):

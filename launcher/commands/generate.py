@@ -58,7 +58,8 @@ def generate(
     if lookahead is not None:
         overrides = (*overrides, f"speculation.lookahead={lookahead}")
     config = load_config(config_file, overrides)
-    from launcher import answers, bench, preflight  # with the libraries of model files: after what can be told without
+    from launcher import answers, preflight  # with the libraries of model files: after what can be told without
+    from launcher.bench import benchmark as bench
 
     if prompt == "-":
         prompt = _standard_input()

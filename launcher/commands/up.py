@@ -15,7 +15,7 @@ from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
     from launcher.torchrun import Launch
-    from ssd_runtime.topology import Role
+    from ssd_runtime.host.topology import Role
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def up(
     """
     from launcher.nodes import Nodes
     from launcher.torchrun import Launch
-    from ssd_runtime.topology import group_of
+    from ssd_runtime.host.topology import group_of
 
     group = group_of(role, target)
     nodes = Nodes(nnodes, node_rank, rendezvous, nproc_per_node or 0)
@@ -88,7 +88,7 @@ def _stay(launch: Launch) -> None:
     check_replaceable(launch.trace)
     preflight.check_engine(launch.config, nodes, group)
     from launcher import screen, session
-    from ssd_runtime.cores import crowded
+    from ssd_runtime.host.cores import crowded
 
     with session.joined(launch) as ranks:
         if group is not None and group.target is not None:

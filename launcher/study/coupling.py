@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssd_runtime.speculation.saguaro import saguaro_logits
-from ssd_runtime.speculation.sampling import process_logits
+from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
+from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import SamplingParams
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from launcher.study.coupling import Rule
 from launcher.study.recording import Record
 from launcher.study.walk import Expected, Rate, Round, expect, miss_rates, walk
-from ssd_runtime.speculation.counts import uniform_counts
-from ssd_runtime.speculation.policies import FanOutName, fan_out_policy
+from ssd_runtime.speculation.drafting.counts import uniform_counts
+from ssd_runtime.speculation.drafting.policies import FanOutName, fan_out_policy
 
 FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 POLICIES: tuple[FanOutName, ...] = ("uniform", "geometric", "confidence")

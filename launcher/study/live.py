@@ -10,15 +10,15 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from launcher import bench
-from launcher.prompts import Prompt
+from launcher.bench import benchmark as bench
+from launcher.bench.prompts import Prompt
 from launcher.study.figures import POLICIES, Point
 from ssd_runtime.config import SpeculationConfig
 from ssd_runtime.speculation.types import SamplingParams
 
 Engines = Callable[[tuple[str, ...]], AbstractContextManager[bench.Generates]]
 Advance = Callable[[str], None]
-SPEED = {"4 speed": "tokens_per_second", "6": "tokens_per_second_per_sequence"}  # keys of launcher/report.py
+SPEED = {"4 speed": "tokens_per_second", "6": "tokens_per_second_per_sequence"}  # keys of launcher/bench/report.py
 
 
 def backups() -> tuple[str, ...]:

@@ -18,18 +18,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from launcher.scoring import BLOCK, CHUNK, Scorer
+from launcher.bench.scoring import BLOCK, CHUNK, Scorer
 from launcher.study.coupling import Rejection, Rule, reject
 from ssd_runtime.config import Config, EngineConfig, ModelConfig
-from ssd_runtime.cores import Role
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.engine.speculator import NoSpeculation
-from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.host.cores import Role
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.speculation.sampling import Draw, Ranking, rank_tokens
+from ssd_runtime.model.text.tokenizer import Tokenizer
+from ssd_runtime.speculation.sampling.ranking import Draw, Ranking, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.trace import Tracer
 

@@ -13,7 +13,7 @@ import torch
 from launcher.study.coupling import Rejection, Rule, Variant
 from launcher.study.recording import Record
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.speculation.sampling import Ranking
+from ssd_runtime.speculation.sampling.ranking import Ranking
 
 FORMAT = 1
 

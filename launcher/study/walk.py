@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from launcher.study.coupling import Rejection, Variant
 from launcher.study.recording import Record
-from ssd_runtime.speculation.fanout import FanOut, Verified, share_budget
+from ssd_runtime.speculation.drafting.fan_out import FanOut, Verified, share_budget
 from ssd_runtime.speculation.verify import verify
 
 FIRST = 1  # the prefill chooses the token at place 0

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.bench import generate
-from launcher.prompts import Prompt, read_prompts
-from launcher.report import Generation, summarise
-from ssd_runtime import topology
-from ssd_runtime.comm.messages_client import ChatMessage, Generate
+from launcher.bench.benchmark import generate
+from launcher.bench.prompts import Prompt, read_prompts
+from launcher.bench.report import Generation, summarise
+from ssd_runtime.comm.control.client_messages import ChatMessage, Generate
 from ssd_runtime.engine.client import Client
+from ssd_runtime.host import topology
 from tests.cluster.hosts import Lab, Relay, joined_by_a_relay, reason_for_none
 from tests.cluster.runs import client_on, cores_apart
 from tests.process.runs import SSD, Run

@@ -15,11 +15,12 @@ from collections.abc import Sequence as Sequences
 from typing import Any
 from unittest import mock
 
-from launcher import target_rank, worker
+from launcher import worker
+from launcher.ranks import target_rank
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
+from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.speculation.types import Outcome, Speculation
-from ssd_runtime.target.link_speculator import LinkSpeculator
 
 FORCED = "forced"
 ROUNDS, BATCH = "SSD_BENCH_ROUNDS", "SSD_BENCH_BATCH"  # environment variables: the file of rounds; how many are "all"

@@ -27,11 +27,11 @@ from typing import Any
 from unittest import mock
 
 from launcher import preflight, screen, session
-from launcher.bench import Generates, generate_together
-from launcher.prompts import Prompt, read_prompts
+from launcher.bench.benchmark import Generates, generate_together
+from launcher.bench.prompts import Prompt, read_prompts
 from launcher.torchrun import Launch, Ranks
 from ops.bench.forgetful_rank import BATCH, FORCED, ROUNDS
-from ssd_runtime.comm.messages_client import ChatMessage, Generate
+from ssd_runtime.comm.control.client_messages import ChatMessage, Generate
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.speculation.types import SamplingParams

@@ -14,8 +14,8 @@ from ops.gpu.result import Finding, Number, Setting, judged, run_step
 from ops.gpu.timing import device_of, relative_error
 from ssd_runtime.config import Dtype
 from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights

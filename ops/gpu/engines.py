@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.prompts import read_prompts
+from launcher.bench.prompts import read_prompts
 from ops.gpu.carry import sha256
 from ops.gpu.result import Finding, Number, Setting, judged, run_step
 from ops.gpu.timing import device_of
 from ssd_runtime.config import MODES, NUMERICS, EngineConfig, Mode, Numerics, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
-from ssd_runtime.model.catalogue import CATALOGUE, resolve
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.files.catalogue import CATALOGUE, resolve
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import in_process, random_steps, request
 

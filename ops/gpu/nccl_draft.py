@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from launcher import nccl
-from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import open_draft_link
-from ssd_runtime.comm.messages_draft import LinkAddress
+from launcher.ranks import nccl
+from ssd_runtime.comm.control.draft_messages import LinkAddress
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame

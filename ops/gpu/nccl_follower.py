@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from launcher import nccl
+from launcher.ranks import nccl
 from ssd_runtime.comm.collective import TargetGroup, meet_target_gpus, meet_target_ranks
 from ssd_runtime.config import Dtype
+from ssd_runtime.leader.replay import Follower
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.target.replay import Follower
 from tests.tiny_models import RandomWeights
 
 BLOCK, DEADLINE_S = 16, 60.0

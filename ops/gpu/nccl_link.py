@@ -13,12 +13,12 @@ from unittest import mock
 
 import torch
 
-from launcher import nccl
+from launcher.ranks import nccl
 from ops.gpu.nccl_draft import SHAPE, SOON, Draft, busy, outcomes, tree
 from ops.gpu.result import Finding, Number, Setting, judged, left_out, run_step
 from ops.gpu.timing import device_of
-from ssd_runtime.comm.link import LinkTiming, TargetLink
-from ssd_runtime.comm.meeting import LinkHost
+from ssd_runtime.comm.link.faces import LinkTiming, TargetLink
+from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import TreeFrame
 from tests.conformance.nccl_stand_in import stand_in

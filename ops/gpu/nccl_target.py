@@ -11,16 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import nccl
+from launcher.ranks import nccl
 from ops.gpu.nccl_follower import BLOCK, DEADLINE_S, follow, groups
 from ops.gpu.result import Finding, Number, Setting, judged, run_step
 from ops.gpu.timing import device_of
 from ssd_runtime.config import Dtype, EngineConfig, Mode, SpeculationConfig
+from ssd_runtime.leader.replay import LeadingDecoder
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.replay import LeadingDecoder
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import RandomWeights, tiny_architecture
 

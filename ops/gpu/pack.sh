@@ -41,7 +41,7 @@ done
 export PYTHONPATH=$TREE
 if [ "${CARRIES:-model}" = model ]; then
   "$PYTHON" -m launcher.cli fetch smollm2-135m-instruct
-  model=$("$PYTHON" -c "from ssd_runtime.model.catalogue import resolve; print(resolve('smollm2-135m-instruct'))")
+  model=$("$PYTHON" -c "from ssd_runtime.model.files.catalogue import resolve; print(resolve('smollm2-135m-instruct'))")
   files+=("models/${model##*/}=$model")
 fi
 "$PYTHON" -m ops.gpu.carry pack "$CARRY" "${files[@]}"

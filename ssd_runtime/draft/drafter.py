@@ -13,22 +13,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.sequence import DraftedSequence, check_admission
 from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, raise_faults
+from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.sharing import take_over
+from ssd_runtime.kv.table import BlockTable, ScratchSlots, copy_branch, raise_faults
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.memory import chain_nodes, tree_blocks
-from ssd_runtime.speculation.fanout import Fork, share_budget
-from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.processors import process_rows
-from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.sampling import Draw, Ranking, rank_tokens
-from ssd_runtime.speculation.tree import NO_SLOT, Node, TokenTree
+from ssd_runtime.speculation.drafting.fan_out import Fork, share_budget
+from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.drafting.tree import NO_SLOT, Node, TokenTree
+from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
+from ssd_runtime.speculation.sampling.processors import process_rows
+from ssd_runtime.speculation.sampling.ranking import Draw, Ranking, rank_tokens
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Proposal, SamplingParams, Source, TreeFrame
 
 log = logging.getLogger(__name__)

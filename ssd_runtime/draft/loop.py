@@ -6,16 +6,16 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from ssd_runtime.comm.link import DraftLink
-from ssd_runtime.comm.messages import Message, Refused, Shutdown
-from ssd_runtime.comm.messages_draft import Admit, Finish, Share
+from ssd_runtime.comm.control.draft_messages import Admit, Finish, Share
+from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
+from ssd_runtime.comm.link.faces import DraftLink
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame
 from ssd_runtime.trace import Tracer
 
 if TYPE_CHECKING:
-    from ssd_runtime.comm.control import ControlPeer
+    from ssd_runtime.comm.control.sockets import ControlPeer
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
-from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt
-from ssd_runtime.speculation.fanout import Fork
-from ssd_runtime.speculation.processors import processors_of
-from ssd_runtime.speculation.tree import TokenTree
+from ssd_runtime.kv.table import BlockTable
+from ssd_runtime.speculation.drafting.fan_out import Fork
+from ssd_runtime.speculation.drafting.tree import TokenTree
+from ssd_runtime.speculation.sampling.processors import processors_of
 from ssd_runtime.speculation.types import Branch, SamplingParams
 
 EVERYBODY = 0.5  # an outcome of more than this chance is drafted for by every draft of its sequence

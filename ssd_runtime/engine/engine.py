@@ -26,12 +26,12 @@ from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextSt
 from ssd_runtime.engine.speculator import Proposals, Speculator, within_vocabulary
 from ssd_runtime.engine.verification import verified
 from ssd_runtime.errors import DeviceFault, PeerLost, RequestError
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable, raise_faults
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable, raise_faults
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.device_memory import told
 from ssd_runtime.speculation.limits import check_processors, check_sampling
-from ssd_runtime.speculation.logprobs import token_logprobs
+from ssd_runtime.speculation.sampling.logprobs import token_logprobs
 from ssd_runtime.speculation.types import MOST_ALTERNATIVES, Outcome, Speculation
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, Numerics
 from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.batch import ForwardBatch, Model
-from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.speculation.sampling.choice import Choice
 
 WINDOW = 16  # rows; a speculation of 6 and its bonus token meet a second window three times in eight
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cuda_ext.ops import Span
 from cuda_ext.upload import uploaded
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.batch import ForwardBatch
 
 

@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, Protocol
 
-from ssd_runtime.comm.messages_client import RequestStatistics, Series
+from ssd_runtime.comm.control.client_messages import RequestStatistics, Series
 from ssd_runtime.config import Mode
 from ssd_runtime.engine.stop_strings import StopStrings
-from ssd_runtime.kv.paged import BlockTable
 from ssd_runtime.kv.sharing import Prompt
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.metrics import Samples, percentiles
-from ssd_runtime.speculation.ngrams import NgramIndex
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
-from ssd_runtime.speculation.processors import LogitsProcessors, processors_of
+from ssd_runtime.speculation.planning.ngrams import NgramIndex
+from ssd_runtime.speculation.sampling.processors import LogitsProcessors, processors_of
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, SamplingParams, Speculation, TokenLogprob
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 class TextStream(Protocol):
-    """Turns tokens into text as they come (model/tokenizer.py: Detokenizer)."""
+    """Turns tokens into text as they come (model/text/tokenizer.py: Detokenizer)."""
 
     def push(self, token: int) -> str: ...
 

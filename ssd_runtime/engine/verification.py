@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssd_runtime.config import Coupling
 from ssd_runtime.engine.sequence import Sequence
-from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.types import Outcome, Speculation
 from ssd_runtime.speculation.verify import Claim, verify_by_tokens, verify_claims
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.table import BlockTable
 
 
 class Prompt:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cuda_ext.ops import Span
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.speculation.sampling.choice import Choice
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ForwardBatch:
 
 
 class Model(Protocol):
-    """A decoder as the engine uses it: in this process (decoder.py) or spread over ranks (target/replay.py).
+    """A decoder as the engine uses it: in this process (decoder.py) or spread over ranks (leader/replay.py).
 
     All that is ever done to the KV pool is done by `forward`, so that other ranks can do the same to theirs.
     """

@@ -10,16 +10,16 @@ import torch
 from ssd_runtime import environment
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import open_weights
 from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.files.header import open_weights
+from ssd_runtime.model.files.source import WeightSource
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
-from ssd_runtime.model.random_models import random_model
-from ssd_runtime.model.script import ScriptedDecoder
+from ssd_runtime.model.random.models import random_model
+from ssd_runtime.model.random.script import ScriptedDecoder
+from ssd_runtime.model.random.weights import RandomWeights
 from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
-from ssd_runtime.model.source import WeightSource
-from ssd_runtime.model.weights_random import RandomWeights
 
 Progress = Callable[[float], None]
 
@@ -57,7 +57,7 @@ def load_decoder(
 
 
 def _calibration(path: str) -> list[int]:
-    from ssd_runtime.model.tokenizer import Tokenizer  # no other dtype needs one
+    from ssd_runtime.model.text.tokenizer import Tokenizer  # no other dtype needs one
 
     return Tokenizer.from_model(path).encode(CALIBRATION_TEXT)
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ssd_runtime.config import Config, Coupling, Device, Dtype, EngineConfig, SpeculationConfig
-from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.cores import Role
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.source import expected_tensors
+from ssd_runtime.model.files.source import expected_tensors
 
 GIB = 2**30
 CONTEXT = 3 * GIB // 4  # of a process on a GPU before its first tensor: CUDA's context and kernels. An estimate.

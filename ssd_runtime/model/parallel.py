@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.source import WHOLE, Part, WeightSource
-from ssd_runtime.speculation.choice import Choice
-from ssd_runtime.speculation.slices import report
+from ssd_runtime.model.files.source import WHOLE, Part, WeightSource
+from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.vocab_parallel import report
 
 _COLUMN_PARALLEL = ("gate_proj", "up_proj")
 _SUMMED_BIASES = (".o_proj.bias", ".down_proj.bias")  # of linear layers whose outputs are added over the ranks
@@ -194,7 +194,7 @@ class Shard:
         return parts_GRV.transpose(0, 1).reshape(len(logits_RV), -1)[:, : self.plan.arch.vocab_size].contiguous()
 
     def reports(self, logits_RL: Tensor, choices: Sequence[Choice]) -> Tensor:
-        """Every rank's report on its part of the logits (speculation/slices.py), for rank 0 to choose from (GC).
+        """Every rank's report on its part of the logits (speculation/sampling/vocab_parallel.py), for rank 0 to choose from (GC).
 
         Args:
             logits_RL: this rank's part, padding included, of the rows of all choices.

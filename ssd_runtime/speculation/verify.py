@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.config import Coupling
-from ssd_runtime.speculation.choice import Choice, choose, processed
-from ssd_runtime.speculation.processors import LogitsProcessors
-from ssd_runtime.speculation.rejection import verify_by_rejection
-from ssd_runtime.speculation.sampling import process_logits
+from ssd_runtime.speculation.rejection.acceptance import verify_by_rejection
+from ssd_runtime.speculation.sampling.choice import Choice, choose, processed
+from ssd_runtime.speculation.sampling.processors import LogitsProcessors
+from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 
 

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.bench import generate
-from launcher.report import Generation
-from ssd_runtime.comm.messages_client import Generate
+from launcher.bench.benchmark import generate
+from launcher.bench.report import Generation
+from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.engine.client import Client
 from tests.cluster.hosts import Host
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime import topology
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.host import topology
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 from tests.cluster.hosts import Lab
 from tests.cluster.runs import ask, client_on, cores_apart

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime import topology
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate
+from ssd_runtime.host import topology
 from tests.cluster.hosts import Lab
 from tests.cluster.runs import ask, client_on, cores_apart
 from tests.process.conftest import Start

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from launcher.slurm import Form, Plan, render
-from ssd_runtime import topology
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate
 from ssd_runtime.config import load_config
+from ssd_runtime.host import topology
 from tests.cluster import slurm
 from tests.cluster.hosts import Host, Lab
 from tests.cluster.runs import ask, client_on

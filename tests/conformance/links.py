@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.inproc import inproc_pair
-from ssd_runtime.comm.link import DraftLink, LinkTiming, TargetLink
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link
-from ssd_runtime.comm.messages_draft import LinkAddress, Welcome
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.draft_messages import LinkAddress, Welcome
+from ssd_runtime.comm.link.faces import DraftLink, LinkTiming, TargetLink
+from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import Branch, Outcome, OutcomeFrame, OutcomeRow, Source, TreeFrame
 from tests.conformance.nccl_stand_in import stand_in
+from tests.inproc_links import inproc_pair
 
 SOON = 20.0  # seconds: a deadline that a healthy machine never reaches
 SHAPE = FrameShape.of(max_sequences=4, lookahead=5, budget=8)

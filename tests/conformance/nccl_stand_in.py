@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_runtime.comm import meeting
-from ssd_runtime.comm.gpu_queue import Buffers
-from ssd_runtime.comm.pipes import GlooPipe, gloo_group
+from ssd_runtime.comm.link import setup as meeting
+from ssd_runtime.comm.link.gpu_queue import Buffers
+from ssd_runtime.comm.link.pipes import GlooPipe, gloo_group
 
 OVER_NCCL: dict[str, Any] = {"backend": "nccl", "device": torch.device("cpu")}
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import (
     BRISK,
@@ -72,7 +72,7 @@ def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.Monke
         time.sleep(0.2)
         return object()
 
-    monkeypatch.setattr("ssd_runtime.comm.meeting.gloo_group", group)
+    monkeypatch.setattr("ssd_runtime.comm.link.setup.gloo_group", group)
     timing, lost = LinkTiming(build=SOON), []
     with contextlib.closing(LinkHost("127.0.0.1")) as host:
         address = host.next_address(SHAPE)

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssd_runtime.comm import gpu_queue
-from ssd_runtime.comm.gpu_queue import GpuQueue
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link
-from ssd_runtime.comm.nccl_pipe import READY, NcclPipe
-from ssd_runtime.comm.pipes import GlooPipe, gloo_group
+from ssd_runtime.comm.link import gpu_queue
+from ssd_runtime.comm.link.gpu_queue import GpuQueue
+from ssd_runtime.comm.link.nccl_pipe import READY, NcclPipe
+from ssd_runtime.comm.link.pipes import GlooPipe, gloo_group
+from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import BRISK, SHAPE, SOON, make_threads, outcomes, tree
 from tests.conformance.nccl_stand_in import OVER_NCCL, HostQueue, StandInGroup, stand_in

@@ -15,11 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ssd_runtime.comm import exchange, gloo_ports
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
-from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import LinkHost, open_draft_link
-from ssd_runtime.comm.pipes import gloo_group
+from ssd_runtime.comm.link import exchange, gloo_ports
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.pipes import gloo_group
+from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_threads, outcomes, tree
 from tests.soak.strangers import listening, visit

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.leader.link_speculator import Backup
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.link_speculator import Backup
 from tests.engines import request
 from tests.simulated import Costs, simulated
 from tests.tabular import TabularModel

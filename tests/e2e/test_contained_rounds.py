@@ -14,7 +14,7 @@ from torch import Tensor
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.kv.blocks import OutOfBlocks
+from ssd_runtime.kv.pool import OutOfBlocks
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, request

@@ -22,8 +22,8 @@ from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.choice import Choice
-from ssd_runtime.speculation.slices import decide, report
+from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.vocab_parallel import decide, report
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, random_steps, request
 from tests.pretend_device import DEVICE, Impossible, PretendDevice, Tally

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.errors import RequestError
-from ssd_runtime.speculation import sampling
+from ssd_runtime.speculation.sampling import ranking as sampling
 from ssd_runtime.speculation.types import GREEDY_UP_TO, SamplingParams
 from tests.engines import in_process, request
 from tests.tabular import TabularModel

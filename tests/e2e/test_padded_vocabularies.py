@@ -11,7 +11,7 @@ from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation import sampling
+from ssd_runtime.speculation.sampling import ranking as sampling
 from ssd_runtime.speculation.types import SamplingParams, Source
 from tests.engines import InProcess, in_process, request
 from tests.tiny_models import tiny_decoder

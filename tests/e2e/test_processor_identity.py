@@ -20,9 +20,9 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.errors import RequestError
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation import processors
-from ssd_runtime.speculation.processors import History, process_history
-from ssd_runtime.speculation.sampling import Draw, choose_tokens
+from ssd_runtime.speculation.sampling import processors
+from ssd_runtime.speculation.sampling.processors import History, process_history
+from ssd_runtime.speculation.sampling.ranking import Draw, choose_tokens
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.e2e.test_token_identity import MODES, VOCAB, alone, models, outputs, prompt
 from tests.engines import in_process, random_steps, request

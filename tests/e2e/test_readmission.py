@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter

@@ -21,7 +21,7 @@ import functools
 
 import pytest
 
-from ssd_runtime.speculation import backup
+from ssd_runtime.speculation.planning import backup
 from tests.enumeration import CRITICAL_Z
 from tests.tabular_runs import GREEDY, TEMPERATURES, TOKENS, Case, Texts
 

@@ -25,12 +25,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_runtime.comm import frames
+from ssd_runtime.comm.link import frames
 from ssd_runtime.draft import drafter
-from ssd_runtime.speculation import backup, proposal, rejection, verify
+from ssd_runtime.speculation import verify
 from ssd_runtime.speculation.noise import Stream, extend_text, text_key, uniform_noise
-from ssd_runtime.speculation.saguaro import saguaro_logits
-from ssd_runtime.speculation.sampling import process_logits
+from ssd_runtime.speculation.planning import backup
+from ssd_runtime.speculation.rejection import acceptance as rejection
+from ssd_runtime.speculation.rejection import proposal
+from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
+from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import Outcome, Proposal
 from tests.e2e.test_rejection_distribution import ROWS
 from tests.enumeration import CRITICAL_Z, ChiSquare, Rounds, Rule, joint_law, next_tokens, verification

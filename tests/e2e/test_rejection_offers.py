@@ -11,10 +11,10 @@ import random
 import pytest
 
 from ssd_runtime.engine.sequence import Sequence
-from ssd_runtime.speculation.backup import AutoBackup, Choice
-from ssd_runtime.speculation.planner import Round
+from ssd_runtime.leader.link_speculator import LinkSpeculator
+from ssd_runtime.speculation.planning.backup import AutoBackup, Choice
+from ssd_runtime.speculation.planning.planner import Round
 from ssd_runtime.speculation.types import Plan, SamplingParams
-from ssd_runtime.target.link_speculator import LinkSpeculator
 from tests.engines import InProcess, request
 from tests.enumeration import CRITICAL_Z
 from tests.tabular_runs import LOOKAHEAD, PROMPT, Case

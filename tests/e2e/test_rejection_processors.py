@@ -12,9 +12,9 @@ import torch
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
-from ssd_runtime.speculation import backup
-from ssd_runtime.speculation.processors import History, LogitsProcessors, process_history
-from ssd_runtime.speculation.sampling import process_logits
+from ssd_runtime.speculation.planning import backup
+from ssd_runtime.speculation.sampling.processors import History, LogitsProcessors, process_history
+from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import in_process, random_steps, request
 from tests.enumeration import CRITICAL_Z, ChiSquare

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.messages import Admit
+from ssd_runtime.comm.control.messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.sequence import Request, Sequence
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.fanout import Fork, Verified
+from ssd_runtime.speculation.drafting.fan_out import Fork, Verified
 from ssd_runtime.speculation.types import SamplingParams, Source
 from tests.engines import InProcess, in_process, random_steps, request
 from tests.tiny_models import tiny_decoder

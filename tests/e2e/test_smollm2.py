@@ -12,7 +12,7 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request, Sequence
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
+from ssd_runtime.model.text.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, request
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
+from ssd_runtime.leader.replay import FrameKind, LeadingDecoder
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.replay import FrameKind, LeadingDecoder
 from tests.engines import in_process, random_steps, request
 from tests.target_ranks import parallel_decoder
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture, tiny_decoder

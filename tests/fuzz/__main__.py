@@ -23,11 +23,11 @@ from types import FrameType
 
 import torch
 
-from ssd_runtime.comm.codec import ANSWERED, decode, encode
-from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import MESSAGE_TYPES, Message
+from ssd_runtime.comm.control.codec import ANSWERED, decode, encode
+from ssd_runtime.comm.control.messages import MESSAGE_TYPES, Message
+from ssd_runtime.comm.link.frames import OutcomeCodec, TreeCodec
 from ssd_runtime.comm.protocol import ProtocolError
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.fuzz.consumers import PLAUSIBLE, SHAPE, Draft, Front, Target, decoded
 from tests.fuzz.mutations import mutated_message, mutated_words, value_of
 from tests.tiny_models import write_hf

@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ssd_runtime.comm.frames import OutcomeCodec, TreeCodec
-from ssd_runtime.comm.messages import Message, Shutdown
-from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Generate
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.client_messages import Cancel, ChatMessage, Generate
+from ssd_runtime.comm.control.draft_messages import Admit
+from ssd_runtime.comm.control.messages import Message, Shutdown
+from ssd_runtime.comm.link.frames import OutcomeCodec, TreeCodec
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.config import Config, EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.leader.leader import Leader, Stop
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.planner import AdaptivePlanner
+from ssd_runtime.speculation.planning.planner import AdaptivePlanner
 from ssd_runtime.speculation.types import (
     Branch,
     Outcome,
@@ -30,7 +31,6 @@ from ssd_runtime.speculation.types import (
     Source,
     TreeFrame,
 )
-from ssd_runtime.target.leader import Leader, Stop
 from tests.engines import InProcess, SteppedDraft, in_process, request
 from tests.tabular import TabularModel
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.bounds import AtMost, Within, split
-from ssd_runtime.comm.frames import HEADER
+from ssd_runtime.comm.link.frames import HEADER
 from tests.wire import hints_of
 
 EDGES = (-(2**63), -(2**31), -2, -1, 0, 1, 7, 255, 2**31 - 1, 2**31, 2**48, 2**48 + 1, 2**62, 2**63 - 1)

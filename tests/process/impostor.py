@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.endpoint import GroupDraftLink
-from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import open_draft_link
-from ssd_runtime.comm.messages import Refused
-from ssd_runtime.comm.messages_draft import Hello, Welcome
+from ssd_runtime.comm.control.draft_messages import Hello, Welcome
+from ssd_runtime.comm.control.messages import Refused
+from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.link.endpoint import GroupDraftLink
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.config import load_config
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.process.runs import eventually
 
 WAIT_S = 60.0

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ssd_runtime.comm.messages_client import Finished, Generate
+from ssd_runtime.comm.control.client_messages import Finished, Generate
 from ssd_runtime.config import Mode
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import SsdError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssd_runtime.comm.messages_client import Status
+from ssd_runtime.comm.control.client_messages import Status
 from ssd_runtime.engine.client import Client
 from tests.process.conftest import CONFIG
 from tests.process.runs import SSD, Run, eventually

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.addresses import address_of_host
-from ssd_runtime.comm.messages_client import Generate
+from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import SsdError
 from tests.process.conftest import Start

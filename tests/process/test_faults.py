@@ -13,10 +13,10 @@ import msgpack
 import pytest
 import zmq
 
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.endpoint import GroupDraftLink
-from ssd_runtime.comm.messages import Message, Refused
-from ssd_runtime.comm.messages_client import Failed, Generate
+from ssd_runtime.comm.control.client_messages import Failed, Generate
+from ssd_runtime.comm.control.messages import Message, Refused
+from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.link.endpoint import GroupDraftLink
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError

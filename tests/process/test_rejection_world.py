@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.bench import generate
-from launcher.report import Generation
+from launcher.bench.benchmark import generate
+from launcher.bench.report import Generation
 from launcher.session import started
 from launcher.torchrun import Launch
-from ssd_runtime.comm.messages_client import Generate
+from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.config import Mode, load_config
 from ssd_runtime.engine.client import Client
 from ssd_runtime.speculation.types import SamplingParams

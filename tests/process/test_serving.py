@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from launcher.bench import generate, generate_together
-from launcher.report import Generation
+from launcher.bench.benchmark import generate, generate_together
+from launcher.bench.report import Generation
 from launcher.session import Session, started
 from launcher.torchrun import Launch
-from ssd_runtime.comm.messages_client import Finished, Generate
+from ssd_runtime.comm.control.client_messages import Finished, Generate
 from ssd_runtime.config import MODES, load_config
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import RequestError
@@ -145,8 +145,8 @@ def test_leaving_streams_early_cancels_their_requests(engine: Session, client: C
 
 DYING = f"""
 import os, sys
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages_client import Chunk, Generate
+from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.client_messages import Chunk, Generate
 peer = ControlPeer(sys.argv[1])
 for i in range(8):
     peer.send(Generate(f"dying {{i}}", prompt="x", max_tokens={ENDLESS}, mode="ar"))

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from ssd_runtime.config import load_config
-from ssd_runtime.cores import BINDING, allowed_cores, choose_cores
+from ssd_runtime.host.cores import BINDING, allowed_cores, choose_cores
 from tests.process.conftest import Start
 from tests.process.runs import PLAIN, ROOT, SSD, TORCHRUN, Run, error_line
 

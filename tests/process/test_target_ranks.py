@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime.comm.messages_client import Generate
+from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import SsdError
 from ssd_runtime.speculation.types import SamplingParams

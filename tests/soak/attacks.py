@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import msgpack
 import zmq
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages_client import Cancel, Chunk, Failed, Finished, Generate, GetStatus
+from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.sockets import ControlPeer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import STEP_ROWS, STEP_US, SamplingParams, TreeFrame

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ssd_runtime.comm.messages_client import Finished, Generate, RequestStatistics, Status
+from ssd_runtime.comm.control.client_messages import Finished, Generate, RequestStatistics, Status
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, SsdError
 from ssd_runtime.speculation.types import SamplingParams

@@ -7,10 +7,10 @@ from dataclasses import replace
 from itertools import product
 
 from launcher import layout
-from ssd_runtime.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
 from ssd_runtime.config import Config, DeploymentConfig, ModelConfig
-from ssd_runtime.cores import Role, crowding
-from ssd_runtime.hardware import Gpu, Hardware, read
+from ssd_runtime.host.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
+from ssd_runtime.host.cores import Role, crowding
+from ssd_runtime.host.hardware import Gpu, Hardware, read
 from tests.recorded_nvml import RecordedNvml
 
 H100 = read(RecordedNvml(), {})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.target.assignment import assign
+from ssd_runtime.leader.assignment import assign
 
 Assignment = dict[int, tuple[str, ...]]
 

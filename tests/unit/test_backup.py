@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.backup import PATIENCE, AutoBackup, Choice, JustInTime, Missed, waiting_pays
-from ssd_runtime.speculation.estimates import AcceptanceEstimate
-from ssd_runtime.speculation.pace import Pace, expected_tokens
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.planning.backup import PATIENCE, AutoBackup, Choice, JustInTime, Missed, waiting_pays
+from ssd_runtime.speculation.planning.cost_model import Pace, expected_tokens
 from ssd_runtime.speculation.types import Outcome, Source, Speculation
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.bench import (
+from launcher.bench.benchmark import (
     Run,
     Workload,
     count_steps,
@@ -16,15 +16,15 @@ from launcher.bench import (
     plan_runs,
     report_on,
 )
-from launcher.divergence import divergence
-from launcher.prompts import Prompt
-from launcher.report import summarise
-from launcher.scoring import Scorer, logit_gap
+from launcher.bench.divergence import divergence
+from launcher.bench.prompts import Prompt
+from launcher.bench.report import summarise
+from launcher.bench.scoring import Scorer, logit_gap
 from launcher.screen import bench_verdict
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Series, Usage
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate, RequestStatistics, Series, Usage
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
+from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests.tiny_models import tiny_decoder
 

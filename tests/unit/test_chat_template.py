@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model import chat_template
-from ssd_runtime.model.chat_template import ChatTemplate
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text import chat_template
+from ssd_runtime.model.text.chat_template import ChatTemplate
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.chat_families import FAMILIES, Family
 from tests.tiny_models import tiny_tokenizer
 

@@ -13,10 +13,10 @@ import pytest
 
 from launcher import cli, preflight
 from launcher.commands.bench import overrides_for
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate, RequestStatistics, Usage
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
-from ssd_runtime.cores import about_binding
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
+from ssd_runtime.host.cores import about_binding
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.tiny_models import write_hf
 from tests.unit.test_model_files import gguf_file
@@ -100,13 +100,13 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model seems to be there; other paths are looked at for real."""
     real = preflight.inspect_model
     monkeypatch.setattr(preflight, "inspect_model", lambda path: real(path) if path != "/" else None)
-    monkeypatch.setattr("ssd_runtime.model.catalogue.CATALOGUE", _embedded_is_here())
+    monkeypatch.setattr("ssd_runtime.model.files.catalogue.CATALOGUE", _embedded_is_here())
 
 
 def _embedded_is_here() -> dict:
     from dataclasses import replace
 
-    from ssd_runtime.model.catalogue import CATALOGUE
+    from ssd_runtime.model.files.catalogue import CATALOGUE
 
     return {name: replace(model, file="/") for name, model in CATALOGUE.items()}
 
@@ -342,7 +342,7 @@ def test_what_breaks_while_running_is_one_line(
 
 
 def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
-    from launcher.bench import plan_runs
+    from launcher.bench.benchmark import plan_runs
 
     runs = plan_runs(["ar", "sd", "ssd"], ["ssd=3,7"], 4)
     assert overrides_for(runs, Config()) == ["speculation.lookahead=7"]

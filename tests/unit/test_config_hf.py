@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import open_weights
-from ssd_runtime.model.config_hf import architecture_from_config
+from ssd_runtime.model.files.header import open_weights
+from ssd_runtime.model.files.hf_config import architecture_from_config
 from ssd_runtime.model.load import decoder_from_weights
 from tests.tiny_models import CPU, PagedRun, random_weight
 

@@ -12,10 +12,10 @@ from launcher import doctor, preflight
 from launcher.doctor import seats_of
 from launcher.placement import plan
 from launcher.slurm import Plan, render
-from ssd_runtime import hardware, topology
 from ssd_runtime.config import Config, load_config
-from ssd_runtime.cores import Role
-from ssd_runtime.hardware import Hardware, read
+from ssd_runtime.host import hardware, topology
+from ssd_runtime.host.cores import Role
+from ssd_runtime.host.hardware import Hardware, read
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml
 

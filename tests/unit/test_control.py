@@ -18,13 +18,13 @@ import pytest
 import zmq
 
 from launcher.addresses import address_of_host
-from ssd_runtime.comm import control
-from ssd_runtime.comm.codec import ASKED, encode
-from ssd_runtime.comm.connections import Connection
-from ssd_runtime.comm.control import ControlPeer, ControlServer
-from ssd_runtime.comm.messages import Heartbeat, Message, Refused, Shutdown
-from ssd_runtime.comm.messages_client import Cancel, Failed, Generate
-from ssd_runtime.comm.messages_draft import Welcome
+from ssd_runtime.comm.control import sockets as control
+from ssd_runtime.comm.control.client_messages import Cancel, Failed, Generate
+from ssd_runtime.comm.control.codec import ASKED, encode
+from ssd_runtime.comm.control.connections import Connection
+from ssd_runtime.comm.control.draft_messages import Welcome
+from ssd_runtime.comm.control.messages import Heartbeat, Message, Refused, Shutdown
+from ssd_runtime.comm.control.sockets import ControlPeer, ControlServer
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.speculation.types import SamplingParams
 from tests.process.runs import eventually
@@ -274,8 +274,8 @@ def test_the_last_words_of_a_server_are_read_before_it_is_lost() -> None:
 
 CHILD = """
 import sys
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.client_messages import Cancel
 peer = ControlPeer(sys.argv[1], heartbeat_s=0.1)
 peer.send(Cancel("child"))
 while True:
@@ -319,8 +319,8 @@ def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
 
 FLOODS = """
 import os, sys, time
-from ssd_runtime.comm.control import ControlPeer
-from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.client_messages import Cancel
 from ssd_runtime.errors import PeerLost
 peer = ControlPeer(sys.argv[1], heartbeat_s=float(sys.argv[2]))
 until = time.monotonic() + float(sys.argv[3])
@@ -348,8 +348,8 @@ def test_what_waits_to_be_heard_of_a_peer_is_bounded(server: ControlServer) -> N
 
 OVERRUN = """
 import subprocess, sys, time
-from ssd_runtime.comm import control
-from ssd_runtime.comm.messages_client import Cancel
+from ssd_runtime.comm.control import sockets as control
+from ssd_runtime.comm.control.client_messages import Cancel
 control.MOST_UNHEARD, control.BATCH = 16, 1  # so that little fills its queue, and it is read slowly
 with control.ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as server:
     flood = [sys.executable, "-c", sys.argv[1], server.address, "0.1", "0.4"]
@@ -500,8 +500,8 @@ def test_a_server_without_a_descriptor_left_goes_on(
 ) -> None:
     """It looks around by opening files, which must not end it when strangers hold all descriptors."""
     identity = meet(server, peer)
-    monkeypatch.setattr("ssd_runtime.comm.connections.LOOK_S", 0.0)
-    monkeypatch.setattr("ssd_runtime.comm.connections.GROWN", -(2**40))  # so it looks at every turn
+    monkeypatch.setattr("ssd_runtime.comm.control.connections.LOOK_S", 0.0)
+    monkeypatch.setattr("ssd_runtime.comm.control.connections.GROWN", -(2**40))  # so it looks at every turn
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as opened:
         opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))

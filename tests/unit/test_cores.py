@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.cores import (
+from ssd_runtime.host.cores import (
     Claims,
     Cores,
     allowed_cores,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from cuda_ext import ops
 from ssd_runtime.engine import engine
 from ssd_runtime.errors import DeviceFault
-from ssd_runtime.kv import paged
-from ssd_runtime.speculation.sampling import Draw, rank_tokens, rank_tokens_oracle
+from ssd_runtime.kv import table as paged
+from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests import cuda_cases, emulator
 from tests.cuda_cases import Kernels

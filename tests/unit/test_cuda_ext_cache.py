@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import reference
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.cache import SpeculationCache
 from ssd_runtime.speculation.types import Branch, Outcome, TreeFrame
 

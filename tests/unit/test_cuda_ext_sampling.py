@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import reference
-from ssd_runtime.kv.paged import copy_branch_oracle
+from ssd_runtime.kv.table import copy_branch_oracle
 from ssd_runtime.speculation.noise import gumbel_noise, noise_key, signed
-from ssd_runtime.speculation.sampling import Draw, rank_tokens_oracle
+from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.speculation.verify import verify
 

@@ -19,18 +19,18 @@ sys.modules.update(dict.fromkeys(sys.argv[2:]))  # None: importing it raises Mod
 
 import torch
 import cuda_ext.ops
-import ssd_runtime.comm.endpoint, ssd_runtime.comm.inproc, ssd_runtime.comm.meeting
+import ssd_runtime.comm.link.endpoint, tests.inproc_links, ssd_runtime.comm.link.setup
 import ssd_runtime.draft.drafter, ssd_runtime.draft.loop
 import ssd_runtime.engine.engine, ssd_runtime.engine.numerics
-import ssd_runtime.target.colocated, ssd_runtime.target.draft_peer, ssd_runtime.target.link_speculator
-import ssd_runtime.target.replay
+import ssd_runtime.leader.colocated, ssd_runtime.leader.draft_peer, ssd_runtime.leader.link_speculator
+import ssd_runtime.leader.replay
 from ssd_runtime.model.load import load_decoder
 
 del sys.modules["safetensors"]
 load_decoder(sys.argv[1], "fp32", torch.device("cpu"))
 
 del sys.modules["tokenizers"], sys.modules["jinja2"]
-from ssd_runtime.model.card import inspect_model
+from ssd_runtime.model.files.header import inspect_model
 inspect_model(sys.argv[1])
 """
 GPU_TESTS = """

@@ -13,7 +13,7 @@ from cuda_ext import ops
 from ssd_runtime.draft import drafter
 from ssd_runtime.engine import engine
 from ssd_runtime.errors import DeviceFault
-from ssd_runtime.kv import paged
+from ssd_runtime.kv import table as paged
 from tests.engines import in_process, request
 from tests.tiny_models import tiny_decoder
 

@@ -10,9 +10,9 @@ import pytest
 from cuda_ext import ops, reference
 from launcher import doctor
 from launcher.cli import main
-from ssd_runtime import topology
 from ssd_runtime.config import Config, load_config
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host import topology
 from tests.tiny_models import write_hf
 
 

@@ -7,15 +7,15 @@ from collections import deque
 
 import pytest
 
-from ssd_runtime.comm.messages import Message
+from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.engine.sequence import NoText, Request, Sequence
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
+from ssd_runtime.leader import draft_state as at_work
+from ssd_runtime.leader import drafts as module
+from ssd_runtime.leader.drafts import Drafts
+from ssd_runtime.leader.reply_timeout import FIRST_S, MOST_S, SLACK_S, Patience
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
-from ssd_runtime.target import at_work
-from ssd_runtime.target import drafts as module
-from ssd_runtime.target.drafts import Drafts
-from ssd_runtime.target.patience import FIRST_S, MOST_S, SLACK_S, Patience
 
 MOMENT_S = 1e-9  # passes in any call
 SIGN = TreeFrame(1, (), 0, 0)

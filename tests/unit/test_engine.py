@@ -11,7 +11,7 @@ import pytest
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request, Sequence
 from ssd_runtime.errors import RequestError
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, request

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import roles
-from launcher.announcer import Announcer
 from launcher.cli import main
+from launcher.ranks import roles
+from launcher.ranks.announcer import Announcer
 from ssd_runtime import environment
 from ssd_runtime.errors import ConfigError
 

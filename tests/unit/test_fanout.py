@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.confidence import ConfidenceFanOut, least_chance
-from ssd_runtime.speculation.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
-from ssd_runtime.speculation.estimates import AcceptanceEstimate, PowerLawEstimate
-from ssd_runtime.speculation.fanout import UNKNOWN, FanOut, Fork, Verified, share_budget
-from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.sampling import Ranking
+from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut, least_chance
+from ssd_runtime.speculation.drafting.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
+from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, share_budget
+from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.sampling.ranking import Ranking
 
 SURE = Ranking((10, 11, 12, 13), (0.0, 9.0, 9.5, 9.9))
 TORN = Ranking((20, 21, 22, 23), (0.0, 0.01, 3.0, 4.0))

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.frames import TreeCodec
+from ssd_runtime.comm.link.frames import TreeCodec
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
-from ssd_runtime.speculation.proposal import ProposalRule, propose_oracle
+from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_oracle
 from ssd_runtime.speculation.types import Branch, Outcome, Proposal, TreeFrame
 
 SHAPE = FrameShape.of(max_sequences=2, lookahead=3, budget=4, probabilities=5)

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from ssd_runtime.comm.codec import encode
-from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.link import LinkTiming
-from ssd_runtime.comm.meeting import LinkHost
-from ssd_runtime.comm.messages import Message
-from ssd_runtime.comm.messages_client import Generate, GetStatus
-from ssd_runtime.comm.messages_draft import Hello
+from ssd_runtime.comm.control.client_messages import Generate, GetStatus
+from ssd_runtime.comm.control.codec import encode
+from ssd_runtime.comm.control.draft_messages import Hello
+from ssd_runtime.comm.control.messages import Message
+from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import Config, EngineConfig
 from ssd_runtime.engine.client import Client
-from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.target.door import SPARE_BUILDS, Door, Terms
-from ssd_runtime.target.leader import Leader, Stop
+from ssd_runtime.leader.acceptor import SPARE_BUILDS, Door, Terms
+from ssd_runtime.leader.leader import Leader, Stop
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.engines import InProcess, in_process
 from tests.hostile import endless
 from tests.process.runs import eventually
@@ -152,7 +152,7 @@ def test_a_client_that_never_reads_is_dropped_by_name_with_its_requests(
 def test_a_flood_of_large_messages_is_cut_off_before_it_fills_the_memory(
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssd_runtime.comm.control.MOST_BEHIND", 16 * 2**20)
+    monkeypatch.setattr("ssd_runtime.comm.control.sockets.MOST_BEHIND", 16 * 2**20)
     me, highest = psutil.Process(), 0
     large = Generate("large", prompt="x" * 2**20, max_tokens=1)
     with honest(served):
@@ -174,7 +174,7 @@ def test_a_message_whose_parts_never_end_ends_its_connection_before_it_fills_the
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, part: int, connections: int
 ) -> None:
     """Of many connections together too: those that sent most are ended."""
-    monkeypatch.setattr("ssd_runtime.comm.control.MOST_BEHIND", 16 * 2**20)
+    monkeypatch.setattr("ssd_runtime.comm.control.sockets.MOST_BEHIND", 16 * 2**20)
     me, highest = psutil.Process(), 0
     with honest(served):
         before, files = me.memory_info().rss, me.num_fds()

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import inspect_model, open_weights
-from ssd_runtime.model.gguf_file import open_gguf
+from ssd_runtime.model.files.gguf_header import open_gguf
+from ssd_runtime.model.files.header import inspect_model, open_weights
 from ssd_runtime.model.load import load_decoder
 from tests.tiny_models import CPU, PagedRun, tiny_architecture, write_gguf
 from tests.unit.test_model_logits import TOKENS, convert_to_gguf, reference_logits, save_random

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ssd_runtime.kv.blocks import BlockAllocator, OutOfBlocks
-from ssd_runtime.kv.paged import BlockTable, ScratchSlots, copy_branch, copy_branch_oracle
+from ssd_runtime.kv.pool import BlockAllocator, OutOfBlocks
+from ssd_runtime.kv.table import BlockTable, ScratchSlots, copy_branch, copy_branch_oracle
 
 CPU = torch.device("cpu")
 BLOCK = 4

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.messages import Message, Refused, Shutdown
-from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
+from ssd_runtime.comm.control.client_messages import Cancel, ChatMessage, Chunk, Failed, Finished, Generate
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
 from ssd_runtime.config import Config, EngineConfig, Mode, ServeConfig
 from ssd_runtime.errors import RequestError
+from ssd_runtime.leader.leader import Leader, Stop
+from ssd_runtime.leader.requests import RequestReader
 from ssd_runtime.metrics import Samples
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.leader import Leader, Stop
-from ssd_runtime.target.requests import RequestReader
 from tests.engines import InProcess, in_process
 from tests.tiny_models import tiny_decoder, write_hf
 
@@ -169,7 +169,7 @@ def test_a_request_is_refused_whole(
 def test_more_than_may_wait_are_refused_at_once_and_no_other_is_touched(
     process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", 60.0)  # all of them before the first round
+    monkeypatch.setattr("ssd_runtime.leader.leader.MAIL_S", 60.0)  # all of them before the first round
     limit = Config(serve=ServeConfig(max_queued_requests=3))
     flood: list[Message] = [replace(ASKED, request_id=str(i)) for i in range(9)]  # two run, three wait
     sent = serve(process, tokenizer, flood, config=limit)
@@ -189,8 +189,8 @@ def test_more_tokens_than_may_wait_are_refused_at_once(
     process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
     """Whatever they stand for; outputs of one request share them."""
-    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", 60.0)  # all of them before the first round
-    monkeypatch.setattr("ssd_runtime.target.leader.MOST_TOKENS_WAITING", 30)
+    monkeypatch.setattr("ssd_runtime.leader.leader.MAIL_S", 60.0)  # all of them before the first round
+    monkeypatch.setattr("ssd_runtime.leader.leader.MOST_TOKENS_WAITING", 30)
     costly = replace(ASKED, n=n, params=SamplingParams(banned_tokens=tuple(range(9)), logit_bias=((250, 1.0),)))
     length = len(tokenizer.encode("the fox")) + 10
     taken = 30 // length + 1
@@ -212,7 +212,7 @@ def test_requests_that_wait_for_nobody_are_dropped(
     process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that does not stream is sent nothing by which it would be noticed that it is gone."""
-    monkeypatch.setattr("ssd_runtime.target.leader.PULSE_S", 0.0)
+    monkeypatch.setattr("ssd_runtime.leader.leader.PULSE_S", 0.0)
     sent = serve(process, tokenizer, [replace(ASKED, stream=False, n=4, max_tokens=50)], gone=True)
     assert sent == []
     assert not process.engine.has_work
@@ -222,7 +222,7 @@ def test_messages_are_handled_for_a_moment_between_two_rounds(
     process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many have come: here time is up after each, so a round follows each."""
-    monkeypatch.setattr("ssd_runtime.target.leader.MAIL_S", -1.0)
+    monkeypatch.setattr("ssd_runtime.leader.leader.MAIL_S", -1.0)
     turns: list[str] = []
     step = process.engine.step
     monkeypatch.setattr(process.engine, "step", lambda: turns.append("round") or step())
@@ -282,7 +282,7 @@ TEMPLATES = {
 def test_a_template_that_fails_is_the_failure_of_its_request_alone(
     process: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("ssd_runtime.model.chat_template.MOST_SECONDS", 0.05)
+    monkeypatch.setattr("ssd_runtime.model.text.chat_template.MOST_SECONDS", 0.05)
     path = write_hf(tmp_path / "tiny")
     (tmp_path / "tiny" / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATES[name]}))
     tokenizer = Tokenizer.from_model(path)
@@ -490,7 +490,7 @@ def test_what_a_client_that_does_not_stream_waits_for_comes_in_pieces_of_bounded
     process: InProcess, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, plain: tuple[int, ...]
 ) -> None:
     """So its outputs pile up neither here nor, should it not read them, in the socket."""
-    monkeypatch.setattr("ssd_runtime.target.leader.PIECE_BYTES", 150)
+    monkeypatch.setattr("ssd_runtime.leader.leader.PIECE_BYTES", 150)
     sent = serve(process, tokenizer, [replace(ASKED, stream=False)])
     chunks = [message for message in sent if isinstance(message, Chunk)]
     assert 1 < len(chunks) < 12

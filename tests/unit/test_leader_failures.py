@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ssd_runtime.comm.messages_client import Chunk, Failed, Finished
+from ssd_runtime.comm.control.client_messages import Chunk, Failed, Finished
 from ssd_runtime.config import EngineConfig
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.engines import InProcess, in_process
 from tests.tiny_models import tiny_decoder, write_hf
 from tests.unit.test_leader import ASKED, serve, tokens_of

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ssd_runtime.speculation.logprobs import token_logprobs
+from ssd_runtime.speculation.sampling.logprobs import token_logprobs
 from ssd_runtime.speculation.types import TokenLogprob
 
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ssd_runtime.comm.control import ControlServer
-from ssd_runtime.comm.inproc import InprocDraftLink, InprocTargetLink, inproc_pair
-from ssd_runtime.comm.messages_draft import Admit, Hello, LinkAddress, Welcome
+from ssd_runtime.comm.control.draft_messages import Admit, Hello, LinkAddress, Welcome
+from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
@@ -22,6 +21,7 @@ from ssd_runtime.draft.membership import Membership, Patience
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams
 from ssd_runtime.trace import Tracer
+from tests.inproc_links import InprocDraftLink, InprocTargetLink, inproc_pair
 from tests.tiny_models import tiny_decoder
 
 SHAPE = FrameShape.of(2, 3, 4, 0)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_runtime.config import Config, Dtype, EngineConfig, load_config
-from ssd_runtime.cores import Role
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.cores import Role
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.load import decoder_from_weights

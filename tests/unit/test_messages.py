@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.messages import MESSAGE_TYPES, Message
-from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Generate, RequestStatistics
+from ssd_runtime.comm.control.client_messages import Cancel, ChatMessage, Generate, RequestStatistics
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.messages import MESSAGE_TYPES, Message
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, ProtocolError
 from ssd_runtime.speculation.types import SamplingParams
 from tests.wire import messages_of

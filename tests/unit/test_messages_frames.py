@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_runtime.comm.frames import HEADER, MOST_COUNT, MOST_TOKEN, FrameCodec, Kind, OutcomeCodec, TreeCodec, kind_of
+from ssd_runtime.comm.link.frames import (
+    HEADER,
+    MOST_COUNT,
+    MOST_TOKEN,
+    FrameCodec,
+    Kind,
+    OutcomeCodec,
+    TreeCodec,
+    kind_of,
+)
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.types import (
     STEP_ROWS,

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.handshake import check_hello
-from ssd_runtime.comm.messages_draft import Hello
+from ssd_runtime.comm.control.codec import decode, encode
+from ssd_runtime.comm.control.draft_messages import Hello
+from ssd_runtime.comm.control.handshake import check_hello
 from ssd_runtime.comm.protocol import CHUNK, PROTOCOL_VERSION, VocabularyDigest
 
 TOKENS = [f"t{i}" for i in range(3 * CHUNK + 100)]

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.bounds import AtMost, Within, split
-from ssd_runtime.comm.codec import ANSWERED, ASKED, Limits, decode, encode
-from ssd_runtime.comm.messages import MESSAGE_TYPES
-from ssd_runtime.comm.messages_client import Cancel, ChatMessage, Generate
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.client_messages import Cancel, ChatMessage, Generate
+from ssd_runtime.comm.control.codec import ANSWERED, ASKED, Limits, decode, encode
+from ssd_runtime.comm.control.draft_messages import Admit
+from ssd_runtime.comm.control.messages import MESSAGE_TYPES
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, ProtocolError
 from ssd_runtime.speculation.types import (
     MOST_TOKENS,
@@ -231,7 +231,7 @@ def test_the_longest_prompt_fits_into_what_a_client_may_send() -> None:
 
 def test_whatever_reading_brings_about_is_a_protocol_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (RecursionError(), MemoryError(), OverflowError("x" * 1000), KeyError("y"), AssertionError()):
-        monkeypatch.setattr("ssd_runtime.comm.codec._message", lambda envelope, error=error: _raise(error))
+        monkeypatch.setattr("ssd_runtime.comm.control.codec._message", lambda envelope, error=error: _raise(error))
         with pytest.raises(ProtocolError) as caught:
             decode(encode(Generate("r")))
         assert len(str(caught.value)) < 200

@@ -11,12 +11,12 @@ import torch
 from cuda_ext import ops, reference
 from ssd_runtime.engine.numerics import WINDOW, FreshTokens, Rounding
 from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable, copy_branch
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable, copy_branch
+from ssd_runtime.leader.forward_codec import decode_batch, encode_batch
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.processors import process_rows, processors_of
+from ssd_runtime.speculation.sampling.processors import process_rows, processors_of
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.words import decode_batch, encode_batch
 from tests.live_bytes import peak_bytes
 from tests.meta_models import META, MixedDevices, meta_decoder, meta_part, watched
 from tests.tiny_models import PagedRun, tiny_architecture, tiny_decoder

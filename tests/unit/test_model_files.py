@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model import catalogue, files
-from ssd_runtime.model import fetch as fetching
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.card import inspect_model
+from ssd_runtime.model.files import catalogue
+from ssd_runtime.model.files import fetch as fetching
+from ssd_runtime.model.files import opening as files
+from ssd_runtime.model.files.header import inspect_model
+from ssd_runtime.model.files.hf_weights import read_safetensors_header
+from ssd_runtime.model.files.source import expected_tensors
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.source import expected_tensors
-from ssd_runtime.model.weights_hf import read_safetensors_header
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture, tiny_tokenizer, write_gguf
 
 CONFIG: dict[str, Any] = {

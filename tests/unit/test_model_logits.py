@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cuda_ext.ops import Span
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.card import open_weights
+from ssd_runtime.model.files.header import open_weights
 from ssd_runtime.model.load import decoder_from_weights, load_decoder
 from tests.tiny_models import CPU, PagedRun, RandomWeights, random_weight, tiny_architecture, tiny_decoder, write_gguf
 
@@ -213,8 +213,8 @@ def convert_to_gguf(path: Path, source: Any, scaling: dict[str, Any] | None = No
     Args:
         scaling: keys that say how rotary frequencies are scaled, in place of a tensor that does.
     """
+    from ssd_runtime.model.files.source import expected_tensors
     from ssd_runtime.model.layers import rope_frequencies
-    from ssd_runtime.model.source import expected_tensors
 
     arch = source.architecture
     names = {

@@ -10,9 +10,9 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from ssd_runtime.config import Dtype
-from ssd_runtime.model.card import inspect_model
+from ssd_runtime.model.files.header import inspect_model
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.tiny_models import CPU, PagedRun
 
 pytestmark = pytest.mark.model

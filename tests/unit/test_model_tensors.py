@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import open_weights
+from ssd_runtime.model.files.header import open_weights
 from ssd_runtime.model.load import decoder_from_weights, load_decoder
 from tests.tiny_models import CPU, PagedRun
 from tests.unit.test_model_logits import TOKENS, convert_to_gguf, reference_logits, save_random

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.ngrams import Match, NgramIndex, NgramRecord, ngram_match_oracle
+from ssd_runtime.speculation.planning.ngrams import Match, NgramIndex, NgramRecord, ngram_match_oracle
 
 
 @given(

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from launcher import addresses, layout, preflight, rendezvous
+from launcher import addresses, layout, preflight
 from launcher.cli import main
 from launcher.nodes import Nodes
-from ssd_runtime.comm.control import ControlServer
+from launcher.ranks import rendezvous
+from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 

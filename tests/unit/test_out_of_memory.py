@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher import models
-from launcher.announcer import Announcer
-from launcher.models import Models
-from launcher.target_group import SharedTarget
+from launcher.ranks import models
+from launcher.ranks.announcer import Announcer
+from launcher.ranks.models import Models
+from launcher.ranks.target_group import SharedTarget
 from ssd_runtime.config import Config, load_config
-from ssd_runtime.cores import Role
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.cores import Role
+from ssd_runtime.host.topology import Placement
 from ssd_runtime.model import device_memory, memory
 from ssd_runtime.model.device_memory import told
-from ssd_runtime.topology import Placement
 from tests.target_ranks import on_every_rank
 from tests.tiny_models import tiny_architecture, write_hf
 
@@ -180,8 +180,9 @@ def test_what_went_wrong_is_one_line(error: Exception, says: str) -> None:
 
 RANK = """
 import sys, torch
-from launcher import models, roles
-from launcher.announcer import Announcer
+from launcher.ranks import models
+from launcher.ranks import roles
+from launcher.ranks.announcer import Announcer
 
 def load(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -18,10 +18,10 @@ from torch import Tensor
 from cuda_ext import ops
 from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import open_weights
+from ssd_runtime.model.files.header import open_weights
+from ssd_runtime.model.files.source import WHOLE, Part, WeightSource, expected_tensors
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.model.parallel import ShardedWeights, ShardPlan
-from ssd_runtime.model.source import WHOLE, Part, WeightSource, expected_tensors
 from tests.target_ranks import on_every_rank
 from tests.tiny_models import CPU, PagedRun, RandomWeights, tiny_architecture
 from tests.unit.test_model_logits import convert_to_gguf, save_random
@@ -195,7 +195,7 @@ def test_gguf_parts_are_parts_of_the_whole(tmp_path: Path, family: str) -> None:
 
 
 def test_of_quantized_gguf_only_the_blocks_of_a_part_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssd_runtime.model import weights_gguf
+    from ssd_runtime.model.files import gguf_weights as weights_gguf
 
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((24, 256)).astype(np.float32)

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from cuda_ext.ops import Span
 from ssd_runtime.errors import PeerLost
+from ssd_runtime.leader.forward_codec import decode_choices, encode_choices
+from ssd_runtime.leader.replay import NOTHING, FrameKind, LeadingDecoder, answer_idle
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation.choice import Choice, choose, count_rows
-from ssd_runtime.speculation.processors import LogitsProcessors, Tally, processors_of
+from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
+from ssd_runtime.speculation.sampling.processors import LogitsProcessors, Tally, processors_of
 from ssd_runtime.speculation.types import SamplingParams
-from ssd_runtime.target.replay import NOTHING, FrameKind, LeadingDecoder, answer_idle
-from ssd_runtime.target.words import decode_choices, encode_choices
 from tests.target_ranks import parallel_decoder
 from tests.tiny_models import RandomWeights, tiny_architecture
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from launcher import doctor, layout, nccl, placement
-from ssd_runtime import hardware, topology
+from launcher import doctor, layout, placement
+from launcher.ranks import nccl
 from ssd_runtime.config import Config, load_config
-from ssd_runtime.cores import Role
-from ssd_runtime.hardware import Hardware, near_cores, read
+from ssd_runtime.host import hardware, topology
+from ssd_runtime.host.cores import Role
+from ssd_runtime.host.hardware import Hardware, near_cores, read
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml

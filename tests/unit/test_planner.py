@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssd_runtime.speculation.backup import JustInTime
-from ssd_runtime.speculation.pace import Line, Pace, expected_tokens
-from ssd_runtime.speculation.planner import LONGEST_INTERVAL, AdaptivePlanner, Planner, Round
+from ssd_runtime.speculation.planning.backup import JustInTime
+from ssd_runtime.speculation.planning.cost_model import Line, Pace, expected_tokens
+from ssd_runtime.speculation.planning.planner import LONGEST_INTERVAL, AdaptivePlanner, Planner, Round
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation
 
 MOST = Plan(6, 8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.limits import check_processors
-from ssd_runtime.speculation.processors import (
+from ssd_runtime.speculation.sampling.processors import (
     History,
     process_history,
     process_rows,

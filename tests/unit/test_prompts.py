@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import prompts
-from launcher.prompts import Prompt, read_prompts
+from launcher.bench import prompts
+from launcher.bench.prompts import Prompt, read_prompts
 from ssd_runtime.errors import ConfigError
 
 

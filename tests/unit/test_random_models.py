@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher import doctor, session
-from ssd_runtime.comm.messages_client import Status
+from ssd_runtime.comm.control.client_messages import Status
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.card import inspect_model
-from ssd_runtime.model.catalogue import resolve
+from ssd_runtime.model.files.catalogue import resolve
+from ssd_runtime.model.files.header import inspect_model
+from ssd_runtime.model.files.source import WHOLE, expected_tensors
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.parallel import ShardPlan
-from ssd_runtime.model.random_models import FIRST_WORD, PREFIX, SHAPES, label, pair_overrides, random_model
-from ssd_runtime.model.source import WHOLE, expected_tensors
-from ssd_runtime.model.tokenizer import Tokenizer
-from ssd_runtime.model.weights_random import RandomWeights
+from ssd_runtime.model.random.models import FIRST_WORD, PREFIX, SHAPES, label, pair_overrides, random_model
+from ssd_runtime.model.random.weights import RandomWeights
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.live_bytes import peak_bytes
 from tests.tiny_models import CPU, PagedRun
 

@@ -7,9 +7,9 @@ import sys
 
 ASKED_TWICE = """
 import os, signal
-from launcher.announcer import Announcer
-from launcher.rank import Rank, Surroundings
-from ssd_runtime import topology
+from launcher.ranks.announcer import Announcer
+from launcher.ranks.rank import Rank, Surroundings
+from ssd_runtime.host import topology
 from ssd_runtime.config import load_config
 
 class AskedTwice(Rank):

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_runtime.speculation.noise import EMPTY_TEXT, Stream, extend_text, text_key, uniform_noise
-from ssd_runtime.speculation.proposal import ProposalRule, propose_oracle, propose_tokens
-from ssd_runtime.speculation.rejection import (
+from ssd_runtime.speculation.rejection.acceptance import (
     acceptance_oracle,
     dense,
     draw_oracle,
@@ -21,8 +20,9 @@ from ssd_runtime.speculation.rejection import (
     verify_by_rejection,
     verify_oracle,
 )
-from ssd_runtime.speculation.saguaro import saguaro_logits
-from ssd_runtime.speculation.sampling import Draw, process_logits, rank_tokens
+from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_oracle, propose_tokens
+from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
+from ssd_runtime.speculation.sampling.ranking import Draw, process_logits, rank_tokens
 from ssd_runtime.speculation.types import Outcome, Proposal, SamplingParams, Speculation
 
 RULES = st.builds(

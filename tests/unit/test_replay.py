@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from cuda_ext.ops import Span
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.errors import PeerLost
+from ssd_runtime.leader.forward_codec import decode_batch, encode_batch
+from ssd_runtime.leader.replay import FRAME_WORDS, Follower, LeadingDecoder
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.target.replay import FRAME_WORDS, Follower, LeadingDecoder
-from ssd_runtime.target.words import decode_batch, encode_batch
 from tests.target_ranks import SOON, on_every_rank, parallel_decoder
 from tests.tiny_models import CPU, PagedRun, RandomWeights, tiny_architecture, tiny_decoder
 

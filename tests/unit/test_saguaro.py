@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.rejection import residual_oracle
-from ssd_runtime.speculation.saguaro import saguaro_logits
+from ssd_runtime.speculation.rejection.acceptance import residual_oracle
+from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
 
 
 @settings(max_examples=100, deadline=None)

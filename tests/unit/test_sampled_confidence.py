@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssd_runtime.speculation.confidence import ConfidenceFanOut
-from ssd_runtime.speculation.fanout import Verified
-from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.rejection import residual_oracle
-from ssd_runtime.speculation.sampling import Ranking
+from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut
+from ssd_runtime.speculation.drafting.fan_out import Verified
+from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.rejection.acceptance import residual_oracle
+from ssd_runtime.speculation.sampling.ranking import Ranking
 from ssd_runtime.speculation.types import Proposal
 
 SIZE, LOOKAHEAD, BUDGET, ROUNDS, LEARNING = 40, 3, 6, 900, 200

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.errors import RequestError
-from ssd_runtime.speculation import sampling
 from ssd_runtime.speculation.limits import check_sampling
-from ssd_runtime.speculation.sampling import (
+from ssd_runtime.speculation.sampling import ranking as sampling
+from ssd_runtime.speculation.sampling.ranking import (
     Draw,
     choose_tokens,
     process_logits,

@@ -11,8 +11,8 @@ from ssd_runtime.config import EngineConfig
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import NoText, Request, Sequence
 from ssd_runtime.errors import RequestError
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 
 CONFIG = EngineConfig(max_model_len=64, max_num_seqs=3, block_size=4, num_blocks=10)

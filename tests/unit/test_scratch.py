@@ -14,18 +14,18 @@ from torch import Tensor
 from cuda_ext import ops, reference
 from ssd_runtime.config import EngineConfig
 from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer
 from ssd_runtime.model.memory import MOST_SCORES, forward_bytes, logit_bytes, logit_copies, table_bytes
 from ssd_runtime.model.quantize import PlainLinear
-from ssd_runtime.speculation.choice import Choice, choose
-from ssd_runtime.speculation.processors import process_rows, processors_of
-from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.sampling import Draw, rank_tokens
+from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
+from ssd_runtime.speculation.sampling.choice import Choice, choose
+from ssd_runtime.speculation.sampling.processors import process_rows, processors_of
+from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.model.load import load_decoder
-from ssd_runtime.model.random_models import FIRST_WORD
-from ssd_runtime.model.script import CANDIDATES, EXPONENT, HUNDRED, PERIOD, SCALE, Script
-from ssd_runtime.speculation.sampling import Draw, rank_tokens
+from ssd_runtime.model.random.models import FIRST_WORD
+from ssd_runtime.model.random.script import CANDIDATES, EXPONENT, HUNDRED, PERIOD, SCALE, Script
+from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.target_ranks import on_every_rank
 from tests.tiny_models import CPU, PagedRun

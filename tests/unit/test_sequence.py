@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_runtime.engine.sequence import Delta, Request, Sequence
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Source, Speculation
 
 EOS = 0

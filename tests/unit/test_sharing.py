@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.comm.messages_draft import Admit
+from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import NoText, Request, Sequence
-from ssd_runtime.kv.blocks import BlockAllocator
-from ssd_runtime.kv.paged import BlockTable
+from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.sharing import Prompt, shared_rows, take_over
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 from tests.engines import in_process, request
 from tests.tiny_models import tiny_decoder

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from launcher.cli import main
 from launcher.slurm import Plan, render, wasted
 from ssd_runtime.config import load_config
-from ssd_runtime.cores import BINDING
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host.cores import BINDING
 
 GPUS = ("target.device=cuda", "draft.device=cuda", "draft.dtype=bf16")
 

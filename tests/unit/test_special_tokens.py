@@ -14,7 +14,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model.tokenizer import Tokenizer
+from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.tiny_models import add_byte_level_tokenizer, tiny_tokenizer
 
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from ssd_runtime.comm.codec import decode, encode
-from ssd_runtime.comm.messages_client import Status
+from ssd_runtime.comm.control.client_messages import Status
+from ssd_runtime.comm.control.codec import decode, encode
 from ssd_runtime.stalls import Lap, Reading, Stall, StallWatch, ThreadClock
 
 MS = 1_000_000

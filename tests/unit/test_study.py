@@ -13,21 +13,21 @@ from statistics import mean, stdev
 import pytest
 import torch
 
+from launcher.bench.prompts import Prompt
 from launcher.cli import main
-from launcher.prompts import Prompt
 from launcher.study import folder, live, page
 from launcher.study.coupling import Rejection, Rule, Variant, reject, variant_oracle
 from launcher.study.figures import POLICIES, Point
 from launcher.study.recording import Limits, Pass, Record, Text, write_texts
 from launcher.study.walk import Rate, expect, miss_rates, walk
-from ssd_runtime.comm.messages_client import Chunk, Finished, Generate
+from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation import backup
-from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.saguaro import saguaro_logits
+from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.planning import backup
+from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import in_process, request
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture, write_hf

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ssd_runtime.errors import ConfigError, RequestError
-from ssd_runtime.model.tokenizer import Detokenizer, Tokenizer
-from ssd_runtime.model.vocabulary import Vocabulary
+from ssd_runtime.model.text.tokenizer import Detokenizer, Tokenizer
+from ssd_runtime.model.text.vocabulary import Vocabulary
 from tests.tiny_models import add_byte_level_tokenizer, tiny_tokenizer
 
 TEXTS = [

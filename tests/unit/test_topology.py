@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from launcher import preflight
-from ssd_runtime import topology
 from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, SpeculationConfig, load_config
-from ssd_runtime.cores import listed
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.host import topology
+from ssd_runtime.host.cores import listed
 
 CPU = torch.device("cpu")
 

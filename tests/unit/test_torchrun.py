@@ -15,17 +15,17 @@ import pytest
 
 from launcher import torchrun
 from launcher.torchrun import Launch, Ranks, environment_of_ranks, num_ranks
-from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready
+from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
-from ssd_runtime.topology import Group
+from ssd_runtime.host.topology import Group
 from tests.process.runs import ROOT, START_S, eventually
 
 PRELUDE = """
 import atexit, os, sys, time, zmq
-from launcher.announcer import KEY
-from ssd_runtime.comm.codec import encode
-from ssd_runtime.comm.messages_launcher import Joined, Progress, Ready, WorkerFailed
+from launcher.ranks.announcer import KEY
+from ssd_runtime.comm.control.codec import encode
+from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
 context = zmq.Context()
 socket = context.socket(zmq.PUSH)
 atexit.register(lambda: (socket.close(), context.term()))  # else what was said just before the end may never leave

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.fanout import FanOut, Fork, Verified, share_budget
-from ssd_runtime.speculation.policies import fan_out_policy
-from ssd_runtime.speculation.sampling import Ranking
-from ssd_runtime.speculation.tree import NO_SLOT, Advance, Node, TokenTree
+from ssd_runtime.speculation.drafting.fan_out import FanOut, Fork, Verified, share_budget
+from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.drafting.tree import NO_SLOT, Advance, Node, TokenTree
+from ssd_runtime.speculation.sampling.ranking import Ranking
 from ssd_runtime.speculation.types import Branch, Outcome
 
 VOCAB = 7

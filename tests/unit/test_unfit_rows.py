@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.errors import RequestError
-from ssd_runtime.speculation import sampling
-from ssd_runtime.speculation.choice import Choice
+from ssd_runtime.leader.forward_codec import decode_choices, encode_choices
 from ssd_runtime.speculation.limits import check_sampling
-from ssd_runtime.speculation.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.rejection import verify_by_rejection
-from ssd_runtime.speculation.sampling import (
+from ssd_runtime.speculation.rejection.acceptance import verify_by_rejection
+from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
+from ssd_runtime.speculation.sampling import ranking as sampling
+from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.ranking import (
     Draw,
     choose_tokens,
     process_logits,
     rank_tokens,
     rank_tokens_oracle,
 )
-from ssd_runtime.speculation.slices import decidable, decide, report
+from ssd_runtime.speculation.sampling.vocab_parallel import decidable, decide, report
 from ssd_runtime.speculation.types import GREEDY_UP_TO, NO_TOKEN, Outcome, SamplingParams, Speculation
 from ssd_runtime.speculation.verify import Claim, verify_claims
-from ssd_runtime.target.words import decode_choices, encode_choices
 
 PARAMS = st.builds(
     SamplingParams,

@@ -1,0 +1,242 @@
+"""One end of a link between two processes: frames over two pipes, one a direction. Knows frames, not what they mean.
+
+Sending happens at once in the caller's thread unless several frames are in flight; a thread completes those, sends
+what had to queue, and sends keepalives. Another thread owns the receives. What the process groups themselves do is in
+pipes.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.frames import FrameCodec, Kind, kind_of
+from ssd_runtime.comm.link.pipes import Pipe, first_line
+from ssd_runtime.comm.protocol import ProtocolError
+from ssd_runtime.errors import PeerLost
+from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
+
+log = logging.getLogger(__name__)
+
+UNREAD = 1024  # frames a slow reader may leave unread, or a slow wire unsent, before the link counts as lost
+IN_FLIGHT = 4  # frames posted before the sender thread is woken to complete them; at twice as many, frames queue
+UNREAD_TREES = 64  # older trees than these are forgotten: later ones supersede them
+
+Sent = TypeVar("Sent", OutcomeFrame, TreeFrame)
+Got = TypeVar("Got", OutcomeFrame, TreeFrame)
+
+
+class GroupTargetLink:
+    """`TargetLink` over two process groups."""
+
+    def __init__(self, endpoint: Endpoint[OutcomeFrame, TreeFrame]) -> None:
+        self._endpoint = endpoint
+        endpoint.start()
+
+    def send_outcomes(self, frame: OutcomeFrame) -> None:
+        self._endpoint.send(frame)
+
+    def poll_trees(self) -> list[TreeFrame]:
+        return self._endpoint.take(0)
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        return self._endpoint.take(timeout_s)
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+
+class GroupDraftLink:
+    """`DraftLink` over two process groups."""
+
+    def __init__(self, endpoint: Endpoint[TreeFrame, OutcomeFrame]) -> None:
+        self._endpoint = endpoint
+        endpoint.start()
+
+    def push_tree(self, frame: TreeFrame) -> None:
+        self._endpoint.send(frame)
+
+    def poll_outcomes(self) -> list[OutcomeFrame]:
+        return self._endpoint.take(0)
+
+    def wait_outcomes(self, timeout_s: float) -> list[OutcomeFrame]:
+        return self._endpoint.take(timeout_s)
+
+    def close(self) -> None:
+        self._endpoint.close()
+
+
+class Endpoint(Generic[Sent, Got]):
+    """Two pipes, two threads and what they share with the caller.
+
+    Args:
+        peer_role, peer_rank: who is at the other end, for errors.
+        sending, receiving: the two directions.
+        encoder, decoder: their frames.
+        timing: deadlines.
+    """
+
+    def __init__(
+        self,
+        peer_role: str,
+        peer_rank: int,
+        sending: Pipe,
+        receiving: Pipe,
+        encoder: FrameCodec[Sent],
+        decoder: FrameCodec[Got],
+        timing: LinkTiming,
+    ) -> None:
+        self._peer_role, self._peer_rank, self._timing = peer_role, peer_rank, timing
+        self._sending, self._receiving = sending, receiving
+        self._encoder: FrameCodec[Sent] = encoder
+        self._decoder: FrameCodec[Got] = decoder
+        self._newest_only = encoder.kind is Kind.TREE
+        self._round = -1
+        lock = threading.Lock()  # guards everything below
+        self._readable = threading.Condition(lock)  # for the caller: a frame arrived, or the end
+        self._sendable = threading.Condition(lock)  # for the sender thread: enough is in flight, or the end
+        self._arrived: deque[Tensor] = deque(maxlen=UNREAD_TREES if decoder.kind is Kind.TREE else None)
+        self._unsent: deque[Tensor] = deque()
+        self._in_flight: deque[Any] = deque()
+        self._lost: str | None = None
+        self._closing = False
+        self._sender = threading.Thread(target=self._send_loop, name="link-send", daemon=True)
+        self._receiver = threading.Thread(target=self._receive_loop, name="link-receive", daemon=True)
+
+    def start(self) -> None:
+        self._sender.start()
+        self._receiver.start()
+
+    def send(self, frame: Sent) -> None:
+        """Put the frame on the wire, or in the queue if an earlier one is not gone yet. Never waits."""
+        words = self._encoder.encode(frame)
+        with self._sendable:
+            self._round = frame.round
+            self._raise_if_over()
+            if len(self._in_flight) < 2 * IN_FLIGHT and not self._unsent:
+                self._post(words)
+                self._raise_if_over()
+                return
+            if self._newest_only:
+                self._unsent.clear()
+            self._unsent.append(words)
+            if len(self._unsent) > UNREAD:
+                self._lose(f"{UNREAD} frames could not be sent")
+
+    def take(self, timeout_s: float) -> list[Got]:
+        """All frames that arrived, in order; waits at most `timeout_s` for the first."""
+        with self._readable:
+            if timeout_s > 0:
+                self._readable.wait_for(lambda: self._arrived or self._lost or self._closing, timeout_s)
+            arrived = list(self._arrived)
+            self._arrived.clear()
+            if not arrived:
+                self._raise_if_over()
+                return []
+        try:
+            return [self._decoder.decode(words) for words in arrived]
+        except ProtocolError as error:
+            with self._readable:
+                self._lose(str(error))
+            raise self._peer_lost(str(error)) from error
+
+    def close(self) -> None:
+        """Say goodbye and end both threads, whatever state the peer is in. May be repeated."""
+        with self._sendable:
+            if self._closing:
+                return
+            self._closing = True
+            self._sendable.notify_all()
+            self._readable.notify_all()
+        self._sender.join(self._timing.close)
+        if self._sender.is_alive():
+            self._sending.cancel()
+            self._sender.join(self._timing.silence)  # no wait of a thread is longer, if cancelling should not end it
+        self._receiving.cancel()
+        self._receiver.join(self._timing.silence)
+        self._in_flight.clear()
+        self._sending.close()
+        self._receiving.close()
+
+    def _send_loop(self) -> None:
+        """Complete what is in flight and send what had to queue; now and then a keepalive, a goodbye at the end."""
+        while True:
+            with self._sendable:
+                self._sendable.wait_for(
+                    lambda: len(self._in_flight) >= IN_FLIGHT or self._closing or self._lost, self._timing.heartbeat
+                )
+                if self._lost:
+                    return
+                closing = self._closing
+                if closing:
+                    while self._unsent and not self._lost:
+                        self._post(self._unsent.popleft())
+                    self._post(self._encoder.signal(Kind.GOODBYE))
+                elif len(self._in_flight) < IN_FLIGHT:  # a heartbeat has passed
+                    self._post(self._encoder.signal(Kind.KEEPALIVE))
+                in_flight = list(self._in_flight)
+            try:
+                for work in in_flight:
+                    self._sending.finish(work, self._timing.silence)
+            except RuntimeError as error:
+                with self._sendable:
+                    self._lose(f"sending failed: {first_line(error)}")
+                return
+            if closing:
+                return
+            with self._sendable:
+                for _ in in_flight:
+                    self._in_flight.popleft()
+                while self._unsent and len(self._in_flight) < IN_FLIGHT and not self._lost:
+                    self._post(self._unsent.popleft())
+
+    def _receive_loop(self) -> None:
+        while True:
+            try:
+                words = self._receiving.receive(self._decoder.num_words, self._timing.silence)
+                kind = kind_of(words)
+            except (RuntimeError, ProtocolError) as error:
+                with self._readable:
+                    self._lose(f"receiving failed: {first_line(error)}")
+                return
+            if kind is Kind.KEEPALIVE:
+                continue
+            with self._readable:
+                if kind is Kind.GOODBYE:
+                    self._lost = None  # a goodbye explains a reset that the sender saw first
+                    self._lose("it closed the link")
+                    return
+                self._arrived.append(words)
+                if len(self._arrived) > UNREAD:
+                    self._lose(f"{UNREAD} of its frames were never read")
+                    return
+                self._readable.notify_all()
+
+    # The four below are called with the lock held.
+
+    def _post(self, words: Tensor) -> None:
+        try:
+            self._in_flight.append(self._sending.post(words))
+        except RuntimeError as error:
+            self._lose(f"sending failed: {first_line(error)}")
+        if len(self._in_flight) >= IN_FLIGHT:
+            self._sendable.notify_all()
+
+    def _lose(self, reason: str) -> None:
+        if self._lost is None and not self._closing:
+            self._lost = reason
+            log.debug("link to %s rank %d is over: %s", self._peer_role, self._peer_rank, reason)
+        self._readable.notify_all()
+        self._sendable.notify_all()
+
+    def _raise_if_over(self) -> None:
+        if self._lost or self._closing:
+            raise self._peer_lost(self._lost or "this side closed the link")
+
+    def _peer_lost(self, reason: str) -> PeerLost:
+        return PeerLost(self._peer_role, self._peer_rank, self._round, reason)

@@ -1,0 +1,122 @@
+"""How likely outcomes are where the draft has sampled its tokens (coupling "rejection"). Knows no trees.
+
+The target's own choice is then independent of the draft's noise, so three things are learned apart, online, from what
+came out of verifications:
+
+    accepted   the chance that a sampled token is accepted, E min(1, p/q): in classes of q of the token
+    bonus      after a whole speculation the token is a draw from p: in classes of q of the likeliest token
+    instead    after a rejection it is a draw from max(p - q, 0). Of that q says less: its fall over the candidates has
+               a scale of its own, and often it is none of them
+
+Of q this looks at the tokens of the speculation that is being verified, which have been offered already. It must not
+look at what has been sampled behind an outcome: whether that is offered may not depend on it (ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.sampling.ranking import Ranking
+
+EDGES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)  # of q
+
+
+class SampledOutcomes:
+    """Chances of the outcomes at one position of a speculation that was sampled."""
+
+    ACCEPTED = (0.5, 0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 0.99)  # by class, before anything was seen
+    LIKELIEST = (0.05, 0.1, 0.2, 0.35, 0.6, 0.8, 0.9, 0.97)
+
+    def __init__(self) -> None:
+        self._accepted = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.ACCEPTED]
+        self._likeliest = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.LIKELIEST]
+        self._bonus = Shares()
+        self._instead = Shares()
+
+    def accepted(self, ranking: Ranking) -> float:
+        """The chance that the sampled token is accepted."""
+        return self._accepted[self._class(_chance(ranking))].rate
+
+    def instead(self, ranking: Ranking, temperature: float) -> list[tuple[int, float]]:
+        """What is emitted after a rejection, and how likely it is then, the likeliest first."""
+        return self._instead.of(*_without(ranking, ranking.draft_token), temperature)
+
+    def bonus(self, ranking: Ranking, temperature: float) -> list[tuple[int, float]]:
+        """What is emitted after a whole speculation, and how likely it is then, the likeliest first."""
+        first = self._likeliest[self._class(_share_of_first(ranking, temperature))].rate
+        others = self._bonus.of(*_without(ranking, ranking.tokens[0]), temperature)
+        return [(ranking.tokens[0], first), *((token, (1.0 - first) * chance) for token, chance in others)]
+
+    def observe(self, ranking: Ranking, temperature: float, token: int, *, accepted: bool | None) -> None:
+        """What was emitted at a position.
+
+        Args:
+            accepted: whether it is the token that was sampled; None: nothing was verified there, it is the bonus.
+        """
+        if accepted is not None:
+            self._accepted[self._class(_chance(ranking))].observe_one(accepted)
+        if accepted is False:
+            self._instead.observe(*_without(ranking, ranking.draft_token), temperature, token)
+        # Accepted or not, what is emitted is a draw from p.
+        self._likeliest[self._class(_share_of_first(ranking, temperature))].observe_one(token == ranking.tokens[0])
+        if token != ranking.tokens[0]:
+            self._bonus.observe(*_without(ranking, ranking.tokens[0]), temperature, token)
+
+    @staticmethod
+    def _class(q: float) -> int:
+        return bisect_right(EDGES, q)
+
+
+class Shares:
+    """How the chance of some tokens falls with the draft's logits: exp(-margin / (temperature scale)), and the chance
+    that it is one of them at all."""
+
+    SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
+
+    def __init__(self) -> None:
+        self._likelihoods = [-abs(math.log(scale)) for scale in self.SCALES]  # of what was seen, in logarithms
+        self._keep = 0.5 ** (1.0 / 256.0)
+        self._known = AcceptanceEstimate(0.8, weight=4.0, memory=256.0)
+        self._scale = 1.0
+
+    def of(self, tokens: Sequence[int], margins: Sequence[float], temperature: float) -> list[tuple[int, float]]:
+        """The tokens and their chances, falling."""
+        weights = _weights(margins, temperature * self._scale)
+        total = sum(weights)
+        return [(token, self._known.rate * weight / total) for token, weight in zip(tokens, weights, strict=True)]
+
+    def observe(self, tokens: Sequence[int], margins: Sequence[float], temperature: float, token: int) -> None:
+        """It was this one."""
+        self._known.observe_one(token in tokens)
+        if token not in tokens or len(tokens) < 2:
+            return
+        place = tokens.index(token)
+        for index, scale in enumerate(self.SCALES):
+            weights = _weights(margins, temperature * scale)
+            likelihood = math.log(max(weights[place] / sum(weights), 1e-6))
+            self._likelihoods[index] = self._likelihoods[index] * self._keep + likelihood
+        self._scale = self.SCALES[max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)]
+
+
+def _chance(ranking: Ranking) -> float:
+    """q of the token that was sampled."""
+    assert ranking.proposal is not None
+    return ranking.proposal.weights[ranking.proposal.tokens.index(ranking.draft_token)]
+
+
+def _share_of_first(ranking: Ranking, temperature: float) -> float:
+    """q of the likeliest token, as far as the ranking goes; Saguaro's C does not change it."""
+    return 1.0 / sum(_weights(ranking.margins, temperature))
+
+
+def _without(ranking: Ranking, token: int) -> tuple[list[int], list[float]]:
+    """The other tokens of a ranking and their margins."""
+    others = [pair for pair in zip(ranking.tokens, ranking.margins, strict=True) if pair[0] != token]
+    return [token for token, _ in others], [margin for _, margin in others]
+
+
+def _weights(margins: Sequence[float], scale: float) -> list[float]:
+    return [math.exp((margins[0] - margin) / scale) for margin in margins]

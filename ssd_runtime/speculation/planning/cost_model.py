@@ -1,0 +1,146 @@
+"""How fast both sides are and how often each source is right, measured online. Knows no clock and no policy.
+
+All times are seconds. What a draft says of its steps is believed within bounds only, and forgotten with it: whatever
+was observed, every number here is finite, and what is divided by is above zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.types import Outcome, Source, Speculation
+
+LEAST_SECONDS, MOST_SECONDS = 1e-6, 3600.0  # of a step, a verification, a round
+MOST_ROWS = 1 << 16  # of a forward
+
+
+def believable(value: float, least: float, most: float) -> float:
+    """The value, or the bound that it is beyond; NaN is the least."""
+    return min(max(least, value), most)
+
+
+class Smoothed:
+    """A moving average that starts with its first value."""
+
+    def __init__(self, keep: float = 0.8) -> None:
+        self._keep = keep
+        self.value: float | None = None
+
+    def observe(self, value: float) -> None:
+        self.value = value if self.value is None else self._keep * self.value + (1 - self._keep) * value
+
+
+class Line:
+    """A cost that grows with rows: the least-squares line through what was measured, with forgetting.
+
+    While all measurements have about the same number of rows the slope is not known and taken as 0. Neither slope nor
+    intercept is ever negative.
+
+    Args:
+        memory: measurements after which one has lost half its weight.
+    """
+
+    def __init__(self, memory: float = 64.0) -> None:
+        self._keep = 0.5 ** (1.0 / memory)
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, rows: float, seconds: float) -> None:
+        keep = self._keep
+        self._weight = self._weight * keep + 1.0
+        self._x = self._x * keep + rows
+        self._y = self._y * keep + seconds
+        self._xx = self._xx * keep + rows * rows
+        self._xy = self._xy * keep + rows * seconds
+
+    @property
+    def known(self) -> bool:
+        return self._weight > 0.0
+
+    def at(self, rows: float) -> float:
+        """Seconds for so many rows. Only when `known`."""
+        return max(LEAST_SECONDS, self._y / self._weight + self.slope * (rows - self._x / self._weight))
+
+    @property
+    def slope(self) -> float:
+        """Seconds for one more row. Only when `known`."""
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        spread = self._xx / self._weight - mean_x**2
+        if spread < 1e-3 * max(1.0, mean_x):
+            return 0.0
+        slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / spread)
+        return min(slope, mean_y / mean_x)
+
+
+class Pace:
+    """The numbers of one engine.
+
+    Attributes:
+        step: a drafting step, by rows.
+        verification: one verification, by rows.
+        step_seconds, token_seconds, verify_seconds: moving averages; a token is one that came out of a round, so its
+            time counts what was drafted in vain.
+        steps_per_token: drafting steps over tokens of a sequence.
+        acceptance: of the tokens of a source; n-grams have records of their own (ngrams.py).
+    """
+
+    def __init__(self) -> None:
+        self.verification, self.verify_seconds = Line(), Smoothed()
+        self._round_tokens, self._round_seconds = Smoothed(0.95), Smoothed(0.95)
+        self.forget_drafts()
+
+    def forget_drafts(self) -> None:
+        """A draft has come or gone: what was learned of drafting is learned anew."""
+        self.step, self.step_seconds, self.token_seconds = Line(), Smoothed(), Smoothed()
+        self.steps_per_token, self._busy_seconds = Smoothed(0.95), Smoothed(0.95)
+        self.acceptance = {Source.DRAFT: AcceptanceEstimate()}
+        self._steps, self._drafting = 0, 0.0  # heard of since the last round, and their seconds
+
+    def drafted(self, seconds: float, rows: int) -> None:
+        """A drafting step was heard of."""
+        seconds = believable(seconds, LEAST_SECONDS, MOST_SECONDS)
+        self.step_seconds.observe(seconds)
+        self.step.observe(believable(rows, 1, MOST_ROWS), seconds)
+        self._steps += 1
+        self._drafting += seconds
+
+    def verified(
+        self, speculations: Sequence[Speculation], outcomes: Sequence[Outcome], seconds: float, drafts: int = 1
+    ) -> None:
+        """A verification has ended, `seconds` after it began; so many drafts were drafting side by side."""
+        seconds = believable(seconds, LEAST_SECONDS, MOST_SECONDS)
+        self.verify_seconds.observe(seconds)
+        self.verification.observe(sum(1 + len(speculation.tokens) for speculation in speculations), seconds)
+        if self._steps:
+            emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
+            self.token_seconds.observe(self._drafting / emitted)
+            self.steps_per_token.observe(self._steps / emitted)
+        self._busy_seconds.observe(self._drafting / drafts)
+        self._steps, self._drafting = 0, 0.0
+        for speculation, outcome in zip(speculations, outcomes, strict=True):
+            if speculation.source in self.acceptance:
+                self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
+
+    def ended(self, tokens: float, seconds: float) -> None:
+        """A round has ended that brought so many tokens a sequence in so many seconds, waiting and verification."""
+        self._round_tokens.observe(tokens)
+        self._round_seconds.observe(believable(seconds, LEAST_SECONDS, MOST_SECONDS))
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second of one sequence over the last rounds; None before the first."""
+        tokens, seconds = self._round_tokens.value, self._round_seconds.value
+        return (tokens / seconds or None) if tokens and seconds else None  # or so little that it is nothing
+
+    @property
+    def unfinished_seconds(self) -> float:
+        """What is left, on average, of the step that a draft is at when it is asked for something else."""
+        busy, seconds, step = self._busy_seconds.value, self._round_seconds.value, self.step_seconds.value
+        return min(1.0, busy / seconds) * step / 2 if busy and seconds and step else 0.0
+
+
+def expected_tokens(length: float, acceptance: float) -> float:
+    """Tokens that a verification of `length` draft tokens yields: 1 + a + ... + a^length, for fractions too."""
+    if acceptance > 0.9999:
+        return length + 1.0
+    return float((1.0 - acceptance ** (length + 1.0)) / (1.0 - acceptance))

@@ -1,0 +1,165 @@
+"""What a draft says of its steps, however absurd, breaks no arithmetic and is forgotten with its link."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
+from ssd_runtime.leader.link_speculator import IDLE_SIGNS
+from ssd_runtime.speculation.planning.backup import AutoBackup, JustInTime, Missed
+from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, Line, Pace
+from ssd_runtime.speculation.planning.planner import AdaptivePlanner, Round
+from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
+from tests.engines import SteppedDraft, in_process, request
+from tests.tiny_models import tiny_decoder
+
+ABSURD = st.sampled_from([0.0, -1.0, 5e-324, 1e-9, 1e300, math.inf, -math.inf, math.nan]) | st.floats()
+ROWS = st.sampled_from([-1, 0, 1, 7, 2**31, 2**63, 2**200]) | st.integers(0, 40)
+LENGTHS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
+
+
+def verify(pace: Pace, lengths: list[tuple[int, int]], seconds: float, drafts: int) -> None:
+    speculations = [Speculation((1,) * length, Source.DRAFT) for length, _ in lengths]
+    outcomes = [Outcome(min(length, accepted), 2) for length, accepted in lengths]
+    pace.verified(speculations, outcomes, seconds, drafts)
+
+
+STEPS = st.lists(
+    st.tuples(st.just("drafted"), ABSURD, ROWS)
+    | st.tuples(st.just("verified"), ABSURD, LENGTHS, st.integers(1, 4))
+    | st.tuples(st.just("ended"), st.floats(0, 5), ABSURD)
+    | st.just(("forget",)),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=STEPS, sequences=st.integers(1, 8), lookahead=st.integers(0, 5), budget=st.integers(1, 9))
+def test_whatever_was_observed_there_is_a_plan_and_a_choice(
+    steps: list[tuple], sequences: int, lookahead: int, budget: int
+) -> None:
+    pace = Pace()
+    planner = AdaptivePlanner(lookahead, budget, pace)
+    for step in steps:
+        if step[0] == "drafted":
+            pace.drafted(*step[1:])
+        elif step[0] == "verified":
+            verify(pace, step[2], step[1], step[3])
+        elif step[0] == "ended":
+            pace.ended(*step[1:])
+            planner.observe(Round(sequences, sequences, min(max(0.0, step[2]), MOST_SECONDS), 0, sequences))
+        else:
+            pace.forget_drafts()
+            planner.forget()
+        plan = planner.plan(sequences)
+        assert 0 <= plan.lookahead <= lookahead
+        assert 0 <= plan.budget <= budget
+        missed = [Missed(3, 0.5, lookahead), Missed(0, 0.5, 0)]
+        for choice, one in zip(AutoBackup(pace).choose(missed, sequences), missed, strict=True):
+            assert 0 <= choice.ngram <= one.ngram
+        assert JustInTime(pace).enough([0, 2], [lookahead, 2]) in (True, False)
+        for line in (pace.step, pace.verification):
+            assert not line.known or all(0.0 < line.at(rows) < math.inf for rows in (0, 1, 40, 2**16))
+        assert pace.rate is None or 0.0 < pace.rate < math.inf
+        assert 0.0 <= pace.unfinished_seconds < math.inf
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(1, 2**16), st.floats(1e-6, 3600)), min_size=1, max_size=30), st.floats(0, 2**16))
+def test_a_line_is_above_zero_everywhere(points: list[tuple[float, float]], rows: float) -> None:
+    line = Line()
+    for at, seconds in points:
+        line.observe(at, seconds)
+    assert 0.0 < line.at(rows) < math.inf
+    assert 0.0 <= line.slope < math.inf
+
+
+class Liar(SteppedDraft):
+    """Reports what it likes of its steps."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.says = (1, 1)
+
+    def poll_trees(self) -> list[TreeFrame]:
+        step_us, rows = self.says
+        return [replace(tree, step_us=step_us, step_rows=rows) for tree in super().poll_trees()]
+
+
+def test_a_draft_that_lies_about_its_steps_costs_no_token_and_is_forgotten_when_it_goes() -> None:
+    engine, speculation = EngineConfig(max_model_len=256), SpeculationConfig(lookahead=3, budget=4, backup="auto")
+    asked = request((1, 2, 3), "ssd", max_tokens=150, request_id="ssd")
+    (plain,) = in_process(tiny_decoder(0), tiny_decoder(1), engine).run([replace(asked, mode="ar")])
+    process = in_process(tiny_decoder(0), tiny_decoder(1), engine, speculation, make_rank=Liar)
+    pace = process.link._pace
+    process.link._planner = planner = AdaptivePlanner(3, 4, pace)
+    lies = [(1, 1), (1, 2**62), (2**62, 1), (2**62, 2**62), (1, 0)]
+    sequence = process.engine.add(asked)
+    for round in range(30):
+        process.draft.says = lies[round % len(lies)]  # type: ignore[attr-defined]
+        process.engine.step()
+    assert pace.step.known
+    assert pace.step_seconds.value is not None
+    assert pace.step_seconds.value <= process.link.drafts.deadline
+    assert planner._batches
+    process.drop_draft()
+    process.link.check()
+    assert not pace.step.known
+    assert pace.step_seconds.value is pace.token_seconds.value is pace.steps_per_token.value is None
+    assert not planner._batches
+    assert pace.verification.known, "what the target knows of itself stays"
+    process.bring_draft_back()
+    while process.engine.has_work:
+        process.engine.step()
+    assert sequence.tokens == plain.tokens
+
+
+def test_a_hopeless_draft_that_is_replaced_is_no_reason_not_to_try_the_next() -> None:
+    pace = Pace()
+    planner = AdaptivePlanner(4, 8, pace)
+    for _ in range(2000):
+        plan = planner.plan(1)
+        pace.drafted(10.0, 9)
+        verify(pace, [(plan.lookahead, 0)], 0.01 * (1 + plan.lookahead), 1)
+        planner.observe(Round(1, 1, 0.01 * (1 + plan.lookahead)))
+    assert planner.plan(1) == Plan(0, 0)
+    pace.forget_drafts()
+    planner.forget()
+    assert planner.plan(1) == Plan(4, 8)
+
+
+def test_a_flood_of_steps_between_two_rounds_takes_no_memory() -> None:
+    process = in_process(tiny_decoder(0), tiny_decoder(0))
+    flood = [TreeFrame(0, (), step_us, 3) for step_us in range(1, 5000)]
+    process.draft.poll_trees = lambda: flood  # type: ignore[method-assign]
+    process.link.check()
+    assert len(process.link._steps) <= 256
+
+
+class Talker(SteppedDraft):
+    """Speaks whenever it is waited for, for ever, and drafts nothing."""
+
+    waits = 0
+
+    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
+        self._raise_if_dead()
+        self.waits += 1
+        return [TreeFrame(0, (), 1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["sd", "ssd"])
+def test_a_draft_that_speaks_without_drafting_holds_up_no_round_for_long(mode: Mode) -> None:
+    engine = EngineConfig(max_model_len=256)
+    asked = request((1, 2, 3), mode, max_tokens=20)
+    (plain,) = in_process(tiny_decoder(0), tiny_decoder(1), engine).run([replace(asked, mode="ar")])
+    process = in_process(tiny_decoder(0), tiny_decoder(1), engine, steps=0, make_rank=Talker)
+    (sequence,) = process.run([asked])
+    assert sequence.tokens == plain.tokens
+    rounds = sequence.statistics().rounds
+    assert isinstance(process.draft, Talker)
+    assert rounds < process.draft.waits <= IDLE_SIGNS * rounds
