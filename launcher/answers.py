@@ -54,8 +54,8 @@ def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], labe
         f"{finished.statistics.mode}: {found['tokens']} tokens ({', '.join(finished.finish_reasons)})",
         f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
         f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
-        f"hit rate {screen.share(found['hit_rate'])}",
-        f"acceptance {screen.share(found['acceptance'])}",
+        f"hit rate {screen.percent(found['hit_rate'])}",
+        f"acceptance {screen.percent(found['acceptance'])}",
     ]
     rates = ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
     return rates if label is None else f"{label}\n{rates}"

@@ -21,7 +21,7 @@ from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.host.cores import Role
 from ssd_runtime.model import memory
 from ssd_runtime.model.files.catalogue import resolve
-from ssd_runtime.model.files.header import ModelCard, inspect_model
+from ssd_runtime.model.files.header import ModelHeader, inspect_model
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 
@@ -76,7 +76,7 @@ def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
     for role in roles:
         yield _finding(f"{role} model", lambda role=role: _model(getattr(config, role)))  # type: ignore[misc]
     if "target" in roles and config.target.tensor_parallel > 1:
-        yield _finding("target shares", lambda: _shares(config))
+        yield _finding("target shards", lambda: _shards(config))
     if len(roles) == 2:
         yield _finding("vocabularies", lambda: _vocabularies(config))
     yield from _placement(config, seats)
@@ -163,23 +163,23 @@ def _front_door(config: Config) -> str:
     return f"{config.serve.host}:{config.serve.port or 'any free port'}"
 
 
-def _card(model: ModelConfig) -> ModelCard:
+def _header(model: ModelConfig) -> ModelHeader:
     return inspect_model(resolve(model.model))
 
 
 def _model(model: ModelConfig) -> str:
-    card = _card(model)
-    arch = card.arch
+    header = _header(model)
+    arch = header.arch
     shape = f"{arch.num_layers} layers, hidden {arch.hidden_size}, vocabulary {arch.vocab_size}"
-    return f"{model.model} ({card.format}): {shape}, as {model.dtype}"
+    return f"{model.model} ({header.format}): {shape}, as {model.dtype}"
 
 
-def _shares(config: Config) -> str:
+def _shards(config: Config) -> str:
     from ssd_runtime.model.parallel import ShardPlan
 
-    card = _card(config.target)
-    preflight.check_shares(config, card)
-    part = ShardPlan(card.arch, 0, config.target.tensor_parallel).local
+    header = _header(config.target)
+    preflight.check_shards(config, header)
+    part = ShardPlan(header.arch, 0, config.target.tensor_parallel).local
     heads = f"{part.num_heads} heads, {part.num_kv_heads} key-value heads, {part.intermediate_size} inner features"
     return f"a rank of {config.target.tensor_parallel} holds {heads}, {part.vocab_size} tokens"
 
@@ -190,7 +190,7 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     from ssd_runtime.host import hardware, topology
 
     try:
-        models = {role: _card(getattr(config, role)).arch for role in _roles_on_gpus(config, seats)}
+        models = {role: _header(getattr(config, role)).arch for role in _roles_on_gpus(config, seats)}
         rdma = hardware.rdma_adapters()
         plan = placement.plan(config, hardware.read(), models, seats, topology.allowed_cores(), rdma)
     except (SsdError, ImportError):

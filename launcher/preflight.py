@@ -21,7 +21,7 @@ from ssd_runtime.host import topology
 from ssd_runtime.host.allotment import model_of
 from ssd_runtime.host.topology import Group, Role
 from ssd_runtime.model.files.catalogue import resolve
-from ssd_runtime.model.files.header import ModelCard, inspect_model
+from ssd_runtime.model.files.header import ModelHeader, inspect_model
 from ssd_runtime.model.memory import GIB, demand
 from ssd_runtime.model.random.models import random_model
 from ssd_runtime.model.text.tokenizer import Tokenizer
@@ -45,11 +45,11 @@ def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None
     with_drafts = config.speculation.mode != "ar" and group is None
     if not with_drafts and not config.deployment.holds_draft(config.speculation.mode):  # no draft is loaded
         target, _ = inspect(replace(config, draft=config.target))
-        check_shares(config, target)
+        check_shards(config, target)
         check_memory(config, "target", target)
         return
     target, draft = inspect(config)
-    check_shares(config, target)
+    check_shards(config, target)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
@@ -77,8 +77,8 @@ def check_host() -> None:
         ) from None
 
 
-def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
-    """The cards of target and draft. Raises ConfigError for a target that is to agree with itself."""
+def inspect(config: Config) -> tuple[ModelHeader, ModelHeader]:
+    """The headers of target and draft. Raises ConfigError for a target that is to agree with itself."""
     if (model := random_model(config.target.model)) is not None and model.agreement < 1.0:
         raise ConfigError(f"target model {config.target.model}: its text is the script; give an agreement to the draft")
     target_path, draft_path = resolve(config.target.model), resolve(config.draft.model)
@@ -86,16 +86,16 @@ def inspect(config: Config) -> tuple[ModelCard, ModelCard]:
     return target, target if draft_path == target_path else inspect_model(draft_path)
 
 
-def check_shares(config: Config, target: ModelCard) -> None:
+def check_shards(config: Config, target: ModelHeader) -> None:
     """Raise ConfigError for a target that does not divide among target.tensor_parallel ranks."""
     if config.target.tensor_parallel > 1:
         target.arch.check_divides(config.target.tensor_parallel, f"target model {config.target.model}")
 
 
-def check_memory(config: Config, role: Role, card: ModelCard) -> None:
+def check_memory(config: Config, role: Role, header: ModelHeader) -> None:
     """Raise ConfigError for a KV pool of one rank on the CPU that is larger than this host's memory."""
     model, engine = getattr(config, role), config.engine
-    pool = demand(config, role, card.arch, model.device).pool(engine.pool_blocks)
+    pool = demand(config, role, header.arch, model.device).pool(engine.pool_blocks)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if model.device == "cpu" and pool > memory:
         keys = "engine.num_blocks" if engine.num_blocks else "engine.max_num_seqs or engine.max_model_len"
@@ -146,8 +146,8 @@ def check_request(request: Generate, config: Config) -> None:
     params = request.params
     check_sampling(params)
     if params.logit_bias or params.allowed_tokens is not None or params.banned_tokens:
-        card = inspect_model(resolve(config.target.model))
-        check_processors(params, card.arch.vocab_size, card.eos_token_ids)
+        header = inspect_model(resolve(config.target.model))
+        check_processors(params, header.arch.vocab_size, header.eos_token_ids)
     length = count_tokens(request, Tokenizer.from_model(resolve(config.target.model)))
     limit = config.engine.max_model_len
     if length >= limit:

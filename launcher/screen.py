@@ -92,10 +92,10 @@ def show_bench(report: dict[str, Any]) -> None:
     out.print(bench_verdict(report), markup=False)
     if "invariant_over_fast" in report:
         out.print(cost_lines(report["invariant_over_fast"]), markup=False)
-    if "teams" not in report:
+    if "setups" not in report:
         out.print(cores_line(report["machine"]["cores"]), markup=False)
         return
-    for line in (*series_lines(report), *team_lines(report)):
+    for line in (*series_lines(report), *setup_lines(report)):
         out.print(line, markup=False, soft_wrap=True)
 
 
@@ -104,7 +104,7 @@ def bench_table(report: dict[str, Any]) -> Table:
     several = any("@" in row["name"] for row in report["runs"])
     table = Table(caption="* the best lookahead of its mode" if several else None)
     table.add_column("mode", no_wrap=True)
-    if "teams" in report:
+    if "setups" in report:
         table.add_column("drafts x B", justify="right", no_wrap=True)
     heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
     for name in ("batch", *heads) if _batched(report) else heads:
@@ -112,17 +112,17 @@ def bench_table(report: dict[str, Any]) -> Table:
     for row in report["runs"]:
         marked = row["best"] and "@" in row["name"]
         table.add_row(
-            (row["name"] if "teams" in report else row["mode"])
+            (row["name"] if "setups" in report else row["mode"])
             + (" invariant" if row.get("numerics") == "invariant" else "")
             + (" *" if marked else ""),
-            *([team_text(row) if "drafts" in row else "-"] if "teams" in report else []),
+            *([setup_text(row) if "drafts" in row else "-"] if "setups" in report else []),
             *([str(row["batch"])] if _batched(report) else []),
             str(row["lookahead"] or "-"),
             number(row["tokens_per_second"], 1),
             number(row["speedup"], 2, "x"),
             number(row["tokens_per_round"], 2),
-            share(row["hit_rate"]),
-            share(row["acceptance"]),
+            percent(row["hit_rate"]),
+            percent(row["acceptance"]),
             number(row["round_ms"]["p50"], 1),
             number(row["verify_ms"]["p50"], 1),
             number(row["prefill_seconds"], 1),
@@ -179,27 +179,27 @@ def cost_lines(costs: Mapping[str, float | None]) -> str:
     return f"invariant numerics, tokens/s of fast: {each}"
 
 
-def team_text(team: Mapping[str, Any]) -> str:
+def setup_text(setup: Mapping[str, Any]) -> str:
     """The drafts of an engine, the budget of each and of all, as "2 x 8 = 16"."""
-    return f"{team['drafts']} x {team['budget']} = {team['drafts'] * team['budget']}"
+    return f"{setup['drafts']} x {setup['budget']} = {setup['drafts'] * setup['budget']}"
 
 
-def team_lines(report: Mapping[str, Any]) -> list[str]:
+def setup_lines(report: Mapping[str, Any]) -> list[str]:
     """Which budgets were compared, and on which cores; where ranks shared some the comparison is not fair."""
     how = "divided among the drafts" if report["budget_divided"] else "the same for each draft"
     planned = report["workload"]["config"]["speculation"]["adapt"]
     most = "; these are the most, speculation.adapt plans each round" if planned else ""
-    lines = [f"budgets {how}: {', '.join(map(team_text, report['teams']))}{most}"]
-    if report["budget_divided"] and len({team["drafts"] * team["budget"] for team in report["teams"]}) > 1:
-        drafts = [team["drafts"] for team in report["teams"]]
+    lines = [f"budgets {how}: {', '.join(map(setup_text, report['setups']))}{most}"]
+    if report["budget_divided"] and len({setup["drafts"] * setup["budget"] for setup in report["setups"]}) > 1:
+        drafts = [setup["drafts"] for setup in report["setups"]]
         asked = report["workload"]["config"]["speculation"]["budget"]
         listed, whole = ", ".join(map(str, drafts)), math.lcm(*drafts)
         fitting = whole * max(1, round(asked / whole))
         lines.append(
             f"these are not equal in all: {asked} cannot be divided by {listed}; speculation.budget={fitting} can"
         )
-    lines += [f"d{team['drafts']}: {cores_line(team['cores'])}" for team in report["teams"]]
-    if crowded := ", ".join(f"d{team['drafts']}" for team in report["teams"] if team["shares_cores"]):
+    lines += [f"d{setup['drafts']}: {cores_line(setup['cores'])}" for setup in report["setups"]]
+    if crowded := ", ".join(f"d{setup['drafts']}" for setup in report["setups"] if setup["shares_cores"]):
         lines.append(f"ranks of {crowded} share cores: their drafts hit less often than on cores of their own")
     return lines
 
@@ -240,6 +240,6 @@ def number(value: float | None, digits: int, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """A fraction as a percentage."""
     return "-" if value is None else f"{100 * value:.0f}%"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ssd_runtime.comm.control.codec import decode, encode
-from ssd_runtime.comm.control.draft_messages import Admit, Finish, Share
+from ssd_runtime.comm.control.draft_messages import Admit, Finish, Portion
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.link.frames import OutcomeCodec, TreeCodec
 from ssd_runtime.comm.protocol import FrameShape
@@ -21,14 +21,14 @@ from ssd_runtime.leader.colocated import ColocatedSpeculator
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.planning.cost_model import Pace
+from ssd_runtime.speculation.planning.cost_model import CostModel
 from ssd_runtime.speculation.planning.planner import FixedPlanner, Planner
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFrame
 from ssd_runtime.trace import Tracer
 
 
 class SteppedDraft:
-    """A `DraftRank` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
+    """A `DraftConnection` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
 
     Messages and frames go through their codecs, so whatever cannot travel fails here.
 
@@ -59,8 +59,8 @@ class SteppedDraft:
         self.told.append(arrived)
         if isinstance(arrived, Admit):
             self.drafter.admit(arrived)
-        elif isinstance(arrived, Share):
-            self.drafter.share(arrived.sequence_id, arrived.index, arrived.count)
+        elif isinstance(arrived, Portion):
+            self.drafter.portion(arrived.sequence_id, arrived.index, arrived.count)
         else:
             assert isinstance(arrived, Finish)
             self.drafter.finish(arrived.sequence_id)
@@ -191,7 +191,7 @@ def in_process(
     comings.waiting.append(rank)
     drafts = Drafts(comings, deadline=5.0)  # type: ignore[arg-type]
     planner = planner or FixedPlanner(speculation.lookahead, speculation.budget)
-    link = LinkSpeculator(drafts, speculation.backup, target.arch.vocab_size, Pace(), planner)
+    link = LinkSpeculator(drafts, speculation.backup, target.arch.vocab_size, CostModel(), planner)
     colocated = Drafter(draft, engine, speculation)
     speculators = {
         "ar": NoSpeculation(),

@@ -36,7 +36,7 @@ class Run:
     """One row of the table: a mode at one lookahead, with so many requests at once.
 
     Attributes:
-        drafts, budget: of its engine, and of each draft, where their number is compared (`teams.py`).
+        drafts, budget: of its engine, and of each draft, where their number is compared (`draft_setups.py`).
     """
 
     name: str

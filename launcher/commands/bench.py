@@ -20,7 +20,7 @@ from ssd_runtime.model.random.models import pair_overrides
 
 if TYPE_CHECKING:
     from launcher.bench.benchmark import Run
-    from launcher.bench.draft_counts import Team
+    from launcher.bench.draft_setups import DraftSetup
 
 DEFAULT_AGREEMENT = 0.85  # of the draft of --random
 WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what an engine in it can serve
@@ -77,7 +77,7 @@ def bench_command(
     """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
     from launcher import screen
     from launcher.bench import benchmark as bench
-    from launcher.bench import draft_counts as teams
+    from launcher.bench import draft_setups
     from launcher.bench.prompts import read_prompts
 
     if shapes is not None:
@@ -86,7 +86,7 @@ def bench_command(
     modes_asked = [mode.strip() for mode in modes.split(",")]
     runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
     _check_options(connect, numerics, drafts, divide_budget, shapes, agreement)
-    compared = [] if drafts is None else teams.teams_of(drafts, config.speculation.budget, divide=divide_budget)
+    compared = [] if drafts is None else draft_setups.setups_of(drafts, config.speculation.budget, divide=divide_budget)
     prompts = tuple(read_prompts(prompts_path, limit))
     overrides = (*overrides, *overrides_for(runs, config))
     config = load_config(config_file, overrides)
@@ -113,7 +113,7 @@ def bench_command(
             machines[one.name], label = _machine(session.cores), session.label
     if compared:
         config = load_config(config_file, overrides)  # the rows say in what the engines differ
-        report = teams.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
+        report = draft_setups.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
     else:
         report = bench.join_numerics(
             {name: bench.report_on(measured[name], prompts) | {"machine": machines[name]} for name in measured}
@@ -148,15 +148,15 @@ class _Engine:
 
 
 def _engines(
-    overrides: tuple[str, ...], runs: list[Run], numerics: str | None, compared: Sequence[Team]
+    overrides: tuple[str, ...], runs: list[Run], numerics: str | None, compared: Sequence[DraftSetup]
 ) -> list[_Engine]:
     """The engines to start one after the other."""
     from launcher.bench import benchmark as bench
-    from launcher.bench import draft_counts as teams
+    from launcher.bench import draft_setups
 
     if compared:
-        pairs = zip(compared, teams.runs_by_team(compared, runs), strict=True)
-        return [_Engine(team.name, (*overrides, *team.overrides), own) for team, own in pairs]
+        pairs = zip(compared, draft_setups.runs_by_setup(compared, runs), strict=True)
+        return [_Engine(setup.name, (*overrides, *setup.overrides), own) for setup, own in pairs]
     if numerics is None:
         return [_Engine("", overrides, runs)]
     return [_Engine(one, (*overrides, f"engine.numerics={one}"), runs) for one in bench.parse_numerics(numerics)]

@@ -13,7 +13,7 @@ from ssd_runtime.comm.control.launcher_messages import Joined
 from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.draft.drafter import Drafter
-from ssd_runtime.draft.membership import Membership, Patience
+from ssd_runtime.draft.membership import JoinTimeouts, Membership
 from ssd_runtime.host.cores import crowded, listed
 from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ class DraftRank(Rank):
             hello,
             drafter,
             lambda at: open_draft_link(at, link_timing(config), **self._frames_travel_by()),
-            Patience(first, timeouts.rejoin, timeouts.link),
+            JoinTimeouts(first, timeouts.rejoin, timeouts.link),
             self._known_as,
             self._tracer,
         )

@@ -95,7 +95,7 @@ class Models:
         return self._enough_for("making the KV pool", lambda: self._pool_size(blocks), remedy)
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """Around all the work of the rank: what nobody contains ends it. Raises as `making_pool`."""
         try:
             yield

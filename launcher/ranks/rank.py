@@ -69,7 +69,7 @@ class Rank:
         self._cores = topology.settle(self._place, self._claims)
         _allow_descriptors()
         try:
-            with self._models.at_work():
+            with self._models.computing():
                 self.serve()
         except Stopped as stopped:
             log.info("leaving: %s", stopped)

@@ -25,7 +25,7 @@ from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.speculator import NoSpeculation, Speculator
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
-from ssd_runtime.leader.acceptor import Door, Terms
+from ssd_runtime.leader.acceptor import DraftAcceptor, Terms
 from ssd_runtime.leader.colocated import ColocatedSpeculator
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.leader.leader import Leader, Stop
@@ -35,7 +35,7 @@ from ssd_runtime.model.batch import Model
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.text.tokenizer import Tokenizer
-from ssd_runtime.speculation.planning.cost_model import Pace
+from ssd_runtime.speculation.planning.cost_model import CostModel
 from ssd_runtime.speculation.planning.planner import AdaptivePlanner, FixedPlanner
 
 log = logging.getLogger("ssd.target")
@@ -84,7 +84,7 @@ class TargetRank(Rank):
                 self._speculators(server, loaded, tokenizer) as (
                     speculators,
                     link,
-                    door,
+                    acceptor,
                 ),
             ):
                 speculation = config.speculation
@@ -99,7 +99,7 @@ class TargetRank(Rank):
                     )
                 cores = topology.cores_by_role(config, self._place.world_size, self._place.here)
                 key = secrets.token_hex(16)
-                leader = Leader(config, engine, tokenizer, server, link, door, cores, self._stop, key)
+                leader = Leader(config, engine, tokenizer, server, link, acceptor, cores, self._stop, key)
                 self._on_stop = self._set_stop
                 forget_loading()
                 self._announcer.say(Ready(server.address, cores, key))
@@ -137,7 +137,7 @@ class TargetRank(Rank):
     @contextlib.contextmanager
     def _speculators(
         self, server: ControlServer, loaded: _Loaded, tokenizer: Tokenizer
-    ) -> Iterator[tuple[dict[Mode, Speculator], LinkSpeculator | None, Door | None]]:
+    ) -> Iterator[tuple[dict[Mode, Speculator], LinkSpeculator | None, DraftAcceptor | None]]:
         """How this engine can speculate: every mode the ranks at hand allow, and what drafts need."""
         config = self._config
         speculators: dict[Mode, Speculator] = {"ar": NoSpeculation()}
@@ -149,21 +149,21 @@ class TargetRank(Rank):
             yield speculators, None, None
             return
         with contextlib.closing(LinkHost(self._own_host())) as host:
-            door = self._door(server, host, tokenizer, loaded.engine.pool_blocks)
+            acceptor = self._acceptor(server, host, tokenizer, loaded.engine.pool_blocks)
             try:
                 if awaited := self._place.num_drafts or int(config.deployment.draft_required):
                     patience = config.timeouts.load + config.timeouts.handshake
-                    door.await_first(awaited, patience, lambda: bool(self._stop))
-                speculation, pace = config.speculation, Pace()
+                    acceptor.await_first(awaited, patience, lambda: bool(self._stop))
+                speculation, costs = config.speculation, CostModel()
                 most = speculation.lookahead, speculation.budget
-                planner = AdaptivePlanner(*most, pace) if speculation.adapt else FixedPlanner(*most)
-                drafts = Drafts(door, config.timeouts.link)
-                link = LinkSpeculator(drafts, speculation.backup, loaded.target.arch.vocab_size, pace, planner)
+                planner = AdaptivePlanner(*most, costs) if speculation.adapt else FixedPlanner(*most)
+                drafts = Drafts(acceptor, config.timeouts.link)
+                link = LinkSpeculator(drafts, speculation.backup, loaded.target.arch.vocab_size, costs, planner)
                 link.check()
                 speculators |= {"ssd": link, "sd": link}
-                yield speculators, link, door
+                yield speculators, link, acceptor
             finally:
-                door.close(self._stop.reason or "the target failed")
+                acceptor.close(self._stop.reason or "the target failed")
 
     def _own_draft(self, tokenizer: Tokenizer) -> _OwnDraft | None:
         """The draft in this process, if it is to hold one."""
@@ -176,7 +176,7 @@ class TargetRank(Rank):
             raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
         return _OwnDraft(self._models.load("draft"), len(draft.tokens))
 
-    def _door(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer, num_blocks: int) -> Door:
+    def _acceptor(self, server: ControlServer, host: LinkHost, tokenizer: Tokenizer, num_blocks: int) -> DraftAcceptor:
         config, speculation = self._config, self._config.speculation
         shape = FrameShape.of(
             config.engine.max_num_seqs,
@@ -195,7 +195,7 @@ class TargetRank(Rank):
             self._place.num_drafts,
             num_blocks,
         )
-        return Door(
+        return DraftAcceptor(
             server,
             host,
             terms,

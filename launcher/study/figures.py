@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from launcher.study.coupling import Rule
 from launcher.study.recording import Record
-from launcher.study.walk import Expected, Rate, Round, expect, miss_rates, walk
+from launcher.study.walk import Expected, Rate, WalkedRound, expect, miss_rates, walk
 from ssd_runtime.speculation.drafting.counts import uniform_counts
 from ssd_runtime.speculation.drafting.policies import FanOutName, fan_out_policy
 
@@ -109,18 +109,18 @@ def figure5(records: Sequence[Record], lookahead: int, budget: int) -> list[Poin
     return points
 
 
-def walks_of(records: Sequence[Record], lookahead: int, budget: int, policy: FanOutName) -> list[list[Round]]:
+def walks_of(records: Sequence[Record], lookahead: int, budget: int, policy: FanOutName) -> list[list[WalkedRound]]:
     """The rounds of every text under one policy, which learns from text to text."""
     learning = fan_out_policy(policy)
     return [list(walk(record, lookahead, learning, budget)) for record in records]
 
 
-def hit_rate(walks: Sequence[Sequence[Round]]) -> Rate:
+def hit_rate(walks: Sequence[Sequence[WalkedRound]]) -> Rate:
     """Of whole outcomes."""
     return Rate.over([(sum(one.hit for one in rounds), len(rounds)) for rounds in walks])
 
 
-def tokens_per_round(walks: Sequence[Sequence[Round]]) -> float | None:
+def tokens_per_round(walks: Sequence[Sequence[WalkedRound]]) -> float | None:
     """Accepted tokens and the bonus token."""
     rounds = [one for some in walks for one in some]
     return sum(one.num_accepted + 1 for one in rounds) / len(rounds) if rounds else None

@@ -69,7 +69,7 @@ def _measured(run: Run) -> str:
 def _table(figure: str, points: Sequence[Point]) -> list[str]:
     if figure == "5":
         heads = ["T", "series", "C", "acceptance", "hit rate"]
-        rows = [[f"{p.temperature:g}", p.series, _number(p.note, "g"), _share(p.x), _rate(p)] for p in points]
+        rows = [[f"{p.temperature:g}", p.series, _number(p.note, "g"), _percent(p.x), _rate(p)] for p in points]
         return _markdown(heads, rows)
     keys = list(dict.fromkeys((p.series, p.temperature) for p in points))
     if figure in ("4", "4 speed"):
@@ -90,9 +90,9 @@ def order_of_policies(points: Sequence[Point]) -> list[str]:
     for temperature in sorted({p.temperature for p in points}):
         found = {p.series: p for p in points if p.temperature == temperature and p.y is not None}
         ordered = sorted((name for name in POLICIES if name in found), key=lambda name: -(found[name].y or 0.0))
-        said = ", ".join(f"{name} {_share(found[name].y)}" for name in ordered)
+        said = ", ".join(f"{name} {_percent(found[name].y)}" for name in ordered)
         if len({found[name].y for name in ordered}) == 1 and len(ordered) > 1:
-            lines.append(f"- T = {temperature:g}: all the same, {_share(found[ordered[0]].y)}.")
+            lines.append(f"- T = {temperature:g}: all the same, {_percent(found[ordered[0]].y)}.")
             continue
         expected = ordered == [name for name in reversed(POLICIES) if name in found]
         lines.append(f"- T = {temperature:g}: {said}" + ("." if expected else " (not the order that was hoped for)."))
@@ -138,7 +138,7 @@ def _rate(point: Point) -> str:
     return f"{point.y:.3f}" + (f" ± {point.error:.3f}" if point.error is not None else "")
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

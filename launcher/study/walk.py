@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 from launcher.study.coupling import Rejection, Variant
 from launcher.study.recording import Record
-from ssd_runtime.speculation.drafting.fan_out import FanOut, Verified, share_budget
+from ssd_runtime.speculation.drafting.fan_out import FanOut, Verified, divide_budget
 from ssd_runtime.speculation.verify import verify
 
 FIRST = 1  # the prefill chooses the token at place 0
 
 
 @dataclass(frozen=True)
-class Round:
+class WalkedRound:
     """One verification.
 
     Attributes:
@@ -42,17 +42,17 @@ class Round:
     after_hit: bool
 
 
-def walk(record: Record, lookahead: int, policy: FanOut, budget: int) -> Iterator[Round]:
+def walk(record: Record, lookahead: int, policy: FanOut, budget: int) -> Iterator[WalkedRound]:
     """The rounds of one text under shared noise; the policy learns on the way."""
     start, after_hit = FIRST, False
     while start + lookahead < len(record.chosen):
         verified = _verified(record, start, lookahead, after_hit)
         outcome = verify(record.chosen[start : start + lookahead + 1], verified.speculation)
         k = outcome.num_accepted
-        (forks,) = share_budget([policy.forks(verified, budget)], budget)
+        (forks,) = divide_budget([policy.forks(verified, budget)], budget)
         hit = any((fork.position, fork.token) == (k, outcome.bonus_token) for fork in forks)
         policy.observe(verified, k, outcome.bonus_token)
-        yield Round(start, k, lookahead, record.ranks[start + k] - (k < lookahead), hit, after_hit)
+        yield WalkedRound(start, k, lookahead, record.ranks[start + k] - (k < lookahead), hit, after_hit)
         start, after_hit = start + k + 1, hit
 
 
@@ -90,7 +90,7 @@ class Rate:
         return cls(rate, math.sqrt(sum((p - rate * w) ** 2 for p, w in texts)) / whole, whole)
 
 
-def miss_rates(walks: Sequence[Sequence[Round]], fan_out: int) -> tuple[Rate, Rate]:
+def miss_rates(walks: Sequence[Sequence[WalkedRound]], fan_out: int) -> tuple[Rate, Rate]:
     """Miss rates after a hit and after a miss, had there been `fan_out` candidates at every position.
 
     The rounds do not depend on the fan-out: a miss is followed by the same chain, only later.

@@ -42,7 +42,7 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Round:
+class RecordedRound:
     """One verification of a batch, as the leader wrote it down.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rates:
     batch: float
 
 
-def rates(rounds: Sequence[Round], size: int) -> Rates:
+def rates(rounds: Sequence[RecordedRound], size: int) -> Rates:
     """Of the rounds with `size` rows that another such round of the same run follows: only these have an end.
 
     Raises:
@@ -97,12 +97,12 @@ def rates(rounds: Sequence[Round], size: int) -> Rates:
     )
 
 
-def _speed(rows: Sequence[tuple[Round, int, float]]) -> float:
+def _speed(rows: Sequence[tuple[RecordedRound, int, float]]) -> float:
     """tokens/s of (round, row, seconds)."""
     return sum(one.tokens[row] for one, row, _ in rows) / sum(lasted for _, _, lasted in rows)
 
 
-def report(rounds: Sequence[Round], size: int, answers: dict[str, set[tuple[int, ...]]]) -> dict[str, Any]:
+def report(rounds: Sequence[RecordedRound], size: int, answers: dict[str, set[tuple[int, ...]]]) -> dict[str, Any]:
     """Rates with and without the forced miss, what is kept of them, over all and repeat by repeat."""
     of = {arm: rates([one for one in rounds if one.run.startswith(f"{arm}:")], size) for arm in ARMS}
     repeats = sorted({one.run.partition(":")[2] for one in rounds}, key=int)
@@ -173,10 +173,13 @@ def engine(config: Path | None, overrides: tuple[str, ...]) -> Iterator[tuple[Ge
             yield found.client, rounds
 
 
-def read_rounds(path: Path) -> list[Round]:
+def read_rounds(path: Path) -> list[RecordedRound]:
     """What the leader wrote down, without the warm-up."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    rounds = [Round(one["run"], one["begun"], one["victim"], tuple(one["hits"]), tuple(one["tokens"])) for one in found]
+    rounds = [
+        RecordedRound(one["run"], one["begun"], one["victim"], tuple(one["hits"]), tuple(one["tokens"]))
+        for one in found
+    ]
     return [one for one in rounds if not one.run.endswith(":warm")]
 
 

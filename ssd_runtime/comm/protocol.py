@@ -20,7 +20,7 @@ Rank = Annotated[int, Within(0, 2**20)]
 CoreNumbers = Annotated[tuple[Annotated[int, Within(0, 2**16)], ...], AtMost(2**16)]
 CoresByRole = Annotated[dict[Name, CoreNumbers], AtMost(2**10)]
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 CHUNK = 1024  # tokens behind one digest of a vocabulary
 
 # Names that converters give to ids no tokenizer ever produces; at the end of a vocabulary they are padding.

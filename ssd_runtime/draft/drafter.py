@@ -23,7 +23,7 @@ from ssd_runtime.kv.sharing import take_over
 from ssd_runtime.kv.table import BlockTable, ScratchSlots, copy_branch, raise_faults
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.memory import chain_nodes, tree_blocks
-from ssd_runtime.speculation.drafting.fan_out import Fork, share_budget
+from ssd_runtime.speculation.drafting.fan_out import Fork, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.drafting.tree import NO_SLOT, Node, TokenTree
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
@@ -111,16 +111,16 @@ class Drafter:
         if not self._sequences:
             self._scratch.release()
 
-    def share(self, sequence_id: int, index: int, count: int) -> None:
+    def portion(self, sequence_id: int, index: int, count: int) -> None:
         """Draft for every `count`-th outcome of a sequence, beginning with the `index`-th likeliest.
 
         The rest is what others draft for.
         """
         if not 0 <= index < count:
-            raise ProtocolError(f"share {index} of {count} is none")
+            raise ProtocolError(f"portion {index} of {count} is none")
         if sequence_id not in self._sequences:
-            raise ProtocolError(f"a share of sequence {sequence_id}, which this draft does not have")
-        self._sequences[sequence_id].share = (index, count)
+            raise ProtocolError(f"a portion of sequence {sequence_id}, which this draft does not have")
+        self._sequences[sequence_id].portion = (index, count)
 
     @property
     def num_sequences(self) -> int:
@@ -219,7 +219,7 @@ class Drafter:
         # The choice may change within a round, and what was drafted stays: never more than there are slots for, with
         # enough left for the chain of every sequence.
         total = max(0, min(total, self._scratch.room - len(trees) * chain_nodes(self._speculation)))
-        return share_budget([sequence.forks(total, self._allowed) for sequence in self._sequences.values()], total)
+        return divide_budget([sequence.forks(total, self._allowed) for sequence in self._sequences.values()], total)
 
     @property
     def _allowed(self) -> int:
@@ -249,7 +249,7 @@ class Drafter:
         draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
         # No position gets more than all drafts of a sequence have for one on average; at one inside the speculation its
         # own token is left out.
-        wanted = [self._allowed * sequence.share[1] for sequence, _ in nodes if sequence.tree.predraft]
+        wanted = [self._allowed * sequence.portion[1] for sequence, _ in nodes if sequence.tree.predraft]
         count = 1 + max(wanted, default=0)
         logits_RV = process_rows(
             logits_RV[:, : self._vocab_size],

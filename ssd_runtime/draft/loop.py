@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from ssd_runtime.comm.control.draft_messages import Admit, Finish, Share
+from ssd_runtime.comm.control.draft_messages import Admit, Finish, Portion
 from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
 from ssd_runtime.comm.link.faces import DraftLink
 from ssd_runtime.draft.drafter import Drafter
@@ -102,9 +102,9 @@ class DraftLoop:
             elif isinstance(message, Finish):
                 self._control_seq += 1
                 self._drafter.finish(message.sequence_id)
-            elif isinstance(message, Share):
+            elif isinstance(message, Portion):
                 self._control_seq += 1
-                self._drafter.share(message.sequence_id, message.index, message.count)
+                self._drafter.portion(message.sequence_id, message.index, message.count)
             elif isinstance(message, Shutdown):
                 self.stop(message.reason)
             elif isinstance(message, Refused):

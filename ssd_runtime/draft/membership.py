@@ -35,7 +35,7 @@ class _DraftFailed(SsdError):
 
 
 @dataclass(frozen=True)
-class Patience:
+class JoinTimeouts:
     """Seconds.
 
     Attributes:
@@ -57,7 +57,7 @@ class Membership:
         hello: what this draft says of itself.
         drafter: the model and its trees.
         open_link: builds this end of a link; blocks.
-        patience: deadlines.
+        timeouts: deadlines.
         on_linked: called when a link stands, with the number the target knows this draft by.
         tracer: where steps are recorded.
     """
@@ -68,7 +68,7 @@ class Membership:
         hello: Hello,
         drafter: Drafter,
         open_link: Callable[[LinkAddress], DraftLink],
-        patience: Patience,
+        timeouts: JoinTimeouts,
         on_linked: Callable[[int], None],
         tracer: Tracer,
     ) -> None:
@@ -76,7 +76,7 @@ class Membership:
         self._hello = hello
         self._drafter = drafter
         self._open_link = open_link
-        self._patience = patience
+        self._timeouts = timeouts
         self._on_linked = on_linked
         self._tracer = tracer
         self._leaving = threading.Event()
@@ -97,9 +97,9 @@ class Membership:
 
         Raises:
             ConfigError: the target refuses this draft.
-            PeerLost: no target for as long as `patience` allows.
+            PeerLost: no target for as long as `timeouts` allows.
         """
-        give_up = time.monotonic() + self._patience.first
+        give_up = time.monotonic() + self._timeouts.first
         pause, never = FIRST_PAUSE_S, True
         while not self._leaving.is_set():
             self._linked_at = None
@@ -110,12 +110,12 @@ class Membership:
                 now = time.monotonic()
                 if self._linked_at is not None:
                     never = False
-                    give_up = now + self._patience.again
+                    give_up = now + self._timeouts.again
                     pause = FIRST_PAUSE_S if now - self._linked_at > UNLINKED_S else pause
                 left = give_up - now
                 if left <= pause:
-                    patience = self._patience.first if never else self._patience.again
-                    raise PeerLost("target", 0, -1, f"no target within {patience:g} s: {lost}") from None
+                    timeouts = self._timeouts.first if never else self._timeouts.again
+                    raise PeerLost("target", 0, -1, f"no target within {timeouts:g} s: {lost}") from None
                 log.warning("%s; trying again for %.0f s", lost, left)
             self._drafter.reset()
             self._leaving.wait(pause)
@@ -131,7 +131,7 @@ class Membership:
                 self._linked_at = time.monotonic()
                 self._on_linked(welcome.rank)
                 log.info("linked to the target at %s (epoch %d)", self._address, welcome.link.epoch)
-                self._loop = DraftLoop(self._drafter, control, link, self._tracer, self._patience.control)
+                self._loop = DraftLoop(self._drafter, control, link, self._tracer, self._timeouts.control)
                 try:
                     if not self._leaving.is_set():
                         self._loop.run()

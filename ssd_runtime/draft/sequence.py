@@ -18,7 +18,7 @@ class DraftedSequence:
     """What the draft keeps of one sequence. Committed tokens without a KV row yet are caught up in the next forward.
 
     Attributes:
-        share: this draft's number among those of the sequence, and how many these are.
+        portion: this draft's number among those of the sequence, and how many these are.
         taken_over: whether it ran when this draft was told of it.
     """
 
@@ -33,7 +33,7 @@ class DraftedSequence:
         self.table = table
         self.prompt = Prompt(request.prompt_tokens, table)
         self.tree = tree
-        self.share = (0, 1)
+        self.portion = (0, 1)
         self.taken_over = request.turn >= 0
 
     @property
@@ -63,7 +63,7 @@ class DraftedSequence:
             budget: of this draft, for all its sequences.
             allowed: the same for one of them on average, at most.
         """
-        index, count = self.share
+        index, count = self.portion
         forks = self.tree.forks(budget * count, allowed * count)
         everybodys = [fork for fork in forks[:1] if fork.gain > EVERYBODY and budget > 1]
         return everybodys + forks[len(everybodys) :][index::count]

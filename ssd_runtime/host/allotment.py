@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.host.cores import Role, choose_cores, share_near, share_out
+from ssd_runtime.host.cores import Role, choose_cores, divide_cores, divide_near
 from ssd_runtime.host.hardware import Hardware, near_cores
 
 
@@ -82,8 +82,8 @@ def cores_of(
     num_targets = roles.count("target")
     num_drafts = roles.count("draft") + (0 if config.draft.cores else guests)
     chosen = choose_cores(config, allowed, num_targets, num_drafts)
-    cores = [share_out(chosen.target, i, num_targets) for i in range(num_targets)]
-    cores += [share_out(chosen.draft, i, num_drafts) for i in range(num_drafts)]
+    cores = [divide_cores(chosen.target, i, num_targets) for i in range(num_targets)]
+    cores += [divide_cores(chosen.draft, i, num_drafts) for i in range(num_drafts)]
     taken = {*chosen.target, *chosen.draft, *(config.draft.cores if guests else ())}
     free = [core for core in allowed if core not in taken]
     gpus = {
@@ -93,7 +93,7 @@ def cores_of(
     }
     near = [near_cores(hardware, gpu, free) for gpu in gpus.values()]
     if any(near) or len(free) < len(allowed):
-        for i, mine in zip(gpus, share_near(near, free or allowed), strict=True):
+        for i, mine in zip(gpus, divide_near(near, free or allowed), strict=True):
             cores[i] = mine
     return cores
 

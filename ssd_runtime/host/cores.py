@@ -86,7 +86,7 @@ def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, n
     Args:
         config: threads, devices and named cores of each role.
         allowed: cores to choose from.
-        num_targets: target ranks on this host, which divide the target's cores (`share_out`).
+        num_targets: target ranks on this host, which divide the target's cores (`divide_cores`).
         num_drafts: drafts on this host, which divide the draft's.
 
     Raises:
@@ -118,7 +118,7 @@ def choose_cores(config: Config, allowed: Sequence[int], num_targets: int = 1, n
     return Cores(chosen["target"], chosen["draft"])
 
 
-def share_near(near: Sequence[tuple[int, ...]], free: Sequence[int]) -> list[tuple[int, ...]]:
+def divide_near(near: Sequence[tuple[int, ...]], free: Sequence[int]) -> list[tuple[int, ...]]:
     """The cores of ranks on GPUs: those near to each, which ranks with the same ones divide.
 
     Where some would be left without or share, all divide `free`.
@@ -132,7 +132,7 @@ def share_near(near: Sequence[tuple[int, ...]], free: Sequence[int]) -> list[tup
     return [deal_out(free, i, len(near)) for i in range(len(near))]
 
 
-def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+def divide_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
     """The cores of one of `count` ranks that divide `cores`; with fewer cores than ranks, one that others have too."""
     if len(cores) < count:
         return tuple(cores[index % len(cores) :][:1]) if cores else ()
@@ -140,9 +140,9 @@ def share_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
 
 
 def deal_out(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    """As `share_out`, but in turns: of cores in the order of `physical_first` that mostly gives one rank both threads
-    of a physical core."""
-    return tuple(cores[index::count]) if len(cores) >= count else share_out(cores, index, count)
+    """As `divide_cores`, but in turns: of cores in the order of `physical_first` that mostly gives one rank both
+    threads of a physical core."""
+    return tuple(cores[index::count]) if len(cores) >= count else divide_cores(cores, index, count)
 
 
 def crowding(cores: Mapping[str, Iterable[int]]) -> str | None:

@@ -20,7 +20,7 @@ from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.leader.draft_peer import DraftPeer
-from ssd_runtime.leader.draft_state import DraftRank
+from ssd_runtime.leader.draft_state import DraftConnection
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class _Visit:
     looked_at: float = field(default_factory=time.monotonic)
 
 
-class Door:
+class DraftAcceptor:
     """Lets drafts in.
 
     Args:
@@ -88,7 +88,7 @@ class Door:
         self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
         self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
-        self._ready: list[DraftRank] = []
+        self._ready: list[DraftConnection] = []
         self._threads: list[threading.Thread] = []
 
     @property
@@ -161,7 +161,7 @@ class Door:
             log.exception("this is a bug")
             self._built.put((visit, PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")))
 
-    def arrived(self) -> list[DraftRank]:
+    def arrived(self) -> list[DraftConnection]:
         """Drafts whose link was built since the last call."""
         self._settle()
         ready, self._ready = self._ready, []
@@ -182,7 +182,7 @@ class Door:
             else:  # it knocked again, or left, while this link was being built
                 self._in_background(link.close, "link-close")
 
-    def let_go(self, draft: DraftRank) -> None:
+    def let_go(self, draft: DraftConnection) -> None:
         """Close a draft that is lost, without waiting."""
         assert isinstance(draft, DraftPeer)
         self._visits = {key: visit for key, visit in self._visits.items() if visit.peer is not draft}

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from ssd_runtime.comm.control.draft_messages import Share
+from ssd_runtime.comm.control.draft_messages import Portion
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.leader.reply_timeout import Patience
+from ssd_runtime.leader.reply_timeout import ReplyTimeout
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 
 PULSE_S = 0.5  # between two looks at the control connection of a draft
 
 
-class DraftRank(Protocol):
+class DraftConnection(Protocol):
     """A draft's rank as the leader reaches it: control messages, counted, and the link. Calls raise PeerLost."""
 
     @property
@@ -34,11 +34,11 @@ class DraftRank(Protocol):
         """Raise PeerLost if its control connection is gone."""
 
 
-class AtWork:
+class DraftState:
     """One draft and what the leader knows of its state.
 
     Attributes:
-        shares: its part of the outcomes of each sequence it was told of.
+        portions: its part of the outcomes of each sequence it was told of.
         catching_up: of these, the sequences that it was told of in mid-stream and has not named so far, and the turn
             they were at.
         asked: since when an answer is due; None while none is.
@@ -47,11 +47,11 @@ class AtWork:
             something.
     """
 
-    def __init__(self, draft: DraftRank, suspect: bool) -> None:
+    def __init__(self, draft: DraftConnection, suspect: bool) -> None:
         self.draft = draft
-        self.shares: dict[int, Share] = {}
+        self.portions: dict[int, Portion] = {}
         self.catching_up: dict[int, int] = {}
-        self.patience = Patience()
+        self.reply_timeout = ReplyTimeout()
         self.asked: float | None = None
         self.silent_since = time.monotonic()
         self.suspect = suspect
@@ -59,13 +59,13 @@ class AtWork:
 
     def drafts_for(self, sequence_id: int) -> bool:
         """Whether it has the sequence and has caught up with it."""
-        return sequence_id in self.shares and sequence_id not in self.catching_up
+        return sequence_id in self.portions and sequence_id not in self.catching_up
 
     def ask(self) -> None:
         """It is asked for a branch."""
         self.silent_since = time.monotonic()
         self.asked = self.silent_since if self.asked is None else self.asked
-        self.patience.ask()
+        self.reply_timeout.ask()
 
     def heard(self) -> None:
         """It said something."""

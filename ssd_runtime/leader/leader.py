@@ -26,7 +26,7 @@ from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Delta, Sequence, statistics_of
 from ssd_runtime.errors import ConfigError, RequestError, SsdError
-from ssd_runtime.leader.acceptor import Door
+from ssd_runtime.leader.acceptor import DraftAcceptor
 from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.leader.requests import RequestReader
 from ssd_runtime.model.files.fields import brief_error
@@ -113,7 +113,7 @@ class Leader:
         tokenizer: of the target.
         server: the control socket, bound.
         link: the speculator that needs drafts; None if no draft may come.
-        door: where drafts come in; None if no draft may come.
+        acceptor: where drafts come in; None if no draft may come.
         cores: role -> CPU cores, for the status.
         stop: leaves the loop when set.
         key: with which the engine may be ended from anywhere.
@@ -126,7 +126,7 @@ class Leader:
         tokenizer: Tokenizer,
         server: ControlServer,
         link: LinkSpeculator | None,
-        door: Door | None,
+        acceptor: DraftAcceptor | None,
         cores: dict[str, tuple[int, ...]],
         stop: Stop,
         key: str,
@@ -136,7 +136,7 @@ class Leader:
         self._tokenizer = tokenizer
         self._server = server
         self._link = link
-        self._door = door
+        self._acceptor = acceptor
         self._cores = cores
         self._stop = stop
         self._key = key
@@ -202,9 +202,9 @@ class Leader:
             self._server.send(identity, Refused(f"a client does not send {type(message).__name__}"))
 
     def _hello(self, identity: bytes, message: Hello) -> None:
-        if self._door is None:
+        if self._acceptor is None:
             self._server.send(identity, Refused("this engine was started without drafts"))
-        elif reason := self._door.knock(identity, message):
+        elif reason := self._acceptor.knock(identity, message):
             self._num_refused += 1
             if self._num_refused.bit_count() == 1:  # 1, 2, 4, 8...: a flood of them is not to flood the log
                 log.warning("refused a draft (rank %d, %d so far): %s", message.rank, self._num_refused, reason)
@@ -305,11 +305,11 @@ class Leader:
         )
 
     def _draft_state(self) -> DraftState:
-        if self._link is None or self._door is None:
+        if self._link is None or self._acceptor is None:
             return "none"
         if self._link.drafts.count:
             return "linked"
-        return "relinking" if self._door.is_building else "lost"
+        return "relinking" if self._acceptor.is_building else "lost"
 
     # -- results -------------------------------------------------------------------------------------------------
 

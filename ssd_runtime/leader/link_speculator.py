@@ -14,10 +14,10 @@ from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.planning.backup import AutoBackup, Choice, JustInTime, Missed
-from ssd_runtime.speculation.planning.cost_model import LEAST_SECONDS, Pace, believable
+from ssd_runtime.speculation.planning.backup import AutoBackup, BackupChoice, JustInTime, Missed
+from ssd_runtime.speculation.planning.cost_model import LEAST_SECONDS, CostModel, believable
 from ssd_runtime.speculation.planning.ngrams import Match, NgramRecord
-from ssd_runtime.speculation.planning.planner import Planner, Round
+from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
 
 Backup = Literal["draft", "ngram", "none", "auto"]
@@ -32,7 +32,7 @@ class LinkSpeculator:
         drafts: those at work. There may be none: the engine goes on without, and no token depends on it.
         backup: what speculates after a miss (mode `sd` always asks the draft).
         vocab_size: of the target; a draft's token beyond it ends its branch.
-        pace: where the measurements go.
+        costs: where the measurements go.
         planner: chooses K and B of mode `ssd` round by round.
     """
 
@@ -41,19 +41,19 @@ class LinkSpeculator:
         drafts: Drafts,
         backup: Backup,
         vocab_size: int,
-        pace: Pace,
+        costs: CostModel,
         planner: Planner,
     ) -> None:
         self.drafts = drafts
         self._backup = backup
         self._vocab_size = vocab_size
         self._cache = SpeculationCache()
-        self._pace = pace
-        self._just_in_time = JustInTime(pace)
-        self._auto = AutoBackup(pace)
+        self._costs = costs
+        self._just_in_time = JustInTime(costs)
+        self._auto = AutoBackup(costs)
         self._ngrams_of_all = NgramRecord()
         self._ngrams: dict[int, NgramRecord] = {}  # by sequence; backup `auto` only
-        self._choices: dict[int, Choice] = {}  # of the round in hand, by sequence; backup `auto` only
+        self._choices: dict[int, BackupChoice] = {}  # of the round in hand, by sequence; backup `auto` only
         self._planner = planner
         self._plan: Plan | None = None  # of the round in hand
         self._proposed: Proposals | None = None
@@ -81,7 +81,7 @@ class LinkSpeculator:
         self._take_in()
         if self._changes != self.drafts.changes:  # what a draft has taught does not outlive its link
             self._changes = self.drafts.changes
-            self._pace.forget_drafts()
+            self._costs.forget_drafts()
             self._planner.forget()
 
     # -- rounds --------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class LinkSpeculator:
             waiting = missed if may_wait and self._backup == "draft" else []
         return [sequence for sequence in waiting if self.drafts.draft_for(sequence.sequence_id)]
 
-    def _choose(self, missed: list[Sequence], sequences: int, may_wait: bool) -> dict[int, Choice]:
+    def _choose(self, missed: list[Sequence], sequences: int, may_wait: bool) -> dict[int, BackupChoice]:
         """Backup `auto`: learn what became of earlier matches, and weigh this round's."""
         found = []
         for sequence in missed:
@@ -139,14 +139,16 @@ class LinkSpeculator:
         outcomes: Sequences[Outcome],
         verify_seconds: float,
     ) -> None:
-        self._pace.verified(speculations, outcomes, verify_seconds, max(1, self.drafts.count))
+        self._costs.verified(speculations, outcomes, verify_seconds, max(1, self.drafts.count))
         if self._plan is not None and self._proposed is not None:
             hits = self._proposed.hits
             tokens = sum(outcome.num_accepted + 1 for outcome in outcomes)
             seconds = self._propose_seconds + verify_seconds
             asked = sum(hit is not None for hit in hits)
-            self._pace.ended(tokens / len(outcomes), seconds)
-            self._planner.observe(Round(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked))
+            self._costs.ended(tokens / len(outcomes), seconds)
+            self._planner.observe(
+                MeasuredRound(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked)
+            )
 
     def _most(self, sequence: Sequence) -> int:
         """The longest speculation that is asked for in this round: by n-grams, or of the draft just in time."""
@@ -228,5 +230,5 @@ class LinkSpeculator:
             if tree.step_us:
                 # Who takes longer than the deadline is lost.
                 seconds = believable(tree.step_us / 1e6, LEAST_SECONDS, self.drafts.deadline)
-                self._pace.drafted(seconds, tree.step_rows)
+                self._costs.drafted(seconds, tree.step_rows)
                 self._steps.append((seconds * 1e3, tree.step_rows))

@@ -1,9 +1,9 @@
 """The forwards of a tensor-parallel target: the leader sends what it computes as integers, the other ranks replay it.
 
-One frame a forward, int64 (words.py): a header and the rows of the `ForwardBatch`, tables as blocks instead of slots.
-Where tokens are to be chosen and nothing else is wanted of the logits, it also says by what: every rank then reports on
-its slice of the vocabulary, and the leader decides (speculation/sampling/vocab_parallel.py). Rows that the reports cannot tell, and
-forwards of which more is wanted, are gathered whole. A frame has a fixed shape, and what does not fit follows in a
+One frame a forward, int64 (forward_codec.py): a header and the rows of the `ForwardBatch`, tables as blocks instead of
+slots. Where tokens are to be chosen and nothing else is wanted of the logits, it also says by what: every rank then
+reports on its slice of the vocabulary, and the leader decides (vocab_parallel.py). Rows that the reports cannot tell,
+and forwards of which more is wanted, are gathered whole. A frame has a fixed shape, and what does not fit follows in a
 second broadcast whose size the header gives. Followers decide nothing and keep no books: their KV rows are where the
 leader's slots say. When nothing is computed, idle frames, which every rank answers, tell both sides that the other is
 there. Knows no requests and no draft.

@@ -11,7 +11,7 @@ MOST_S = 1.0  # all the waits of one question; what is late counts for no more
 WINDOW = 9  # answers remembered; odd
 
 
-class Patience:
+class ReplyTimeout:
     """The usual silence of a draft that is being waited for: the median over the last answers of the longest in each.
 
     A draft that died, stopped or was cut off says nothing for ever, and which of these it is shows only later. So the

@@ -96,19 +96,19 @@ class ShardPlan:
 
     @property
     def heads(self) -> tuple[int, int]:
-        return self._share(self.arch.num_heads)
+        return self._shard(self.arch.num_heads)
 
     @property
     def kv_heads(self) -> tuple[int, int]:
         count = self.arch.num_kv_heads
         if count >= self.size:
-            return self._share(count)
+            return self._shard(count)
         first = self.rank * count // self.size
         return first, first + 1
 
     @property
     def inner(self) -> tuple[int, int]:
-        return self._share(self.arch.intermediate_size)
+        return self._shard(self.arch.intermediate_size)
 
     @property
     def vocab_size(self) -> int:
@@ -145,7 +145,7 @@ class ShardPlan:
             return Part(columns=self.inner)
         return WHOLE
 
-    def _share(self, count: int) -> tuple[int, int]:
+    def _shard(self, count: int) -> tuple[int, int]:
         each = count // self.size
         return self.rank * each, (self.rank + 1) * each
 
@@ -194,7 +194,7 @@ class Shard:
         return parts_GRV.transpose(0, 1).reshape(len(logits_RV), -1)[:, : self.plan.arch.vocab_size].contiguous()
 
     def reports(self, logits_RL: Tensor, choices: Sequence[Choice]) -> Tensor:
-        """Every rank's report on its part of the logits (speculation/sampling/vocab_parallel.py), for rank 0 to choose from (GC).
+        """Every rank's report on its part of the logits (vocab_parallel.py), for rank 0 to choose from (GC).
 
         Args:
             logits_RL: this rank's part, padding included, of the rows of all choices.

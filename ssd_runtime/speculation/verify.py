@@ -1,7 +1,7 @@
 """Verification of a batch: under shared noise, accept while the draft's token equals the target's own.
 
 Lossless because every emitted token is the target's own choice; a speculation only decides how many of them one forward
-yields. Under rejection sampling (rejection.py) that holds at temperature 0 only; above it the tokens have the target's
+yields. Under rejection sampling (acceptance.py) that holds at temperature 0 only; above it the tokens have the target's
 distribution. Knows no models and no ranks.
 """
 

@@ -13,7 +13,7 @@ import pytest
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.speculation.planning.backup import AutoBackup, Choice
-from ssd_runtime.speculation.planning.planner import Round
+from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import InProcess, request
 from tests.enumeration import CRITICAL_Z
@@ -41,7 +41,7 @@ class Curious:
         self.shorter += lookahead < len(self.seen)
         return Plan(lookahead, 10)
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         """What was there when it planned is what was verified."""
         assert self.process.link._proposed is not None
         (speculation,) = self.process.link._proposed.speculations
@@ -68,7 +68,7 @@ class Restless:
     def plan(self, sequences: int) -> Plan:
         return Plan(self._chance.choice((0, 1, 2, 2, 2)), self._chance.randint(0, 9))
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         pass
 
     def forget(self) -> None:

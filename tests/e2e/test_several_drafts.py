@@ -67,12 +67,12 @@ def hits(num_drafts: int, count: int, **speculation: object) -> int:
     return sum(sequence.measured.hits for sequence in sequences)
 
 
-def shares(process: InProcess) -> dict[int, list[tuple[int, int]]]:
+def portions(process: InProcess) -> dict[int, list[tuple[int, int]]]:
     """What the drafts that live think is their part of each sequence, in the order of parts."""
     found: dict[int, list[tuple[int, int]]] = {}
     for draft in process.drafts:
         for sequence_id, sequence in draft.drafter._sequences.items():
-            found.setdefault(sequence_id, []).extend([] if draft.dead else [sequence.share])
+            found.setdefault(sequence_id, []).extend([] if draft.dead else [sequence.portion])
     return {sequence_id: sorted(parts) for sequence_id, parts in found.items()}
 
 
@@ -153,7 +153,7 @@ def test_what_is_likelier_than_all_the_rest_is_everybodys_and_the_rest_is_divide
             drafter = Drafter(decoder(1), ENGINE, SpeculationConfig(budget=budget))
             drafter._fan_out = Gains(*gains)
             drafter.admit(Admit(0, PROMPT, SamplingParams(), "ssd", 3, 20))
-            drafter.share(0, index, 2)
+            drafter.portion(0, index, 2)
             found.append([fork.token for fork in drafter._forks()[0]])
         return found
 
@@ -199,7 +199,7 @@ def test_any_of_them_may_die_alone(backup: str) -> None:
         process.engine.step()
         process.helpers[0].dead = sequences[0].turn > 20
         process.draft.dead = sequences[0].turn > 40
-        seen.append(shares(process))
+        seen.append(portions(process))
     assert [sequence.tokens for sequence in sequences] == alone(2)
     assert process.link.drafts.count == 1
     assert process.link.drafts.num_lost == 2
@@ -266,7 +266,7 @@ def test_an_idle_draft_helps_with_what_is_left_until_it_is_needed() -> None:
         process.engine.step()
         if second.finish_reason and len(seen) == 30:
             second = process.engine.add(short[1])
-        seen.append(shares(process))
+        seen.append(portions(process))
     assert first.tokens == alone(1)[0]
     helped, needed = {0: [(0, 2), (1, 2)]}, [{0: [(0, 1)], 1: [(0, 1)]}, {0: [(0, 1)], 2: [(0, 1)]}]
     order = [one for one, _ in itertools.groupby(one for one in seen if one in [helped, *needed])]
@@ -311,21 +311,21 @@ def test_drafts_that_come_and_go_change_no_token(
 
 def assert_fair(process: InProcess, sequences: list[Sequence]) -> None:
     """Every sequence that runs has a draft that was told of it, if there is one at all."""
-    linked = [one.draft for one in process.link.drafts._at_work]
+    linked = [one.draft for one in process.link.drafts._states]
     if linked and process.link.drafts._settled:
         known = set(itertools.chain(*(draft.drafter._sequences for draft in linked)))  # type: ignore[attr-defined]
         assert {one.sequence_id for one in sequences if not one.finish_reason and one.turn > 0} <= known
 
 
-# ---- shares that are none --------------------------------------------------------------------------------------------
+# ---- portions that are none ------------------------------------------------------------------------------------------
 
 
 def test_a_share_that_is_none_is_refused() -> None:
     drafter = Drafter(decoder(1), ENGINE, SpeculationConfig())
-    with pytest.raises(ProtocolError, match="share 2 of 2"):
-        drafter.share(0, 2, 2)
-    with pytest.raises(ProtocolError, match="share of sequence 7"):
-        drafter.share(7, 1, 2)
+    with pytest.raises(ProtocolError, match="portion 2 of 2"):
+        drafter.portion(0, 2, 2)
+    with pytest.raises(ProtocolError, match="portion of sequence 7"):
+        drafter.portion(7, 1, 2)
 
 
 def test_only_the_drafts_of_missed_sequences_are_asked_for_a_branch() -> None:

@@ -59,7 +59,7 @@ def _tabular(seed: int) -> TabularModel:
 
 def _engine(**changes: Any) -> InProcess:
     process = in_process(_tabular(1), _tabular(2), ENGINE, SPECULATION, **changes)  # type: ignore[arg-type]
-    process.link._planner = AdaptivePlanner(SPECULATION.lookahead, SPECULATION.budget, process.link._pace)
+    process.link._planner = AdaptivePlanner(SPECULATION.lookahead, SPECULATION.budget, process.link._costs)
     return process
 
 

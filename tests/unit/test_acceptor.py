@@ -1,5 +1,5 @@
-"""The door gives each draft a number: those of the leader's torchrun their rank, the others what is free. However many
-knock, it builds a bounded number of links at a time.
+"""The acceptor gives each draft a number: those of the leader's torchrun their rank, the others what is free. However
+many knock, it builds a bounded number of links at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ssd_runtime.comm.control.messages import Message, Refused
 from ssd_runtime.comm.link.faces import LinkTiming
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
-from ssd_runtime.leader.acceptor import SPARE_BUILDS, Door, Terms
+from ssd_runtime.leader.acceptor import SPARE_BUILDS, DraftAcceptor, Terms
 from tests.process.runs import eventually
 
 VOCABULARY = VocabularyDigest.of(["a", "b"])
@@ -77,7 +77,7 @@ class Builds:
             raise self.outcome
         return SimpleNamespace(close=lambda: None)
 
-    def end(self, opened: tuple[Door, Server], outcome: Exception | None = None) -> None:
+    def end(self, opened: tuple[DraftAcceptor, Server], outcome: Exception | None = None) -> None:
         """All that have begun, and until the test says otherwise those that begin from now on."""
         self.outcome = outcome
         self.may_end.set()
@@ -89,22 +89,22 @@ def building() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("link-build")]
 
 
-def door(ranks: range, residents: int = 0, builds: Builds | None = None) -> tuple[Door, Server]:
+def acceptor(ranks: range, residents: int = 0, builds: Builds | None = None) -> tuple[DraftAcceptor, Server]:
     """One whose links are built at once, unless `builds` says otherwise."""
     server = Server()
     link: Any = SimpleNamespace(close=lambda: None)
     terms = Terms("digest", VOCABULARY, SHAPE, LinkTiming(), ranks, residents)
-    return Door(server, Host(), terms, builds or (lambda address, timing: link)), server  # type: ignore[arg-type]
+    return DraftAcceptor(server, Host(), terms, builds or (lambda address, timing: link)), server  # type: ignore[arg-type]
 
 
-def knock(opened: tuple[Door, Server], name: str, rank: int = 0) -> Message:
+def knock(opened: tuple[DraftAcceptor, Server], name: str, rank: int = 0) -> Message:
     """The answer to a draft of that name."""
     assert opened[0].knock(name.encode(), hello(name, rank)) is None
     eventually(lambda: not building(), 20.0, "what is built at once is built")
     return opened[1].sent[name.encode()][-1]
 
 
-def number(opened: tuple[Door, Server], name: str, rank: int = 0) -> int:
+def number(opened: tuple[DraftAcceptor, Server], name: str, rank: int = 0) -> int:
     answer = knock(opened, name, rank)
     assert isinstance(answer, Welcome), answer
     return answer.rank
@@ -116,7 +116,7 @@ def look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drafts_of_their_own_torchruns_get_the_first_free_numbers() -> None:
-    opened = door(range(4, 7))
+    opened = acceptor(range(4, 7))
     assert [number(opened, name) for name in "abc"] == [4, 5, 6]
     assert knock(opened, "d") == Refused("this engine has its 3 drafts already", again=True)
     opened[1].gone.add(b"b")
@@ -124,7 +124,7 @@ def test_drafts_of_their_own_torchruns_get_the_first_free_numbers() -> None:
 
 
 def test_a_draft_with_a_smaller_pool_than_the_target_s_is_refused_with_the_number_to_set() -> None:
-    opened = door(range(1, 2))
+    opened = acceptor(range(1, 2))
     opened[0]._terms = dataclasses.replace(opened[0]._terms, num_blocks=9)
     for blocks, welcome in ((8, False), (9, True)):
         reason = opened[0].knock(b"a", dataclasses.replace(hello("a"), num_blocks=blocks))
@@ -137,19 +137,19 @@ def test_a_draft_with_a_smaller_pool_than_the_target_s_is_refused_with_the_numbe
 
 
 def test_a_draft_that_knocks_again_keeps_its_number() -> None:
-    opened = door(range(1, 3))
+    opened = acceptor(range(1, 3))
     assert (number(opened, "a"), number(opened, "b"), number(opened, "b")) == (1, 2, 2)
 
 
 def test_ranks_of_the_leaders_torchrun_keep_theirs_whoever_comes_first() -> None:
-    opened = door(range(1, 4), residents=2)
+    opened = acceptor(range(1, 4), residents=2)
     assert number(opened, "guest") == 3
     assert knock(opened, "another guest") == Refused("this engine has its 3 drafts already", again=True)
     assert (number(opened, "second", 2), number(opened, "first", 1)) == (2, 1)
 
 
 def test_drafts_go_by_their_numbers() -> None:
-    opened = door(range(1, 3))
+    opened = acceptor(range(1, 3))
     for name in "ab":
         opened[1].waiting.append((name.encode(), hello(name)))
     opened[0].await_first(2, 20.0, lambda: False)
@@ -157,7 +157,7 @@ def test_drafts_go_by_their_numbers() -> None:
 
 
 def test_all_drafts_of_the_world_are_waited_for_and_the_missing_are_counted() -> None:
-    opened = door(range(1, 3), residents=2)
+    opened = acceptor(range(1, 3), residents=2)
     opened[1].waiting.append((b"a", hello("a", 1)))
     opened[0].await_first(1, 20.0, lambda: False)
     with pytest.raises(ConfigError, match="only 1 of 2 drafts came within 0 s"):
@@ -180,7 +180,7 @@ def answers(server: Server) -> list[Message]:
 @pytest.mark.parametrize("connections", [1, MANY])
 def test_however_often_one_draft_knocks_one_link_is_built_for_it(connections: int) -> None:
     builds = Builds()
-    opened = door(range(1, 3), builds=builds)
+    opened = acceptor(range(1, 3), builds=builds)
     for i in range(MANY):
         assert opened[0].knock(f"{i % connections}".encode(), hello("one")) is None
     assert len(building()) == len(builds.begun) == 1
@@ -194,7 +194,7 @@ def test_however_often_one_draft_knocks_one_link_is_built_for_it(connections: in
 def test_however_many_drafts_knock_one_link_is_built_for_each_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssd_runtime.leader.acceptor.PULSE_S", 60.0)
     builds = Builds()
-    opened = door(range(1, 4), builds=builds)
+    opened = acceptor(range(1, 4), builds=builds)
     for i in range(MANY):
         assert opened[0].knock(f"{i}".encode(), hello(f"{i}")) is None
     assert len(building()) == len(builds.begun) == 3
@@ -206,7 +206,7 @@ def test_however_many_drafts_knock_one_link_is_built_for_each_place(monkeypatch:
 
 def test_drafts_that_knock_and_leave_at_once_get_a_bounded_number_of_links_built() -> None:
     builds = Builds()
-    opened = door(range(1, 3), builds=builds)
+    opened = acceptor(range(1, 3), builds=builds)
     for i in range(MANY):
         assert opened[0].knock(f"{i}".encode(), hello(f"{i}")) is None
         opened[1].gone.add(f"{i}".encode())
@@ -219,7 +219,7 @@ def test_drafts_that_knock_and_leave_at_once_get_a_bounded_number_of_links_built
 
 def test_a_draft_takes_the_place_of_one_that_left_while_its_link_was_built() -> None:
     builds = Builds()
-    opened = door(range(1, 2), builds=builds)
+    opened = acceptor(range(1, 2), builds=builds)
     opened[0].knock(b"first", hello("draft"))
     assert opened[0].knock(b"second", hello("draft")) is None
     assert opened[1].sent[b"second"] == [BEING_BUILT]
@@ -233,7 +233,7 @@ def test_a_draft_takes_the_place_of_one_that_left_while_its_link_was_built() -> 
 def test_a_place_is_free_again_however_the_building_of_its_link_ended(caplog: pytest.LogCaptureFixture) -> None:
     for outcome, said in ((PeerLost("draft", 1, -1, "nobody came"), "nobody came"), (ValueError("odd"), "odd")):
         builds = Builds()
-        opened = door(range(1, 2), builds=builds)
+        opened = acceptor(range(1, 2), builds=builds)
         opened[0].knock(b"a", hello("a"))
         builds.end(opened, outcome)
         assert said in caplog.text
@@ -242,7 +242,7 @@ def test_a_place_is_free_again_however_the_building_of_its_link_ended(caplog: py
 
 
 def test_a_welcome_that_does_not_arrive_leaves_no_port_open() -> None:
-    opened, server = door(range(1, 2))
+    opened, server = acceptor(range(1, 2))
     server.gone.add(b"a")
     knock((opened, server), "a")
     assert opened._host.forgotten == 1  # type: ignore[attr-defined]
@@ -250,7 +250,7 @@ def test_a_welcome_that_does_not_arrive_leaves_no_port_open() -> None:
 
 
 def test_a_draft_for_which_no_port_is_left_is_put_off_and_the_leader_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = door(range(1, 2))
+    opened = acceptor(range(1, 2))
 
     def full(host: Host, shape: FrameShape) -> LinkAddress:
         raise OSError(24, "Too many open files")

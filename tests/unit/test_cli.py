@@ -312,7 +312,7 @@ def test_bench_compares_numbers_of_drafts_on_one_page(
     assert cli.main(arguments) == 0
     report = json.loads(out.read_text())
     assert [row["name"] for row in report["runs"]] == ["ar", "ssd d1", "ssd d2"]
-    assert [(team["drafts"], team["budget"]) for team in report["teams"]] == [(1, 8), (2, 4)]
+    assert [(setup["drafts"], setup["budget"]) for setup in report["setups"]] == [(1, 8), (2, 4)]
     assert (report["budget_divided"], report["identical_tokens"], report["compared_outputs"]) == (True, True, 2)
     printed = capsys.readouterr().out
     assert "hit rate of ssd: 100.0% with 1 draft, 100.0% with 2 drafts" in printed

@@ -93,13 +93,13 @@ def test_the_doctor_is_content_with_an_example_on_the_hardware_it_is_for(
     node, allowed = hardware_for(path)
     archs = models_of(config)
     anything = SimpleNamespace(difference=lambda other: None)
-    cards = {role: SimpleNamespace(arch=arch, format="hf", vocabulary=anything) for role, arch in archs.items()}
+    headers = {role: SimpleNamespace(arch=arch, format="hf", vocabulary=anything) for role, arch in archs.items()}
     monkeypatch.setattr(hardware, "read", lambda: node)
     monkeypatch.setattr(topology, "allowed_cores", lambda: tuple(allowed))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(node.gpus))
-    monkeypatch.setattr(doctor, "_card", lambda model: cards["target" if model == config.target else "draft"])
-    monkeypatch.setattr(preflight, "inspect", lambda config: (cards["target"], cards["draft"]))
+    monkeypatch.setattr(doctor, "_header", lambda model: headers["target" if model == config.target else "draft"])
+    monkeypatch.setattr(preflight, "inspect", lambda config: (headers["target"], headers["draft"]))
     found = {one.subject: one for one in doctor.examine(config, seats_of(config, 2 if "two_nodes" in path.name else 1))}
     assert [one for one in found.values() if not one.ok] == []
     if config.deployment.share_gpu:

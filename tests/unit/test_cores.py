@@ -18,10 +18,10 @@ from ssd_runtime.host.cores import (
     allowed_cores,
     choose_cores,
     crowding,
+    divide_cores,
+    divide_near,
     listed,
     physical_first,
-    share_near,
-    share_out,
 )
 
 NONE_SUCH = (70001, 70002, 70003)  # cores that no draft of this machine runs on
@@ -64,11 +64,11 @@ def test_beside_a_role_on_a_gpu_the_other_takes_the_last_cores_and_leaves_it_som
 
 
 def test_ranks_near_one_gpu_divide_its_cores_and_where_they_are_too_few_all_divide_what_is_free() -> None:
-    assert share_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 2), (1, 3), (8, 9)]
-    assert share_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
-    assert share_near([(0, 1), ()], (0, 1, 6)) == [(0, 6), (1,)]
-    assert share_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0, 2), (1,)]
-    assert share_near([(), ()], (3,)) == [(3,), (3,)]
+    assert divide_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 2), (1, 3), (8, 9)]
+    assert divide_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
+    assert divide_near([(0, 1), ()], (0, 1, 6)) == [(0, 6), (1,)]
+    assert divide_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0, 2), (1,)]
+    assert divide_near([(), ()], (3,)) == [(3,), (3,)]
 
 
 def test_a_draft_alone_on_its_host_takes_the_first_cores() -> None:
@@ -110,7 +110,7 @@ def test_each_rank_gets_a_core_before_any_gets_two_and_drafts_share_first(
     ],
 )
 def test_ranks_of_one_role_share_out_its_cores(cores: tuple, count: int, shares: list) -> None:
-    assert [share_out(cores, index, count) for index in range(count)] == shares
+    assert [divide_cores(cores, index, count) for index in range(count)] == shares
 
 
 @pytest.mark.parametrize(

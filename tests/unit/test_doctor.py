@@ -46,12 +46,12 @@ def test_a_shared_target_is_described_rank_by_rank(tmp_path: Path, monkeypatch: 
     assert all(one.ok for one in found.values()), found
     assert "target shared by 2 ranks over gloo (rank 0 on cpu, rank 1 on cpu)" in found["devices"].detail
     assert found["cores"].detail.endswith("target 0 on core 0, target 1 on core 1, draft on core 2")
-    assert found["target shares"].detail.startswith("a rank of 2 holds 2 heads, 1 key-value heads, 24 inner features")
+    assert found["target shards"].detail.startswith("a rank of 2 holds 2 heads, 1 key-value heads, 24 inner features")
     assert "GiB of weights, 512 KV blocks (8192 tokens) in 0.00 GiB" in found["target rank 1"].detail
 
     refused = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "target.tensor_parallel=3"]))}
-    assert "possible are 1, 2, 4" in refused["target shares"].detail
-    assert not refused["target shares"].ok
+    assert "possible are 1, 2, 4" in refused["target shards"].detail
+    assert not refused["target shards"].ok
     several = {one.subject: one for one in doctor.examine(load_config(None, [*asked, "deployment.drafts=2"]))}
     assert all(one.ok for one in several.values()), several
     assert several["devices"].detail == "target on cpu, 2 drafts (rank 1 on cpu, rank 2 on cpu), links over gloo"
@@ -96,10 +96,10 @@ def test_a_target_that_is_spread_over_nodes_fails(asked: list[str]) -> None:
 def test_ranks_of_one_role_are_looked_at_alone(asked: list[str]) -> None:
     config = load_config(None, asked)
     target, draft = told(config, 1, None, "target"), told(config, 1, None, "draft")
-    assert {"front door", "target model", "target rank 1", "target shares"} <= set(target)
+    assert {"front door", "target model", "target rank 1", "target shards"} <= set(target)
     assert not {"draft model", "vocabularies", "draft rank 2"} & set(target)
     assert {"draft model", "draft rank 2"} <= set(draft)
-    assert not {"front door", "target model", "target rank 0", "target shares", "vocabularies"} & set(draft)
+    assert not {"front door", "target model", "target rank 0", "target shards", "vocabularies"} & set(draft)
     assert draft["devices"].detail == "draft on cpu"
     with pytest.raises(ConfigError, match=r"--role draft needs speculation\.mode sd or ssd, not ar"):
         told(load_config(None, ["speculation.mode=ar"]), 1, None, "draft")

@@ -11,10 +11,10 @@ from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.engine.sequence import NoText, Request, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
-from ssd_runtime.leader import draft_state as at_work
+from ssd_runtime.leader import draft_state
 from ssd_runtime.leader import drafts as module
 from ssd_runtime.leader.drafts import Drafts
-from ssd_runtime.leader.reply_timeout import FIRST_S, MOST_S, SLACK_S, Patience
+from ssd_runtime.leader.reply_timeout import FIRST_S, MOST_S, SLACK_S, ReplyTimeout
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
 
 MOMENT_S = 1e-9  # passes in any call
@@ -66,7 +66,7 @@ class Played:
         pass
 
 
-class Door:
+class DraftAcceptor:
     """An `Entrance`."""
 
     def __init__(self) -> None:
@@ -83,24 +83,24 @@ class Door:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     played = Clock()
-    for user in (module, at_work):
+    for user in (module, draft_state):
         monkeypatch.setattr(user, "time", played)
     return played
 
 
 @pytest.fixture
-def door() -> Door:
-    return Door()
+def acceptor() -> DraftAcceptor:
+    return DraftAcceptor()
 
 
 @pytest.fixture
-def drafts(door: Door, clock: Clock) -> Drafts:
-    return Drafts(door, deadline=10.0)  # type: ignore[arg-type]
+def drafts(acceptor: DraftAcceptor, clock: Clock) -> Drafts:
+    return Drafts(acceptor, deadline=10.0)  # type: ignore[arg-type]
 
 
-def come(door: Door, drafts: Drafts, *coming: Played) -> None:
+def come(acceptor: DraftAcceptor, drafts: Drafts, *coming: Played) -> None:
     """They are there before the sequence begins, which all of them draft for."""
-    door.coming = list(coming)
+    acceptor.coming = list(coming)
     drafts.check()
     drafts.admit([sequence()])
 
@@ -125,9 +125,9 @@ def sequence() -> Sequence:
 
 
 def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
-    drafts: Drafts, door: Door, clock: Clock
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock
 ) -> None:
-    come(door, drafts, Played(clock))
+    come(acceptor, drafts, Played(clock))
     ask(drafts)
     heard, spent = wait_to_the_end(drafts, clock)
     assert heard == 0
@@ -137,18 +137,18 @@ def test_a_dead_draft_is_waited_for_once_and_not_again_until_it_speaks(
 
 
 def test_several_drafts_that_die_together_are_not_waited_for_one_after_the_other(
-    drafts: Drafts, door: Door, clock: Clock
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock
 ) -> None:
-    come(door, drafts, *(Played(clock, rank) for rank in (1, 2, 3)))
+    come(acceptor, drafts, *(Played(clock, rank) for rank in (1, 2, 3)))
     ask(drafts)
     assert wait_to_the_end(drafts, clock)[1] <= FIRST_S + SLACK_S + 3 * module.TURN_S
 
 
 def test_a_draft_that_falters_on_every_sign_has_one_slack_for_all_of_them(
-    drafts: Drafts, door: Door, clock: Clock
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock
 ) -> None:
     draft = Played(clock)
-    come(door, drafts, draft)
+    come(acceptor, drafts, draft)
     for _ in range(200):  # what is usual becomes a millisecond
         ask(drafts)
         draft.speaks(0.001)
@@ -161,9 +161,11 @@ def test_a_draft_that_falters_on_every_sign_has_one_slack_for_all_of_them(
     assert spent < 0.1
 
 
-def test_a_dead_draft_is_not_waited_for_anew_whenever_another_speaks(drafts: Drafts, door: Door, clock: Clock) -> None:
+def test_a_dead_draft_is_not_waited_for_anew_whenever_another_speaks(
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock
+) -> None:
     talks, dead = Played(clock, 1), Played(clock, 2)
-    come(door, drafts, talks, dead)
+    come(acceptor, drafts, talks, dead)
     ask(drafts)
     talks.speaks(*(0.02 * n for n in range(1, 5)))
     heard, spent = wait_to_the_end(drafts, clock)
@@ -173,12 +175,12 @@ def test_a_dead_draft_is_not_waited_for_anew_whenever_another_speaks(drafts: Dra
 
 
 def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
-    drafts: Drafts, door: Door, clock: Clock
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock
 ) -> None:
     drafts.check()
     drafts.admit([sequence()])
     draft = Played(clock)
-    door.coming = [draft]
+    acceptor.coming = [draft]
     drafts.settle()
     ask(drafts)
     assert wait_to_the_end(drafts, clock) == (0, 0.0)
@@ -190,11 +192,11 @@ def test_a_draft_that_comes_in_mid_work_is_waited_for_once_it_has_spoken(
 
 @pytest.mark.parametrize("pause", [0.001, 0.02, 0.3, 0.9])
 def test_a_draft_that_talks_is_not_waited_for_without_end(
-    drafts: Drafts, door: Door, clock: Clock, pause: float
+    drafts: Drafts, acceptor: DraftAcceptor, clock: Clock, pause: float
 ) -> None:
     """Not even where such pauses are usual for it."""
     draft = Played(clock)
-    come(door, drafts, draft)
+    come(acceptor, drafts, draft)
     for _ in range(30):
         ask(drafts)
         draft.speaks(*(pause * n for n in range(1, 2000)))
@@ -206,47 +208,47 @@ def test_a_draft_that_talks_is_not_waited_for_without_end(
     assert spent == pytest.approx(MOST_S)
 
 
-def answers(patience: Patience, *silences: float) -> None:
+def answers(reply_timeout: ReplyTimeout, *silences: float) -> None:
     """One answer, in as many signs."""
-    patience.ask()
+    reply_timeout.ask()
     for silence in silences:
-        patience.observe(silence)
+        reply_timeout.observe(silence)
 
 
 def test_a_burst_of_late_answers_does_not_change_what_is_usual() -> None:
-    patience = Patience()
+    reply_timeout = ReplyTimeout()
     for _ in range(9):
-        answers(patience, 0.01)
-    patience.ask()
-    before = patience.bound
+        answers(reply_timeout, 0.01)
+    reply_timeout.ask()
+    before = reply_timeout.bound
     for _ in range(4):
-        patience.observe_late(5.0)
-        assert patience.bound == before
+        reply_timeout.observe_late(5.0)
+        assert reply_timeout.bound == before
     for _ in range(9):
-        answers(patience, 0.01)
-        assert patience.bound <= before
+        answers(reply_timeout, 0.01)
+        assert reply_timeout.bound <= before
 
 
 def test_what_a_slow_draft_takes_is_soon_usual() -> None:
-    patience = Patience()
+    reply_timeout = ReplyTimeout()
     asked = 0
-    while patience.bound < 0.3:  # its steps take 300 ms
-        patience.observe_late(0.3)
+    while reply_timeout.bound < 0.3:  # its steps take 300 ms
+        reply_timeout.observe_late(0.3)
         asked += 1
     assert asked < 8
     for _ in range(20):
-        patience.observe_late(50.0)
-    assert patience.bound < 1.1  # but nobody waits for ever
-    while patience.bound > 0.1:  # and it may become fast again
-        answers(patience, 0.01)
+        reply_timeout.observe_late(50.0)
+    assert reply_timeout.bound < 1.1  # but nobody waits for ever
+    while reply_timeout.bound > 0.1:  # and it may become fast again
+        answers(reply_timeout, 0.01)
         asked += 1
     assert asked < 16
 
 
 def test_the_longest_silence_of_an_answer_is_what_counts() -> None:
     """A draft that first computes for long and then speaks often is not late each time."""
-    patience = Patience()
+    reply_timeout = ReplyTimeout()
     for _ in range(9):
-        answers(patience, 0.2, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)
-    patience.ask()
-    assert patience.bound > 0.2
+        answers(reply_timeout, 0.2, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01)
+    reply_timeout.ask()
+    assert reply_timeout.bound > 0.2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut, least_chance
 from ssd_runtime.speculation.drafting.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
 from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
-from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, share_budget
+from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
@@ -164,7 +164,7 @@ FORKS = st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5), st.integers(0,
 def test_no_other_sharing_of_the_budget_gains_more(wanted: list[list[tuple[int, int, int]]], budget: int) -> None:
     """Against the dearest sum by brute force: the oracle tries how much each sequence could get."""
     asked = [sorted((Fork(*one) for one in forks), key=lambda fork: -fork.gain) for forks in wanted]
-    shares = share_budget([[fork._replace(token=abs(fork.token)) for fork in forks] for forks in asked], budget)
+    shares = divide_budget([[fork._replace(token=abs(fork.token)) for fork in forks] for forks in asked], budget)
     assert sum(map(len, shares)) == min(max(0, budget), sum(map(len, asked)))
     best = {0: 0.0}  # places taken -> most gain, sequence by sequence
     for forks in asked:
@@ -175,7 +175,7 @@ def test_no_other_sharing_of_the_budget_gains_more(wanted: list[list[tuple[int, 
         best = grown
     most = max(gain for places, gain in best.items() if places <= max(0, budget))
     assert sum(fork.gain for share in shares for fork in share) == most
-    kept = share_budget(asked, budget)
+    kept = divide_budget(asked, budget)
     assert UNKNOWN not in [fork.token for share in kept for fork in share]
     assert sum(map(len, kept)) <= max(0, budget)
 
@@ -183,7 +183,7 @@ def test_no_other_sharing_of_the_budget_gains_more(wanted: list[list[tuple[int, 
 def test_a_torn_sequence_takes_the_budget_of_a_sure_one() -> None:
     confidence = fan_out_policy("confidence")
     sure, torn = Verified([10], [SURE, SURE]), Verified([20], [TORN, TORN])
-    sure_share, torn_share = share_budget([confidence.forks(each, 8) for each in (sure, torn)], 5)
+    sure_share, torn_share = divide_budget([confidence.forks(each, 8) for each in (sure, torn)], 5)
     assert len(torn_share) > len(sure_share)
     assert Fork(1, 10, sure_share[0].gain) == sure_share[0]
 
@@ -212,7 +212,7 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
     speculation = data.draw(st.lists(st.integers(10, 24), min_size=len(known) - 1, max_size=len(known) - 1))
     wanted = policy(name, len(speculation)).forks(Verified(speculation, rankings), budget)
     assert len(wanted) <= budget
-    (forks,) = share_budget([wanted], budget)
+    (forks,) = divide_budget([wanted], budget)
     assert len(forks) == len({fork[:2] for fork in forks})
     for k, token, _ in forks:
         ranking = rankings[k]
@@ -230,7 +230,7 @@ def test_a_position_that_is_not_ranked_yet_keeps_its_places() -> None:
     for name in ("uniform", "geometric", "list"):
         forks = policy(name, 1).forks(Verified([20], [TORN, None]), 4)
         known = policy(name, 1).forks(Verified([20], [TORN, SURE]), 4)
-        (share,) = share_budget([forks], 4)
+        (share,) = divide_budget([forks], 4)
         assert [fork for fork in known if fork.position == 0] == share
 
 

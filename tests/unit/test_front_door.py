@@ -24,7 +24,7 @@ from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import Config, EngineConfig
 from ssd_runtime.engine.client import Client
-from ssd_runtime.leader.acceptor import SPARE_BUILDS, Door, Terms
+from ssd_runtime.leader.acceptor import SPARE_BUILDS, DraftAcceptor, Terms
 from ssd_runtime.leader.leader import Leader, Stop
 from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.engines import InProcess, in_process
@@ -44,7 +44,7 @@ class Served:
 
     process: InProcess
     address: str
-    door: Door
+    acceptor: DraftAcceptor
     plain: tuple[int, ...]
 
 
@@ -61,18 +61,18 @@ def served(tokenizer: Tokenizer) -> Iterator[Served]:
     stop = Stop()
     terms = Terms("digest", VOCABULARY, FrameShape.of(4, 6, 8, 0), LinkTiming(build=1.0), range(2, 4))
     with ControlServer("127.0.0.1", 0) as server, contextlib.closing(LinkHost("127.0.0.1")) as host:
-        door = Door(server, host, terms, host.open)
-        leader = Leader(Config(), process.engine, tokenizer, server, process.link, door, {}, stop, "key")
+        acceptor = DraftAcceptor(server, host, terms, host.open)
+        leader = Leader(Config(), process.engine, tokenizer, server, process.link, acceptor, {}, stop, "key")
         thread = threading.Thread(target=leader.run, daemon=True)
         thread.start()
         try:
             with contextlib.closing(Client(server.address, SOON_S)) as client:
                 plain = answer(client, "ar", LENGTH).tokens
-            yield Served(process, server.address, door, plain)
+            yield Served(process, server.address, acceptor, plain)
         finally:
             stop.reason = "the test is over"
             thread.join(SOON_S)
-            door.close("the test is over")
+            acceptor.close("the test is over")
         assert not thread.is_alive()
 
 

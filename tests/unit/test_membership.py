@@ -17,7 +17,7 @@ from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
-from ssd_runtime.draft.membership import Membership, Patience
+from ssd_runtime.draft.membership import JoinTimeouts, Membership
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams
 from ssd_runtime.trace import Tracer
@@ -46,7 +46,7 @@ class Leader:
             HELLO,
             self.drafter,
             self._open,
-            Patience(first=SOON, again=SOON, control=SOON),
+            JoinTimeouts(first=SOON, again=SOON, control=SOON),
             lambda rank: None,
             Tracer("test", enabled=False),
         )

@@ -8,7 +8,7 @@ import pytest
 
 import tests.engines
 from ops.bench.forgetful_rank import BATCH, ROUNDS, ForgetfulSpeculator
-from ops.bench.misses import Round, rates, read_rounds, report
+from ops.bench.misses import RecordedRound, rates, read_rounds, report
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from tests.engines import in_process, request
 from tests.tiny_models import tiny_decoder
@@ -16,12 +16,12 @@ from tests.tiny_models import tiny_decoder
 
 def test_rates_count_full_rounds_and_leave_the_victim_out() -> None:
     rounds = [
-        Round("forced:0", 0.0, None, (True,), (9,)),  # not all are there yet
-        Round("forced:0", 1.0, 0, (False, True), (1, 3)),
-        Round("forced:0", 1.5, 1, (True, False), (4, 1)),
-        Round("forced:0", 2.0, 0, (False, False), (1, 2)),
-        Round("forced:0", 4.0, 1, (True, True), (9, 9)),  # nothing says when it ended
-        Round("forced:1", 5.0, 0, (False, True), (9, 9)),
+        RecordedRound("forced:0", 0.0, None, (True,), (9,)),  # not all are there yet
+        RecordedRound("forced:0", 1.0, 0, (False, True), (1, 3)),
+        RecordedRound("forced:0", 1.5, 1, (True, False), (4, 1)),
+        RecordedRound("forced:0", 2.0, 0, (False, False), (1, 2)),
+        RecordedRound("forced:0", 4.0, 1, (True, True), (9, 9)),  # nothing says when it ended
+        RecordedRound("forced:1", 5.0, 0, (False, True), (9, 9)),
     ]
     found = rates(rounds, 2)
     assert found.rounds == 3
@@ -34,7 +34,7 @@ def test_rates_count_full_rounds_and_leave_the_victim_out() -> None:
 
 def test_the_report_compares_both_arms_over_all_and_repeat_by_repeat() -> None:
     rounds = [
-        Round(f"{arm}:{repeat}", number * seconds, None, (True, True), (4, 4))
+        RecordedRound(f"{arm}:{repeat}", number * seconds, None, (True, True), (4, 4))
         for repeat in range(2)
         for arm, seconds in (("clean", 1.0), ("forced", 1.25 + repeat))
         for number in range(3)

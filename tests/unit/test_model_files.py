@@ -84,12 +84,12 @@ def refusal(path: Path) -> str:
 
 
 def test_both_formats_are_accepted_when_whole(tmp_path: Path) -> None:
-    card = inspect_model(str(hf_directory(tmp_path / "hf")))
-    assert card.format == "hf"
-    assert card.eos_token_ids == (5, 7, 299)  # config.json's and <|im_end|>
+    header = inspect_model(str(hf_directory(tmp_path / "hf")))
+    assert header.format == "hf"
+    assert header.eos_token_ids == (5, 7, 299)  # config.json's and <|im_end|>
     other = inspect_model(str(gguf_file(tmp_path / "model.gguf")))
     assert other.format == "gguf"
-    assert card.vocabulary.difference(other.vocabulary) is None
+    assert header.vocabulary.difference(other.vocabulary) is None
 
 
 def test_missing_files(tmp_path: Path) -> None:

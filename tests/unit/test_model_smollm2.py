@@ -87,11 +87,11 @@ def test_a_quantized_draft_mostly_chooses_the_token_of_bf16_in_its_own_text(smol
 
 
 def test_inspection_reads_headers_only(smollm2_path: str) -> None:
-    card = inspect_model(smollm2_path)
-    assert (card.format, card.arch.num_layers, card.arch.num_kv_heads) == ("gguf", 30, 3)
-    assert card.arch.tie_word_embeddings
-    assert card.eos_token_ids == (2,)
-    assert len(card.vocabulary.tokens) == card.arch.vocab_size == 49152
+    header = inspect_model(smollm2_path)
+    assert (header.format, header.arch.num_layers, header.arch.num_kv_heads) == ("gguf", 30, 3)
+    assert header.arch.tie_word_embeddings
+    assert header.eos_token_ids == (2,)
+    assert len(header.vocabulary.tokens) == header.arch.vocab_size == 49152
 
 
 def test_progress_climbs_from_zero_to_one(smollm2_path: str) -> None:

@@ -157,9 +157,9 @@ def test_a_pool_that_does_not_fit_names_the_key_that_sized_it(
 
 def test_what_nobody_contains_ends_the_rank_with_what_to_change(config: Config) -> None:
     says = r"^draft rank 0 on meta: out of device memory; lower engine\.kv_memory or engine\.prefill_chunk$"
-    with pytest.raises(ConfigError, match=says), models_of(config, "draft").at_work():
+    with pytest.raises(ConfigError, match=says), models_of(config, "draft").computing():
         raise NO_MEMORY
-    with pytest.raises(RuntimeError, match=r"^another$"), models_of(config, "draft").at_work():
+    with pytest.raises(RuntimeError, match=r"^another$"), models_of(config, "draft").computing():
         raise RuntimeError("another")
 
 

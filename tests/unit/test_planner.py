@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 from ssd_runtime.speculation.planning.backup import JustInTime
-from ssd_runtime.speculation.planning.cost_model import Line, Pace, expected_tokens
-from ssd_runtime.speculation.planning.planner import LONGEST_INTERVAL, AdaptivePlanner, Planner, Round
+from ssd_runtime.speculation.planning.cost_model import CostModel, Line, expected_tokens
+from ssd_runtime.speculation.planning.planner import LONGEST_INTERVAL, AdaptivePlanner, MeasuredRound, Planner
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation
 
 MOST = Plan(6, 8)
@@ -36,13 +36,13 @@ class World:
     contention: float = 1.0
     sequences: int = 1
 
-    def run(self, planner: Planner, pace: Pace, rounds: int, seed: int = 0) -> float:
+    def run(self, planner: Planner, costs: CostModel, rounds: int, seed: int = 0) -> float:
         """Tokens per millisecond over so many rounds."""
         chance = random.Random(seed)
         tokens, milliseconds = 0, 0.0
         drafted = Plan(0, 0)  # what was drafted during the last verification
         steps_done = 0
-        just_in_time = JustInTime(pace)
+        just_in_time = JustInTime(costs)
         for _ in range(rounds):
             plan = planner.plan(self.sequences)
             ready = min(plan.lookahead, drafted.lookahead, max(0, steps_done - 1))
@@ -51,21 +51,21 @@ class World:
             if not length and self.sequences == 1:  # waits as the engine does
                 while not just_in_time.enough([length], [plan.lookahead]):
                     length, waited = length + 1, waited + self._step(1)
-                    pace.drafted(self._step(1) / 1e3, 1)
+                    costs.drafted(self._step(1) / 1e3, 1)
             accepted = [self._accepted(chance, length) for _ in range(self.sequences)]
             verify = self._cost(self.verify, self.sequences * (1 + length))
             verify *= self.contention if plan.lookahead else 1.0
             step = self._step(1 + plan.budget)
             steps_done = int(verify / step) if plan.lookahead else 0
             for _ in range(min(steps_done, 7)):
-                pace.drafted(step / 1e3, self.sequences * (1 + plan.budget))
+                costs.drafted(step / 1e3, self.sequences * (1 + plan.budget))
             speculation = Speculation((1,) * length, Source.DRAFT if length else Source.NONE)
             outcomes = [Outcome(count, 1) for count in accepted]
-            pace.verified([speculation] * self.sequences, outcomes, verify / 1e3)
+            costs.verified([speculation] * self.sequences, outcomes, verify / 1e3)
             came = sum(accepted) + self.sequences
             lookups = self.sequences if plan.lookahead else 0
             hits = 0 if missed else lookups
-            planner.observe(Round(self.sequences, came, (waited + verify) / 1e3, hits, lookups))
+            planner.observe(MeasuredRound(self.sequences, came, (waited + verify) / 1e3, hits, lookups))
             tokens += came
             milliseconds += waited + verify
             drafted = plan
@@ -94,16 +94,16 @@ class Always:
     def plan(self, sequences: int) -> Plan:
         return self._plan
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         pass
 
     def forget(self) -> None:
         pass
 
 
-def adaptive() -> tuple[AdaptivePlanner, Pace]:
-    pace = Pace()
-    return AdaptivePlanner(MOST.lookahead, MOST.budget, pace), pace
+def adaptive() -> tuple[AdaptivePlanner, CostModel]:
+    costs = CostModel()
+    return AdaptivePlanner(MOST.lookahead, MOST.budget, costs), costs
 
 
 HOPELESS = {
@@ -123,19 +123,19 @@ GOOD = {
 
 @pytest.mark.parametrize("world", HOPELESS.values(), ids=HOPELESS)
 def test_where_speculation_does_not_pay_it_ends_and_costs_next_to_nothing(world: World) -> None:
-    planner, pace = adaptive()
-    world.run(planner, pace, 400)
+    planner, costs = adaptive()
+    world.run(planner, costs, 400)
     assert [planner.plan(world.sequences).lookahead for _ in range(10)].count(0) >= 8
-    assert world.run(planner, pace, 4000) > 0.97 * world.plain
+    assert world.run(planner, costs, 4000) > 0.97 * world.plain
 
 
 @pytest.mark.parametrize("world", GOOD.values(), ids=GOOD)
 def test_where_it_pays_it_is_nearly_as_fast_as_the_best_fixed_plan(world: World) -> None:
-    planner, pace = adaptive()
-    world.run(planner, pace, 200)
-    found = world.run(planner, pace, 3000)
+    planner, costs = adaptive()
+    world.run(planner, costs, 200)
+    found = world.run(planner, costs, 3000)
     fixed = {
-        (k, b): world.run(Always(Plan(k, b)), Pace(), 1500)
+        (k, b): world.run(Always(Plan(k, b)), CostModel(), 1500)
         for k in range(1, MOST.lookahead + 1)
         for b in (1, 2, 4, 6, 8)
     }
@@ -144,18 +144,18 @@ def test_where_it_pays_it_is_nearly_as_fast_as_the_best_fixed_plan(world: World)
 
 
 def test_a_draft_that_becomes_good_again_is_used_again() -> None:
-    planner, pace = adaptive()
-    HOPELESS["a draft that is never right"].run(planner, pace, 600)
+    planner, costs = adaptive()
+    HOPELESS["a draft that is never right"].run(planner, costs, 600)
     assert planner.plan(1).lookahead == 0
     world = World(acceptance=0.95, miss=0.05)
-    world.run(planner, pace, 4000)
-    assert world.run(planner, pace, 1000) > 1.5 * world.plain
+    world.run(planner, costs, 4000)
+    assert world.run(planner, costs, 1000) > 1.5 * world.plain
 
 
 def test_the_looks_at_the_other_side_become_rare() -> None:
-    planner, pace = adaptive()
+    planner, costs = adaptive()
     world = World()
-    world.run(planner, pace, 3000)
+    world.run(planner, costs, 3000)
     plans = []
 
     class Seen(Always):
@@ -163,10 +163,10 @@ def test_the_looks_at_the_other_side_become_rare() -> None:
             plans.append(planner.plan(sequences))
             return plans[-1]
 
-        def observe(self, round: Round) -> None:
+        def observe(self, round: MeasuredRound) -> None:
             planner.observe(round)
 
-    world.run(Seen(MOST), pace, LONGEST_INTERVAL)
+    world.run(Seen(MOST), costs, LONGEST_INTERVAL)
     assert sum(plan.lookahead == 0 for plan in plans) <= 4
     assert all(plan.lookahead <= MOST.lookahead and plan.budget <= MOST.budget for plan in plans)
 
@@ -177,21 +177,21 @@ def test_the_same_rounds_give_the_same_plans() -> None:
     for world in worlds:
         rates = []
         for _ in range(2):
-            planner, pace = adaptive()
-            rates.append(world.run(planner, pace, 500))
+            planner, costs = adaptive()
+            rates.append(world.run(planner, costs, 500))
         assert rates[0] == rates[1]
 
 
 def test_every_batch_size_has_a_plan_of_its_own() -> None:
-    planner, pace = adaptive()
-    World().run(planner, pace, 300)
-    World(verify=(2.0, 30.0), acceptance=0.3, sequences=8).run(planner, pace, 600)
+    planner, costs = adaptive()
+    World().run(planner, costs, 300)
+    World(verify=(2.0, 30.0), acceptance=0.3, sequences=8).run(planner, costs, 600)
     assert [planner.plan(8).lookahead for _ in range(4)].count(0) >= 3
     assert [planner.plan(1).lookahead for _ in range(4)].count(0) == 0
 
 
 def test_no_lookahead_is_no_speculation() -> None:
-    planner = AdaptivePlanner(0, 8, Pace())
+    planner = AdaptivePlanner(0, 8, CostModel())
     assert {planner.plan(1).lookahead for _ in range(100)} == {0}
 
 

@@ -84,9 +84,9 @@ def test_a_model_is_made_on_its_device_and_never_held_twice(name: str) -> None:
 
 
 def test_a_vocabulary_is_bytes_and_printable_words_and_nothing_in_it_ends_a_text() -> None:
-    card, tokenizer = inspect_model("random:smollm2-135m"), Tokenizer.from_model("random:smollm2-135m")
-    assert card.vocabulary.digest().size == card.arch.vocab_size
-    assert card.eos_token_ids == ()
+    header, tokenizer = inspect_model("random:smollm2-135m"), Tokenizer.from_model("random:smollm2-135m")
+    assert header.vocabulary.digest().size == header.arch.vocab_size
+    assert header.eos_token_ids == ()
     words = [tokenizer.decode([token]) for token in range(FIRST_WORD, tokenizer.vocab_size)]
     assert all(word.isprintable() and word.strip() for word in words)
     assert len(set(words)) == len(words)

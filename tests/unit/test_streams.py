@@ -97,10 +97,10 @@ def test_a_pool_beyond_this_hosts_memory_is_refused_by_the_key_to_lower(role: st
     other = "draft" if role == "target" else "target"
     set_ = [f"{key}={value}" for key, value in {**model, **sizes, f"{other}.device": "cuda"}.items()]
     config = load_config(None, set_)
-    card = preflight.inspect(config)[0]
-    preflight.check_memory(config, other, card)  # a GPU's memory is the doctor's to look at
+    header = preflight.inspect(config)[0]
+    preflight.check_memory(config, other, header)  # a GPU's memory is the doctor's to look at
     with pytest.raises(ConfigError, match=rf"KV pool of the {role} needs .* GiB of memory: lower engine\.num_blocks$"):
-        preflight.check_memory(config, role, card)
+        preflight.check_memory(config, role, header)
 
 
 def test_a_host_that_does_not_reach_itself_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

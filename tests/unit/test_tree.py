@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.drafting.fan_out import FanOut, Fork, Verified, share_budget
+from ssd_runtime.speculation.drafting.fan_out import FanOut, Fork, Verified, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.drafting.tree import NO_SLOT, Advance, Node, TokenTree
 from ssd_runtime.speculation.sampling.ranking import Ranking
@@ -65,7 +65,7 @@ class Grown:
         return frontier
 
     def frontier(self) -> list[Node]:
-        (forks,) = share_budget([self.tree.forks(self.budget)], self.budget)
+        (forks,) = divide_budget([self.tree.forks(self.budget)], self.budget)
         return self.tree.frontier(forks)
 
     def grow_fully(self) -> None:

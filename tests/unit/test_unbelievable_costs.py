@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
 from ssd_runtime.leader.link_speculator import IDLE_SIGNS
 from ssd_runtime.speculation.planning.backup import AutoBackup, JustInTime, Missed
-from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, Line, Pace
-from ssd_runtime.speculation.planning.planner import AdaptivePlanner, Round
+from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, CostModel, Line
+from ssd_runtime.speculation.planning.planner import AdaptivePlanner, MeasuredRound
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
 from tests.engines import SteppedDraft, in_process, request
 from tests.tiny_models import tiny_decoder
@@ -23,10 +23,10 @@ ROWS = st.sampled_from([-1, 0, 1, 7, 2**31, 2**63, 2**200]) | st.integers(0, 40)
 LENGTHS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4)
 
 
-def verify(pace: Pace, lengths: list[tuple[int, int]], seconds: float, drafts: int) -> None:
+def verify(costs: CostModel, lengths: list[tuple[int, int]], seconds: float, drafts: int) -> None:
     speculations = [Speculation((1,) * length, Source.DRAFT) for length, _ in lengths]
     outcomes = [Outcome(min(length, accepted), 2) for length, accepted in lengths]
-    pace.verified(speculations, outcomes, seconds, drafts)
+    costs.verified(speculations, outcomes, seconds, drafts)
 
 
 STEPS = st.lists(
@@ -43,30 +43,30 @@ STEPS = st.lists(
 def test_whatever_was_observed_there_is_a_plan_and_a_choice(
     steps: list[tuple], sequences: int, lookahead: int, budget: int
 ) -> None:
-    pace = Pace()
-    planner = AdaptivePlanner(lookahead, budget, pace)
+    costs = CostModel()
+    planner = AdaptivePlanner(lookahead, budget, costs)
     for step in steps:
         if step[0] == "drafted":
-            pace.drafted(*step[1:])
+            costs.drafted(*step[1:])
         elif step[0] == "verified":
-            verify(pace, step[2], step[1], step[3])
+            verify(costs, step[2], step[1], step[3])
         elif step[0] == "ended":
-            pace.ended(*step[1:])
-            planner.observe(Round(sequences, sequences, min(max(0.0, step[2]), MOST_SECONDS), 0, sequences))
+            costs.ended(*step[1:])
+            planner.observe(MeasuredRound(sequences, sequences, min(max(0.0, step[2]), MOST_SECONDS), 0, sequences))
         else:
-            pace.forget_drafts()
+            costs.forget_drafts()
             planner.forget()
         plan = planner.plan(sequences)
         assert 0 <= plan.lookahead <= lookahead
         assert 0 <= plan.budget <= budget
         missed = [Missed(3, 0.5, lookahead), Missed(0, 0.5, 0)]
-        for choice, one in zip(AutoBackup(pace).choose(missed, sequences), missed, strict=True):
+        for choice, one in zip(AutoBackup(costs).choose(missed, sequences), missed, strict=True):
             assert 0 <= choice.ngram <= one.ngram
-        assert JustInTime(pace).enough([0, 2], [lookahead, 2]) in (True, False)
-        for line in (pace.step, pace.verification):
+        assert JustInTime(costs).enough([0, 2], [lookahead, 2]) in (True, False)
+        for line in (costs.step, costs.verification):
             assert not line.known or all(0.0 < line.at(rows) < math.inf for rows in (0, 1, 40, 2**16))
-        assert pace.rate is None or 0.0 < pace.rate < math.inf
-        assert 0.0 <= pace.unfinished_seconds < math.inf
+        assert costs.rate is None or 0.0 < costs.rate < math.inf
+        assert 0.0 <= costs.unfinished_seconds < math.inf
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,23 +96,23 @@ def test_a_draft_that_lies_about_its_steps_costs_no_token_and_is_forgotten_when_
     asked = request((1, 2, 3), "ssd", max_tokens=150, request_id="ssd")
     (plain,) = in_process(tiny_decoder(0), tiny_decoder(1), engine).run([replace(asked, mode="ar")])
     process = in_process(tiny_decoder(0), tiny_decoder(1), engine, speculation, make_rank=Liar)
-    pace = process.link._pace
-    process.link._planner = planner = AdaptivePlanner(3, 4, pace)
+    costs = process.link._costs
+    process.link._planner = planner = AdaptivePlanner(3, 4, costs)
     lies = [(1, 1), (1, 2**62), (2**62, 1), (2**62, 2**62), (1, 0)]
     sequence = process.engine.add(asked)
     for round in range(30):
         process.draft.says = lies[round % len(lies)]  # type: ignore[attr-defined]
         process.engine.step()
-    assert pace.step.known
-    assert pace.step_seconds.value is not None
-    assert pace.step_seconds.value <= process.link.drafts.deadline
+    assert costs.step.known
+    assert costs.step_seconds.value is not None
+    assert costs.step_seconds.value <= process.link.drafts.deadline
     assert planner._batches
     process.drop_draft()
     process.link.check()
-    assert not pace.step.known
-    assert pace.step_seconds.value is pace.token_seconds.value is pace.steps_per_token.value is None
+    assert not costs.step.known
+    assert costs.step_seconds.value is costs.token_seconds.value is costs.steps_per_token.value is None
     assert not planner._batches
-    assert pace.verification.known, "what the target knows of itself stays"
+    assert costs.verification.known, "what the target knows of itself stays"
     process.bring_draft_back()
     while process.engine.has_work:
         process.engine.step()
@@ -120,15 +120,15 @@ def test_a_draft_that_lies_about_its_steps_costs_no_token_and_is_forgotten_when_
 
 
 def test_a_hopeless_draft_that_is_replaced_is_no_reason_not_to_try_the_next() -> None:
-    pace = Pace()
-    planner = AdaptivePlanner(4, 8, pace)
+    costs = CostModel()
+    planner = AdaptivePlanner(4, 8, costs)
     for _ in range(2000):
         plan = planner.plan(1)
-        pace.drafted(10.0, 9)
-        verify(pace, [(plan.lookahead, 0)], 0.01 * (1 + plan.lookahead), 1)
-        planner.observe(Round(1, 1, 0.01 * (1 + plan.lookahead)))
+        costs.drafted(10.0, 9)
+        verify(costs, [(plan.lookahead, 0)], 0.01 * (1 + plan.lookahead), 1)
+        planner.observe(MeasuredRound(1, 1, 0.01 * (1 + plan.lookahead)))
     assert planner.plan(1) == Plan(0, 0)
-    pace.forget_drafts()
+    costs.forget_drafts()
     planner.forget()
     assert planner.plan(1) == Plan(4, 8)
 

@@ -1,6 +1,6 @@
 """What a target and a draft say to each other: who is there, which sequences begin and end, whose outcomes are whose.
 
-In two directions: `Hello` is the draft's, the rest the target's. Of `Admit`, `Finish` and `Share` both count how many
+In two directions: `Hello` is the draft's, the rest the target's. Of `Admit`, `Finish` and `Portion` both count how many
 there were (control_seq).
 """
 
@@ -96,7 +96,7 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """Target -> draft: of the `count` drafts of a sequence you are number `index`. Counts towards control_seq.
 
     It drafts for every count-th of the outcomes that they would draft for together, beginning with the index-th

@@ -1,7 +1,7 @@
 """Everything that travels on the control plane, as frozen dataclasses: what anyone may say, and the list of all.
 
-Those of one conversation are in messages_draft.py, messages_client.py and messages_launcher.py. Knows no bytes
-(codec.py) and no sockets (control.py).
+Those of one conversation are in draft_messages.py, client_messages.py and launcher_messages.py. Knows no bytes
+(codec.py) and no sockets (sockets.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 from ssd_runtime.bounds import AtMost
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
-from ssd_runtime.comm.control.draft_messages import Admit, Finish, Hello, Share, Welcome
+from ssd_runtime.comm.control.draft_messages import Admit, Finish, Hello, Portion, Welcome
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
 
 
@@ -46,7 +46,7 @@ class Shutdown:
 
 
 Message = (
-    Hello | Welcome | Refused | Admit | Finish | Share | Heartbeat | Shutdown
+    Hello | Welcome | Refused | Admit | Finish | Portion | Heartbeat | Shutdown
     | Generate | Chunk | Finished | Failed | Cancel | GetStatus | Status
     | Progress | Ready | Joined | WorkerFailed
 )  # fmt: skip

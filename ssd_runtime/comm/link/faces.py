@@ -1,8 +1,8 @@
 """The data plane between target and draft as both see it: its two faces and its deadlines.
 
 A link is built for one epoch and never repaired: when the peer dies, falls silent or talks nonsense, every call raises
-PeerLost, and the caller builds the next one. Links between processes are built in meeting.py and work in endpoint.py,
-those inside one process are in inproc.py.
+PeerLost, and the caller builds the next one. Links between processes are built in setup.py and work in endpoint.py,
+those inside one process are in the tests.
 """
 
 from __future__ import annotations

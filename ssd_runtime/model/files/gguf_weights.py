@@ -103,7 +103,7 @@ class GgufWeights:
 
     def _dequantize(self, name: str, part: Part = WHOLE) -> Tensor:
         """Only the blocks that hold the part are touched; the file is mapped."""
-        import torch  # here and not above, for the reason given in card.py
+        import torch  # here and not above, for the reason given in header.py
 
         entry, raw = self.file.tensors[name], self.file.raw(name)
         flat = len(entry.shape) == 1  # one row in the file

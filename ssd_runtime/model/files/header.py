@@ -20,7 +20,7 @@ from ssd_runtime.model.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelHeader:
     """What a model file says of itself."""
 
     path: str
@@ -50,7 +50,7 @@ def open_weights(path: str) -> WeightSource:
     return GgufWeights(path)
 
 
-def inspect_model(path: str) -> ModelCard:
+def inspect_model(path: str) -> ModelHeader:
     """Read and check headers and tokenizer, no weights.
 
     Raises:
@@ -65,7 +65,7 @@ def inspect_model(path: str) -> ModelCard:
             f"model {path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding table only "
             f"{source.architecture.vocab_size}; the tokenizer belongs to another model"
         )
-    return ModelCard(
+    return ModelHeader(
         path=path,
         format="random" if random_model(path) else "hf" if Path(path).is_dir() else "gguf",
         arch=source.architecture,

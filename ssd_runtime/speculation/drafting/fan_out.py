@@ -73,7 +73,7 @@ class FanOut(Protocol):
         """Learn from the outcome of the verification."""
 
 
-def share_budget(wanted: Sequence[Sequence[Fork]], budget: int) -> list[list[Fork]]:
+def divide_budget(wanted: Sequence[Sequence[Fork]], budget: int) -> list[list[Fork]]:
     """The `budget` most gainful forks over all sequences; what is only a kept place is left out of the result.
 
     Args:

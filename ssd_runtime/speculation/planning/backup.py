@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssd_runtime.speculation.planning.cost_model import Pace, expected_tokens
+from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
 from ssd_runtime.speculation.types import Source
 
 # A verification that could be spared also spares the draft: on one machine they share the memory's bandwidth. With
@@ -30,11 +30,11 @@ class JustInTime:
     """Who waits for the draft after a miss, and for how long.
 
     Args:
-        pace: what was measured.
+        costs: what was measured.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
 
     def enough(self, lengths: Sequence[int], most: Sequence[int]) -> bool:
         """Whether the branches at hand do, or have all the tokens they may have.
@@ -46,8 +46,8 @@ class JustInTime:
         open_lengths = [length for length, limit in zip(lengths, most, strict=True) if length < limit]
         if not open_lengths:
             return True
-        pace, acceptance = self._pace, self._pace.acceptance[Source.DRAFT].rate
-        step, token, verify = pace.step_seconds.value, pace.token_seconds.value, pace.verify_seconds.value
+        costs, acceptance = self._costs, self._costs.acceptance[Source.DRAFT].rate
+        step, token, verify = costs.step_seconds.value, costs.token_seconds.value, costs.verify_seconds.value
         if step is None or token is None or verify is None:
             return False
         # Where drafting is the longer half, a round lasts from the outcome until the draft has got this far again.
@@ -72,7 +72,7 @@ class Missed:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackupChoice:
     """What becomes of a sequence after a miss.
 
     Attributes:
@@ -93,35 +93,35 @@ class AutoBackup:
     theorem). That a miss's own round is slow is no reason to make it slower: what comes after it is fast.
 
     Args:
-        pace: what was measured.
+        costs: what was measured.
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+    def __init__(self, costs: CostModel) -> None:
+        self._costs = costs
 
-    def choose(self, missed: Sequence[Missed], sequences: int) -> list[Choice]:
+    def choose(self, missed: Sequence[Missed], sequences: int) -> list[BackupChoice]:
         """Of all sequences that missed, in a batch of so many.
 
         All that wait, wait together: for every number of drafted tokens each takes what is worth more, and the number
         with the greatest sum less the price of the wait is chosen.
         """
-        pace = self._pace
-        if not pace.verification.known or not pace.step.known or pace.rate is None:
-            return [Choice(False, one.ngram) for one in missed]
-        second = sequences * pace.rate
-        row = second * pace.verification.slope
-        acceptance = pace.acceptance[Source.DRAFT].rate
+        costs = self._costs
+        if not costs.verification.known or not costs.step.known or costs.rate is None:
+            return [BackupChoice(False, one.ngram) for one in missed]
+        second = sequences * costs.rate
+        row = second * costs.verification.slope
+        acceptance = costs.acceptance[Source.DRAFT].rate
         ngrams = [_worth(one.ngram, one.ngram_rate, row) for one in missed]
         best, chosen = sum(worth for worth, _ in ngrams), [False] * len(missed)
-        step = pace.step.at(len(missed))
-        further = step * min(1.0, pace.steps_per_token.value or 1.0)
+        step = costs.step.at(len(missed))
+        further = step * min(1.0, costs.steps_per_token.value or 1.0)
         for drafted in range(1, max((one.draft for one in missed), default=0) + 1):
-            waits = pace.unfinished_seconds + step + (drafted - 1) * further
+            waits = costs.unfinished_seconds + step + (drafted - 1) * further
             drafts = [_worth(min(drafted, one.draft), acceptance, row)[0] for one in missed]
             total = sum(max(own[0], draft) for own, draft in zip(ngrams, drafts, strict=True)) - second * waits
             if total > best:
                 best, chosen = total, [draft > own[0] for own, draft in zip(ngrams, drafts, strict=True)]
-        return [Choice(waits, length) for waits, (_, length) in zip(chosen, ngrams, strict=True)]
+        return [BackupChoice(waits, length) for waits, (_, length) in zip(chosen, ngrams, strict=True)]
 
 
 def _worth(length: int, rate: float, row: float) -> tuple[float, int]:

@@ -72,7 +72,7 @@ class Line:
         return min(slope, mean_y / mean_x)
 
 
-class Pace:
+class CostModel:
     """The numbers of one engine.
 
     Attributes:

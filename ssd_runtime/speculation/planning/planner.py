@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ssd_runtime.speculation.planning.cost_model import Pace, expected_tokens
+from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
 from ssd_runtime.speculation.types import Plan, Source
 
 FIRST_LOOK = 24  # rounds before plain decoding is tried for the first time
@@ -29,7 +29,7 @@ class Planner(Protocol):
     def plan(self, sequences: int) -> Plan:
         """For the round of so many sequences that begins now: its speculations, and the drafting during it."""
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         """The planned round has ended."""
 
     def forget(self) -> None:
@@ -37,7 +37,7 @@ class Planner(Protocol):
 
 
 @dataclass(frozen=True)
-class Round:
+class MeasuredRound:
     """What a round was.
 
     Attributes:
@@ -62,7 +62,7 @@ class FixedPlanner:
     def plan(self, sequences: int) -> Plan:
         return self._plan
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         pass
 
     def forget(self) -> None:
@@ -105,12 +105,12 @@ class AdaptivePlanner:
 
     Args:
         lookahead, budget: the most of each.
-        pace: what was measured; kept up to date by whoever runs the rounds.
+        costs: what was measured; kept up to date by whoever runs the rounds.
     """
 
-    def __init__(self, lookahead: int, budget: int, pace: Pace) -> None:
+    def __init__(self, lookahead: int, budget: int, costs: CostModel) -> None:
         self._most = Plan(lookahead, budget)
-        self._pace = pace
+        self._costs = costs
         self._now = self._most
         self.forget()
 
@@ -155,7 +155,7 @@ class AdaptivePlanner:
         batch.interval = min(2 * batch.interval, LONGEST_INTERVAL) if better == batch.speculates else 2 * FIRST_LOOK
         batch.speculates = better
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         speculated = self._now.lookahead > 0
         if self._same >= COLD_ROUNDS[speculated]:
             self._batch(round.sequences).rates[speculated].observe(round.tokens, round.seconds)
@@ -173,7 +173,7 @@ class AdaptivePlanner:
 
     def _best(self, sequences: int) -> Plan:
         """The largest plan that is as good as the best one, to within what the model can tell."""
-        if not self._pace.step.known or not self._pace.verification.known:
+        if not self._costs.step.known or not self._costs.verification.known:
             return self._most
         budgets = sorted({max(1, self._most.budget * part // 4) for part in (1, 2, 3, 4)}, reverse=True)
         plans = [Plan(k, b) for k in range(self._most.lookahead, 0, -1) for b in budgets]
@@ -186,20 +186,20 @@ class AdaptivePlanner:
 
         Nobody waits for a longer one, nor for a missed sequence of a batch; one alone may wait for the draft.
         """
-        pace, k = self._pace, plan.lookahead
-        a = pace.acceptance[Source.DRAFT].rate
-        verify = pace.verification.at(sequences * (1 + k))
+        costs, k = self._costs, plan.lookahead
+        a = costs.acceptance[Source.DRAFT].rate
+        verify = costs.verification.at(sequences * (1 + k))
         # One step for the last token of the trunk and the first forks, then one for each token of the branch behind it;
         # bets may save steps.
-        steps_per_token = min(1.0, pace.steps_per_token.value or 1.0)
-        token_seconds = pace.step.at(sequences * (1 + plan.budget)) * steps_per_token
+        steps_per_token = min(1.0, costs.steps_per_token.value or 1.0)
+        token_seconds = costs.step.at(sequences * (1 + plan.budget)) * steps_per_token
         length = min(k, int(verify / token_seconds) - 1)
         miss = self._miss(plan.budget) if length >= 1 else 1.0
         hit_tokens = expected_tokens(max(0, length), a)
-        plain = pace.verification.at(sequences)
+        plain = costs.verification.at(sequences)
         if sequences > 1:
             return sequences * ((1 - miss) * hit_tokens + miss) / ((1 - miss) * verify + miss * plain)
-        just_in_time = verify + k * steps_per_token * pace.step.at(1)
+        just_in_time = verify + k * steps_per_token * costs.step.at(1)
         waits = ((1.0, plain), (expected_tokens(k, a), just_in_time))
         miss_tokens, miss_seconds = max(waits, key=lambda one: one[0] / one[1])
         return ((1 - miss) * hit_tokens + miss * miss_tokens) / ((1 - miss) * verify + miss * miss_seconds)

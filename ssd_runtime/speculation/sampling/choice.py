@@ -1,7 +1,7 @@
 """Which tokens a target chooses at the rows of a forward: by which parameters, processors and texts. Knows no ranks.
 
-`choose` is the definition, on logits of the whole vocabulary; slices.py does the same where each process has some of
-the columns.
+`choose` is the definition, on logits of the whole vocabulary; vocab_parallel.py does the same where each process has
+some of the columns.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ DRAFTED = ("sd", "ssd")  # modes that use the drafts' ranks
 
 
 @dataclass(frozen=True)
-class Team:
+class DraftSetup:
     """The drafts of one engine.
 
     Attributes:
@@ -38,17 +38,17 @@ class Team:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What makes an engine have this team."""
+        """What makes an engine have this setup."""
         return f"deployment.drafts={self.drafts}", f"speculation.budget={self.budget}"
 
 
-def teams_of(text: str, budget: int, *, divide: bool) -> list[Team]:
-    """The teams of `--drafts`, ascending.
+def setups_of(text: str, budget: int, *, divide: bool) -> list[DraftSetup]:
+    """The setups of `--drafts`, ascending.
 
     Args:
         text: numbers of drafts.
         budget: of one draft alone.
-        divide: whether the drafts of a team divide it, rounded down, at least 1 each; else each has all of it.
+        divide: whether the drafts of a setup divide it, rounded down, at least 1 each; else each has all of it.
 
     Raises:
         ConfigError: not a list of numbers above 0.
@@ -56,11 +56,11 @@ def teams_of(text: str, budget: int, *, divide: bool) -> list[Team]:
     if not all(value.strip().isdigit() and int(value) > 0 for value in text.split(",")):
         raise ConfigError(f"--drafts {text!r}: expected numbers of drafts above 0, as in 1,2,3")
     counts = sorted({int(value) for value in text.split(",")})
-    return [Team(count, max(1, budget // count) if divide else budget) for count in counts]
+    return [DraftSetup(count, max(1, budget // count) if divide else budget) for count in counts]
 
 
-def runs_by_team(teams: Sequence[Team], runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs of each team's engine: those of modes that use drafts in each, the others in the first only.
+def runs_by_setup(setups: Sequence[DraftSetup], runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each setup's engine: those of modes that use drafts in each, the others in the first only.
 
     Raises:
         ConfigError: no run uses drafts.
@@ -69,15 +69,15 @@ def runs_by_team(teams: Sequence[Team], runs: Sequence[Run]) -> list[list[Run]]:
     if not drafted:
         raise ConfigError("--drafts compares modes that use drafts: have sd or ssd among --modes")
     named = [
-        [replace(run, name=f"{run.name} {team.name}", drafts=team.drafts, budget=team.budget) for run in drafted]
-        for team in teams
+        [replace(run, name=f"{run.name} {setup.name}", drafts=setup.drafts, budget=setup.budget) for run in drafted]
+        for setup in setups
     ]
     named[0] = [run for run in runs if run not in drafted] + named[0]
     return named
 
 
 def report_on(
-    teams: Sequence[Team],
+    setups: Sequence[DraftSetup],
     measured: Mapping[str, Sequence[Measured]],
     machines: Mapping[str, Mapping[str, Any]],
     prompts: Sequence[Prompt],
@@ -85,14 +85,14 @@ def report_on(
     """One report on all engines; the tokens of all runs are compared.
 
     Args:
-        measured, machines: by the team's name.
+        measured, machines: by the setup's name.
     """
     from ssd_runtime.host.cores import crowding
 
     about = []
-    for team in teams:
-        cores = machines[team.name]["cores"]
+    for setup in setups:
+        cores = machines[setup.name]["cores"]
         shares = crowding(cores) is not None
-        about.append({"drafts": team.drafts, "budget": team.budget, "cores": cores, "shares_cores": shares})
+        about.append({"drafts": setup.drafts, "budget": setup.budget, "cores": cores, "shares_cores": shares})
     found = bench.report_on(list(chain.from_iterable(measured.values())), prompts)
-    return found | {"machine": machines[teams[0].name], "teams": about}
+    return found | {"machine": machines[setups[0].name], "setups": about}

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from launcher.bench.benchmark import Measured, Workload, measure, plan_runs
-from launcher.bench.draft_counts import Team, report_on, runs_by_team, teams_of
-from launcher.screen import WIDTH_OF_A_FILE, bench_table, bench_verdict, series_lines, team_lines
+from launcher.bench.draft_setups import DraftSetup, report_on, runs_by_setup, setups_of
+from launcher.screen import WIDTH_OF_A_FILE, bench_table, bench_verdict, series_lines, setup_lines
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.speculation.types import SamplingParams
 from tests.unit.test_bench import PROMPTS, Player
@@ -18,16 +18,16 @@ from tests.unit.test_bench import PROMPTS, Player
 
 def report(broken: str | None = None, divide: bool = False, batches: tuple[int, ...] = (1,), last: int = 2) -> dict:
     """Of engines with one and two drafts, one of them on core `last`; in the second mode `broken` differs."""
-    teams = teams_of("2,1", 8, divide=divide)
-    runs = runs_by_team(teams, plan_runs(["ar", "sd", "ssd"], [], 4, batches))
+    setups = setups_of("2,1", 8, divide=divide)
+    runs = runs_by_setup(setups, plan_runs(["ar", "sd", "ssd"], [], 4, batches))
     measured: dict[str, list[Measured]] = {}
-    for team, its_runs in zip(teams, runs, strict=True):
-        player = Player(broken if team.drafts == 2 else None)
-        workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ssd": 1 + team.drafts})
-        measured[team.name] = measure(player, its_runs, workload, lambda name: None)
+    for setup, its_runs in zip(setups, runs, strict=True):
+        player = Player(broken if setup.drafts == 2 else None)
+        workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ssd": 1 + setup.drafts})
+        measured[setup.name] = measure(player, its_runs, workload, lambda name: None)
     cores = {"d1": {"target": [0], "draft": [1]}, "d2": {"target": [0], "draft 1": [1], "draft 2": [last]}}
     machines = {name: {"cores": cores[name]} for name in measured}
-    found = report_on(teams, measured, machines, PROMPTS)
+    found = report_on(setups, measured, machines, PROMPTS)
     config = {"speculation": {"adapt": True, "budget": 8}}
     return found | {"budget_divided": divide, "workload": {"config": config}}
 
@@ -62,9 +62,9 @@ def test_the_tokens_of_all_engines_are_compared() -> None:
     ("divide", "budgets"), [(False, [(1, 8), (2, 8), (3, 8), (16, 8)]), (True, [(1, 8), (2, 4), (3, 2), (16, 1)])]
 )
 def test_each_draft_has_the_budget_of_one_alone_or_a_part_of_it(divide: bool, budgets: list[tuple[int, int]]) -> None:
-    teams = teams_of("1, 2,3,16", 8, divide=divide)
-    assert teams == [Team(*both) for both in budgets]
-    assert teams[1].overrides == ("deployment.drafts=2", f"speculation.budget={budgets[1][1]}")
+    setups = setups_of("1, 2,3,16", 8, divide=divide)
+    assert setups == [DraftSetup(*both) for both in budgets]
+    assert setups[1].overrides == ("deployment.drafts=2", f"speculation.budget={budgets[1][1]}")
 
 
 def test_the_page_says_budgets_hit_rates_and_speeds() -> None:
@@ -76,13 +76,13 @@ def test_the_page_says_budgets_hit_rates_and_speeds() -> None:
         "tokens/s of ssd x2: 800.0 with 1 draft, 800.0 with 2 drafts",
     ]
     most = "; these are the most, speculation.adapt plans each round"
-    assert team_lines(found) == [
+    assert setup_lines(found) == [
         f"budgets the same for each draft: 1 x 8 = 8, 2 x 8 = 16{most}",
         "d1: target on core 0, draft on core 1",
         "d2: target on core 0, draft 1 on core 1, draft 2 on core 2",
     ]
     assert (
-        team_lines(report(last=1))[-1]
+        setup_lines(report(last=1))[-1]
         == "ranks of d2 share cores: their drafts hit less often than on cores of their own"
     )
     page = StringIO()
@@ -113,19 +113,19 @@ def test_the_page_says_budgets_hit_rates_and_speeds() -> None:
     ],
 )
 def test_it_is_said_where_a_budget_cannot_be_divided_evenly(budget: int, said: list[str]) -> None:
-    teams = teams_of("1,3", budget, divide=True)
-    about = [{"drafts": one.drafts, "budget": one.budget, "cores": {}, "shares_cores": False} for one in teams]
+    setups = setups_of("1,3", budget, divide=True)
+    about = [{"drafts": one.drafts, "budget": one.budget, "cores": {}, "shares_cores": False} for one in setups]
     config = {"speculation": {"adapt": False, "budget": budget}}
-    lines = team_lines({"teams": about, "budget_divided": True, "workload": {"config": config}})
-    assert lines[: -len(teams)] == [f"budgets divided among the drafts: {said[0]}", *said[1:]]
+    lines = setup_lines({"setups": about, "budget_divided": True, "workload": {"config": config}})
+    assert lines[: -len(setups)] == [f"budgets divided among the drafts: {said[0]}", *said[1:]]
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,x", "2,,3", "-1"])
 def test_drafts_that_are_no_numbers_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--drafts"):
-        teams_of(text, 8, divide=False)
+        setups_of(text, 8, divide=False)
 
 
 def test_a_comparison_of_drafts_needs_a_mode_that_uses_them() -> None:
     with pytest.raises(ConfigError, match="have sd or ssd among --modes"):
-        runs_by_team(teams_of("1,2", 8, divide=False), plan_runs(["ar", "sd-colocated"], [], 4))
+        runs_by_setup(setups_of("1,2", 8, divide=False), plan_runs(["ar", "sd-colocated"], [], 4))
