@@ -30,7 +30,8 @@ def lines(document: Path) -> set[str]:
 
 def files(package: str) -> list[Path]:
     """Relative to the package; what only makes a folder a package is no file of its own."""
-    found = (path for path in (ROOT / package).rglob("*") if path.suffix in {".py", ".cpp", ".inc", ".h", ".cu", ".cuh"})
+    sources = {".py", ".cpp", ".inc", ".h", ".cu", ".cuh"}
+    found = (path for path in (ROOT / package).rglob("*") if path.suffix in sources)
     return [path.relative_to(ROOT / package) for path in found if path.name != "__init__.py"]
 
 
