@@ -17,7 +17,7 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.planning.planner import Round
+from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
@@ -63,7 +63,7 @@ class Restless:
     def plan(self, sequences: int) -> Plan:
         return Plan(self._chance.randint(0, LOOKAHEAD), self._chance.randint(1, self._budget))
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         pass
 
     def forget(self) -> None:

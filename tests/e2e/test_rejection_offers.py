@@ -12,7 +12,7 @@ import pytest
 
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.leader.link_speculator import LinkSpeculator
-from ssd_runtime.speculation.planning.backup import AutoBackup, Choice
+from ssd_runtime.speculation.planning.backup import AutoBackup, BackupChoice
 from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import InProcess, request
@@ -89,7 +89,7 @@ def test_plans_waits_and_backups_that_change_at_will_do_not_show(monkeypatch: py
         AutoBackup,
         "choose",
         lambda _, missed, sequences: [
-            Choice(one.draft > 0 and chance.random() < 0.5, chance.randint(0, one.ngram)) for one in missed
+            BackupChoice(one.draft > 0 and chance.random() < 0.5, chance.randint(0, one.ngram)) for one in missed
         ],
     )
     monkeypatch.setattr(LinkSpeculator, "_lacking", waits_for_odd_tokens)

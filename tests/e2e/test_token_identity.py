@@ -18,7 +18,7 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.sequence import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.planning.planner import Planner, Round
+from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
@@ -57,7 +57,7 @@ class Restless:
         lookahead, budget = self._most
         return Plan(self._chance.randint(0, lookahead), self._chance.randint(0, budget + 2))
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         self.rounds += 1
 
     def forget(self) -> None:
