@@ -83,7 +83,7 @@ CHECKED: list[int] = []  # tokens of each example
 @given(
     draft=st.sampled_from(["relative", "relative", "relative", "stranger"]),
     backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
-    fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     budget=st.integers(2, 8),
     recycle=st.integers(0, 3),
     restless=st.booleans(),
@@ -95,7 +95,6 @@ def check(draft, backup, fan_out, budget, recycle, restless, seed, modes, lookah
     speculation = SpeculationConfig(
         lookahead=LOOKAHEAD,
         fan_out=fan_out,
-        fan_out_list=(0, 0, 1, 0, 0, 1),
         budget=budget,
         recycle=recycle,
         backup=backup,

@@ -69,7 +69,7 @@ def outputs(
 ) -> list[tuple[int, ...]]:
     """Output tokens of requests served together by one engine; all its blocks must come back."""
     engine = EngineConfig(max_model_len=160, max_num_seqs=4, block_size=BLOCK, prefill_chunk=11)
-    config = SpeculationConfig(**({"lookahead": 5, "budget": 6, "fan_out_list": (1, 0, 2, 1, 0, 2)} | speculation))
+    config = SpeculationConfig(**({"lookahead": 5, "budget": 6} | speculation))
     process = in_process(models()["target"], models()[draft], engine, config, steps, planner)
     sequences = process.run(requests)
     process.assert_all_blocks_are_back()
@@ -133,7 +133,7 @@ def test_more_requests_than_places_come_and_go():
 
 
 @pytest.mark.parametrize("backup", ["draft", "ngram", "none", "auto"])
-@pytest.mark.parametrize("fan_out", ["uniform", "geometric", "confidence", "list"])
+@pytest.mark.parametrize("fan_out", ["uniform", "geometric", "confidence"])
 def test_every_backup_and_fan_out(backup, fan_out):
     for draft, budget in itertools.product(["twin", "relative", "stranger"], [1, 4, 9]):
         asked = [
@@ -196,7 +196,7 @@ def test_an_end_token_inside_an_accepted_run_ends_the_sequence_there(mode):
 @given(
     draft=st.sampled_from(["twin", "relative", "stranger"]),
     backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
-    fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     budget=st.integers(1, 10),
     speed=st.integers(0, 2**16),
     plans=st.booleans(),

@@ -35,11 +35,11 @@ def spreads(budget: int, positions: int) -> Iterator[tuple[int, ...]]:
         yield tuple(after - before for before, after in itertools.pairwise(edges))
 
 
-NAMES = ("uniform", "geometric", "confidence", "list")
+NAMES = ("uniform", "geometric", "confidence")
 
 
-def policy(name: str, length: int) -> FanOut:
-    return fan_out_policy(name, [3] * (length + 1))  # type: ignore[arg-type]
+def policy(name: str) -> FanOut:
+    return fan_out_policy(name)  # type: ignore[arg-type]
 
 
 def counts(forks: Sequence[Fork], length: int) -> list[int]:
@@ -56,14 +56,14 @@ def wide(length: int, candidates: int = 210, **changes: float) -> Verified:
 def test_counts_sum_to_the_budget(budget: int, length: int) -> None:
     verified = wide(length)
     for name in ("uniform", "geometric"):
-        forks = policy(name, length).forks(verified, budget)
+        forks = policy(name).forks(verified, budget)
         assert len(forks) == budget
         assert forks == sorted(forks, key=lambda fork: -fork.gain)
 
 
 @given(budget=st.integers(1, 100), length=st.integers(0, 9))
 def test_uniform_is_even_and_gives_the_rest_to_the_end(budget: int, length: int) -> None:
-    found = counts(policy("uniform", length).forks(wide(length), budget), length)
+    found = counts(policy("uniform").forks(wide(length), budget), length)
     assert found == uniform_counts(budget, length)
     assert sum(found) == budget
     assert sorted(found) == found
@@ -150,13 +150,6 @@ def test_a_power_law_is_always_a_law(ranks: list[tuple[int | None, int]]) -> Non
         assert 0.1 <= exponent <= 4
 
 
-def test_a_list_is_taken_as_written() -> None:
-    listed = fan_out_policy("list", [1, 0, 2, 5])
-    assert counts(listed.forks(wide(3), 8), 3) == [1, 0, 2, 5]
-    assert counts(listed.forks(wide(2), 8), 2) == [1, 0, 5]  # a shorter speculation ends with "all accepted" too
-    assert counts(listed.forks(wide(3), 4), 3) == [1, 0, 1, 2]  # a smaller budget takes from every position
-
-
 FORKS = st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5), st.integers(0, 8)), max_size=7)
 
 
@@ -210,7 +203,7 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 ) -> None:
     rankings = [data.draw(st.sampled_from([SURE, TORN])) if there else None for there in known]
     speculation = data.draw(st.lists(st.integers(10, 24), min_size=len(known) - 1, max_size=len(known) - 1))
-    wanted = policy(name, len(speculation)).forks(Verified(speculation, rankings), budget)
+    wanted = policy(name).forks(Verified(speculation, rankings), budget)
     assert len(wanted) <= budget
     (forks,) = divide_budget([wanted], budget)
     assert len(forks) == len({fork[:2] for fork in forks})
@@ -222,14 +215,14 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 
 
 def test_counted_policies_take_the_best_candidates_of_each_position() -> None:
-    forks = policy("uniform", 1).forks(Verified([20], [TORN, SURE]), 4)
+    forks = policy("uniform").forks(Verified([20], [TORN, SURE]), 4)
     assert {fork[:2] for fork in forks} == {(0, 21), (0, 22), (1, 10), (1, 11)}
 
 
 def test_a_position_that_is_not_ranked_yet_keeps_its_places() -> None:
-    for name in ("uniform", "geometric", "list"):
-        forks = policy(name, 1).forks(Verified([20], [TORN, None]), 4)
-        known = policy(name, 1).forks(Verified([20], [TORN, SURE]), 4)
+    for name in ("uniform", "geometric"):
+        forks = policy(name).forks(Verified([20], [TORN, None]), 4)
+        known = policy(name).forks(Verified([20], [TORN, SURE]), 4)
         (share,) = divide_budget([forks], 4)
         assert [fork for fork in known if fork.position == 0] == share
 

@@ -1,13 +1,11 @@
 """Fan-outs that count: so many candidates at each position, whatever the text. Knows no trees.
 
-`uniform` and `list` are fixed shapes; `geometric` is Theorem 12 of arXiv 2603.03251 with everything in it estimated
-online.
+`uniform` is a fixed shape; `geometric` is Theorem 12 of arXiv 2603.03251 with everything in it estimated online.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from typing import Protocol
 
 from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
@@ -54,23 +52,6 @@ class UniformGains:
 
     def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
         return [-float(rank) for rank in range(count)]
-
-    def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
-        pass
-
-
-class ListedGains:
-    """F_0..F_K as written in the configuration; the last one is for "all accepted", also of a shorter speculation.
-
-    With a smaller budget than their sum every position gives up the same part.
-    """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self._counts = tuple(counts)
-
-    def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
-        listed = self._counts[-1] if k == length else self._counts[k]
-        return [-rank / listed for rank in range(min(count, listed))]
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         pass
