@@ -119,8 +119,7 @@ class SpeculationConfig:
             batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
-        backup: what speculates after a miss; "auto": the draft, an n-gram or nothing, whichever promises more tokens
-            per second by measured times.
+        backup: what speculates after a miss.
         coupling: how draft and target randomness relate. "shared-noise" is exact and drafter-invariant: the tokens are
             the same in every mode. "rejection" is the scheme of the papers: the draft samples tokens of its own, the
             target accepts them with probability min(1, p/q); exact in distribution only.
@@ -136,7 +135,7 @@ class SpeculationConfig:
     fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: Annotated[int, Within(1, 1024)] = 8
     recycle: Annotated[int, Within(0, 1024)] = 3
-    backup: Literal["draft", "ngram", "none", "auto"] = "draft"
+    backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Coupling = "shared-noise"
     top_m: Annotated[int, Within(1, 1024)] = 32
     saguaro_c: Annotated[float, Within(0.0, 1.0)] = 1.0

@@ -82,7 +82,7 @@ CHECKED: list[int] = []  # tokens of each example
 )
 @given(
     draft=st.sampled_from(["relative", "relative", "relative", "stranger"]),
-    backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
+    backup=st.sampled_from(["draft", "ngram", "none"]),
     fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     budget=st.integers(2, 8),
     recycle=st.integers(0, 3),

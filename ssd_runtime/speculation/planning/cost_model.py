@@ -81,18 +81,17 @@ class CostModel:
         step_seconds, token_seconds, verify_seconds: moving averages; a token is one that came out of a round, so its
             time counts what was drafted in vain.
         steps_per_token: drafting steps over tokens of a sequence.
-        acceptance: of the tokens of a source; n-grams have records of their own (ngrams.py).
+        acceptance: of the tokens of a source.
     """
 
     def __init__(self) -> None:
         self.verification, self.verify_seconds = Line(), Smoothed()
-        self._round_tokens, self._round_seconds = Smoothed(0.95), Smoothed(0.95)
         self.forget_drafts()
 
     def forget_drafts(self) -> None:
         """A draft has come or gone: what was learned of drafting is learned anew."""
         self.step, self.step_seconds, self.token_seconds = Line(), Smoothed(), Smoothed()
-        self.steps_per_token, self._busy_seconds = Smoothed(0.95), Smoothed(0.95)
+        self.steps_per_token = Smoothed(0.95)
         self.acceptance = {Source.DRAFT: AcceptanceEstimate()}
         self._steps, self._drafting = 0, 0.0  # heard of since the last round, and their seconds
 
@@ -115,28 +114,11 @@ class CostModel:
             emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
             self.token_seconds.observe(self._drafting / emitted)
             self.steps_per_token.observe(self._steps / emitted)
-        self._busy_seconds.observe(self._drafting / drafts)
         self._steps, self._drafting = 0, 0.0
         for speculation, outcome in zip(speculations, outcomes, strict=True):
             if speculation.source in self.acceptance:
                 self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
 
-    def ended(self, tokens: float, seconds: float) -> None:
-        """A round has ended that brought so many tokens a sequence in so many seconds, waiting and verification."""
-        self._round_tokens.observe(tokens)
-        self._round_seconds.observe(believable(seconds, LEAST_SECONDS, MOST_SECONDS))
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second of one sequence over the last rounds; None before the first."""
-        tokens, seconds = self._round_tokens.value, self._round_seconds.value
-        return (tokens / seconds or None) if tokens and seconds else None  # or so little that it is nothing
-
-    @property
-    def unfinished_seconds(self) -> float:
-        """What is left, on average, of the step that a draft is at when it is asked for something else."""
-        busy, seconds, step = self._busy_seconds.value, self._round_seconds.value, self.step_seconds.value
-        return min(1.0, busy / seconds) * step / 2 if busy and seconds and step else 0.0
 
 
 def expected_tokens(length: float, acceptance: float) -> float:
