@@ -11,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut, least_chance
-from ssd_runtime.speculation.drafting.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
+from ssd_runtime.speculation.drafting.counts import GeometricFanOut, PowerLawEstimate, uniform_counts
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
 SURE = Ranking((10, 11, 12, 13), (0.0, 9.0, 9.5, 9.9))
 TORN = Ranking((20, 21, 22, 23), (0.0, 0.01, 3.0, 4.0))
+
+
+def geometric_shares(budget: float, length: int, acceptance: float, exponent: float) -> list[float]:
+    """F_0..F_K by Theorem 12: F_k = F_0 a^{k/(1+r)} for k < K and F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}."""
+    weights = [acceptance ** (k / (1.0 + exponent)) for k in range(length + 1)]
+    weights[-1] *= (1.0 - acceptance) ** (-1.0 / (1.0 + exponent))
+    return [budget * weight / sum(weights) for weight in weights]
 
 
 def expected_misses(counts: Sequence[float], acceptance: float, exponent: float) -> float:
@@ -73,12 +80,12 @@ def test_uniform_is_even_and_gives_the_rest_to_the_end(budget: int, length: int)
 @given(length=st.integers(1, 6), temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0]), data=st.data())
 def test_geometric_is_theorem_12_with_what_was_learned(length: int, temperature: float, data: st.DataObject) -> None:
     """Its marginal gains give the theorem's shares to the nearest whole number, for the estimates of the class."""
-    verified, gains = wide(length, temperature=temperature), GeometricGains()
+    verified, geometric = wide(length, temperature=temperature), GeometricFanOut()
     for _ in range(data.draw(st.integers(0, 60))):
-        gains.observe(verified, data.draw(st.integers(0, length)), data.draw(st.integers(1, 40)))
-    acceptance, power_law = gains.estimates(verified)
+        geometric.observe(verified, data.draw(st.integers(0, length)), data.draw(st.integers(1, 40)))
+    acceptance, power_law = geometric.estimates(verified)
     shares = geometric_shares(100, length, min(max(acceptance.rate, 0.01), 0.99), power_law.law[1])
-    found = counts(CountedFanOut(gains).forks(verified, 100), length)
+    found = counts(geometric.forks(verified, 100), length)
     for count, share in zip(found, shares, strict=True):
         assert abs(count - share) <= 1.0 + 1e-6 * share
 
@@ -100,12 +107,12 @@ def test_theorem_12_cannot_be_bettered_by_moving_candidates(acceptance: float, e
 @pytest.mark.parametrize(("budget", "length"), [(20, 1), (30, 2), (40, 3)])
 def test_geometric_is_the_best_of_all_spreads_up_to_rounding(acceptance: float, budget: int, length: int) -> None:
     """By brute force, with at least two candidates a position: below that the power law says nothing."""
-    gains = GeometricGains()
-    estimate, power_law = gains.estimates(wide(length))
+    geometric = GeometricFanOut()
+    estimate, power_law = geometric.estimates(wide(length))
     for accepted in ([True] * round(20 * acceptance) + [False] * round(20 * (1 - acceptance))) * 60:
         estimate.observe_one(accepted)
     exponent = power_law.law[1]
-    found = counts(CountedFanOut(gains).forks(wide(length), budget), length)
+    found = counts(geometric.forks(wide(length), budget), length)
     costs = {
         spread: expected_misses(spread, acceptance, exponent)
         for spread in spreads(budget, length + 1)
@@ -116,16 +123,14 @@ def test_geometric_is_the_best_of_all_spreads_up_to_rounding(acceptance: float, 
 
 
 def test_geometric_learns_apart_for_temperatures_and_after_misses() -> None:
-    gains = GeometricGains()
+    geometric = GeometricFanOut()
     kinds = [wide(2, temperature=t, after_hit=hit) for t in (0.0, 0.3, 0.7, 1.0) for hit in (True, False)]
-    before = [
-        [estimate.rate for estimate in gains.estimates(kind)[:1]] + [gains.estimates(kind)[1].law] for kind in kinds
-    ]
+    before = [geometric.estimates(kind)[0].rate for kind in kinds], [geometric.estimates(kind)[1].law for kind in kinds]
     for _ in range(50):
-        gains.observe(kinds[3], 0, 30)
-    for index, (kind, was) in enumerate(zip(kinds, before, strict=True)):
-        acceptance, power_law = gains.estimates(kind)
-        assert ((acceptance.rate, power_law.law) == tuple(was)) == (index != 3)
+        geometric.observe(kinds[3], 0, 30)
+    for index, (kind, rate, law) in enumerate(zip(kinds, *before, strict=True)):
+        acceptance, power_law = geometric.estimates(kind)
+        assert ((acceptance.rate, power_law.law) == (rate, law)) == (index != 3)
 
 
 @pytest.mark.parametrize(("scale", "exponent"), [(0.5, 0.4), (0.3, 1.0), (0.9, 2.0)])
