@@ -14,7 +14,7 @@ from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.planning.backup import JustInTime
+from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import LEAST_SECONDS, CostModel, believable
 from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
@@ -48,7 +48,6 @@ class LinkSpeculator:
         self._vocab_size = vocab_size
         self._cache = SpeculationCache()
         self._costs = costs
-        self._just_in_time = JustInTime(costs)
         self._planner = planner
         self._plan: Plan | None = None  # of the round in hand
         self._proposed: Proposals | None = None
@@ -172,7 +171,7 @@ class LinkSpeculator:
         answered = [sequence for sequence in pending if self.drafts.answer_for(sequence.sequence_id)]
         # By what has come, usable or not: waiting makes no branch usable.
         lengths, most = [len(self._branch(sequence)) for sequence in answered], [self._most(one) for one in answered]
-        if pending[0].request.mode == "ssd" and self._just_in_time.enough(lengths, most):
+        if pending[0].request.mode == "ssd" and drafted_enough(self._costs, lengths, most):
             return []
         return [
             sequence.sequence_id

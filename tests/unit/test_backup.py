@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
-from ssd_runtime.speculation.planning.backup import PATIENCE, JustInTime, waiting_pays
+from ssd_runtime.speculation.planning.backup import PATIENCE, drafted_enough, waiting_pays
 from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
-from ssd_runtime.speculation.types import Outcome, Source, Speculation
+from ssd_runtime.speculation.types import Outcome, Speculation
 
 
 def worth_waiting(length: int, acceptance: float, token_seconds: float, round_seconds: float) -> bool:
@@ -55,9 +55,8 @@ def test_a_draft_slower_than_the_target_is_not_waited_for() -> None:
 
 
 def test_nothing_measured_yet_means_a_wait_for_the_whole_branch() -> None:
-    just_in_time = JustInTime(CostModel())
-    assert not just_in_time.enough([0, 6], [6, 6])
-    assert just_in_time.enough([6, 3], [6, 3])
+    assert not drafted_enough(CostModel(), [0, 6], [6, 6])
+    assert drafted_enough(CostModel(), [6, 3], [6, 3])
 
 
 def test_a_batch_weighs_what_all_would_gain_against_what_all_would_wait() -> None:
@@ -66,7 +65,6 @@ def test_a_batch_weighs_what_all_would_gain_against_what_all_would_wait() -> Non
     for rows in (1, 2, 4, 8):
         costs.drafted(0.007, rows)
         costs.verified([Speculation((1,) * (rows - 1))], [Outcome(0, 1)], 0.030)
-    costs.acceptance[Source.DRAFT] = AcceptanceEstimate(prior=0.8)
-    just_in_time = JustInTime(costs)
-    assert not just_in_time.enough([1], [6])
-    assert just_in_time.enough([1, 6, 6, 6, 6], [6, 6, 6, 6, 6])
+    costs.acceptance = AcceptanceEstimate(prior=0.8)
+    assert not drafted_enough(costs, [1], [6])
+    assert drafted_enough(costs, [1, 6, 6, 6, 6], [6, 6, 6, 6, 6])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
 from ssd_runtime.leader.link_speculator import IDLE_SIGNS
-from ssd_runtime.speculation.planning.backup import JustInTime
+from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, CostModel, Line
 from ssd_runtime.speculation.planning.planner import AdaptivePlanner, MeasuredRound
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
@@ -58,7 +58,7 @@ def test_whatever_was_observed_there_is_a_plan_and_an_end_of_waiting(
         plan = planner.plan(sequences)
         assert 0 <= plan.lookahead <= lookahead
         assert 0 <= plan.budget <= budget
-        assert JustInTime(costs).enough([0, 2], [lookahead, 2]) in (True, False)
+        assert drafted_enough(costs, [0, 2], [lookahead, 2]) in (True, False)
         for line in (costs.step, costs.verification):
             assert not line.known or all(0.0 < line.at(rows) < math.inf for rows in (0, 1, 40, 2**16))
 

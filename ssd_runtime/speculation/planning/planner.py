@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
-from ssd_runtime.speculation.types import Plan, Source
+from ssd_runtime.speculation.types import Plan
 
 FIRST_LOOK = 24  # rounds before plain decoding is tried for the first time
 LONGEST_INTERVAL = 4096
@@ -187,7 +187,7 @@ class AdaptivePlanner:
         Nobody waits for a longer one, nor for a missed sequence of a batch; one alone may wait for the draft.
         """
         costs, k = self._costs, plan.lookahead
-        a = costs.acceptance[Source.DRAFT].rate
+        a = costs.acceptance.rate
         verify = costs.verification.at(sequences * (1 + k))
         # One step for the last token of the trunk and the first forks, then one for each token of the branch behind it;
         # bets may save steps.
