@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ssd_runtime.comm.link import frames
 from ssd_runtime.draft import drafter
+from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation import verify
 from ssd_runtime.speculation.noise import Stream, extend_text, text_key, uniform_noise
-from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation.rejection import acceptance as rejection
 from ssd_runtime.speculation.rejection import proposal
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits

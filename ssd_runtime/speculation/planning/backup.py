@@ -1,4 +1,4 @@
-"""What speculates after a miss: the draft, as long as a wait for it pays, or an n-gram match. Knows no ranks, no I/O."""
+"""What speculates after a miss: the draft, as long as a wait pays, or an n-gram match. Knows no ranks, no I/O."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Line:
 
     def __init__(self, memory: float = 64.0) -> None:
         self._keep = 0.5 ** (1.0 / memory)
-        self._sums = (0.0,) * 5  # of 1, rows, seconds, rows^2, rows x seconds
+        self._sums: tuple[float, ...] = (0.0,) * 5  # of 1, rows, seconds, rows^2, rows x seconds
 
     def observe(self, rows: float, seconds: float) -> None:
         fresh = (1.0, rows, seconds, rows * rows, rows * seconds)
@@ -108,7 +108,6 @@ class CostModel:
         for speculation, outcome in zip(speculations, outcomes, strict=True):
             if speculation.source == Source.DRAFT:
                 self.acceptance.observe(outcome.num_accepted, len(speculation.tokens))
-
 
 
 def expected_tokens(length: float, acceptance: float) -> float:
