@@ -89,18 +89,18 @@ class ConfidenceFanOut:
         if known is None or known[0] is not ranking:
             if len(self._known) >= self.MOST_KNOWN:
                 self._known.clear()
-            known = self._known[id(ranking)] = ranking, self._falling(ranking, self._scale.value)
+            weights = self._weights(ranking, self._scale.value)
+            total = sum(weights)
+            known = self._known[id(ranking)] = ranking, [weight / total for weight in weights]
         return known[1]
 
-    def _falling(self, ranking: Ranking, scale: float) -> list[float]:
-        """The same at a given scale."""
+    def _weights(self, ranking: Ranking, scale: float) -> list[float]:
+        """How these tokens weigh against each other at a scale, falling."""
         others = ranking.margins[1:]
-        weights = [
+        return [
             math.exp((others[0] - margin) / scale) / math.sqrt(rank) + self.FLOOR
             for rank, margin in enumerate(others, start=1)
         ]
-        total = sum(weights)
-        return [weight / total for weight in weights]
 
     def _class(self, ranking: Ranking) -> AcceptanceEstimate:
         margin = ranking.margins[1] if len(ranking.margins) > 1 else math.inf
@@ -123,6 +123,7 @@ class ConfidenceFanOut:
         self._class(ranking).observe_one(agreed)
         if not agreed and token in ranking.tokens:
             before, place = self._scale.value, ranking.tokens.index(token) - 1
-            self._scale.observe([self._falling(ranking, scale)[place] for scale in self.SCALES])
+            weights_S = [self._weights(ranking, scale) for scale in self.SCALES]
+            self._scale.observe([weights[place] / sum(weights) for weights in weights_S])
             if self._scale.value != before:
                 self._known.clear()
