@@ -56,7 +56,6 @@ copy_branch_ = _ops.copy_branch_.default
 write_kv_ = _ops.write_kv_.default
 rollback_ = _ops.rollback_.default
 match_outcomes = _ops.match_outcomes.default
-lookup_branches = _ops.lookup_branches.default
 raise_faults = _ops.raise_faults.default
 sample_shared_noise = _ops.sample_shared_noise.default
 

@@ -11,7 +11,6 @@ def register() -> None:
     for name in ("copy_branch_", "write_kv_", "rollback_", "raise_faults"):
         torch.library.register_fake(f"ssd_runtime::{name}", _nothing)
     torch.library.register_fake("ssd_runtime::match_outcomes", _match_outcomes)
-    torch.library.register_fake("ssd_runtime::lookup_branches", _lookup_branches)
     torch.library.register_fake("ssd_runtime::sample_shared_noise", _sample_shared_noise)
 
 
@@ -21,13 +20,6 @@ def _nothing(*_: object) -> None:
 
 def _match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
     return target_tokens_BL.new_empty(lengths_B.shape), target_tokens_BL.new_empty(lengths_B.shape)
-
-
-def _lookup_branches(
-    keys_TC: Tensor, tokens_TK: Tensor, lengths_T: Tensor, outcomes_BC: Tensor
-) -> tuple[Tensor, Tensor]:
-    num_rows = outcomes_BC.shape[0]
-    return tokens_TK.new_empty(num_rows, tokens_TK.shape[1]), tokens_TK.new_empty(num_rows)
 
 
 def _sample_shared_noise(

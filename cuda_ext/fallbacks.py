@@ -20,7 +20,6 @@ NAMES = (
     "write_kv_",
     "rollback_",
     "match_outcomes",
-    "lookup_branches",
     "sample_shared_noise",
     "raise_faults",
 )

@@ -39,7 +39,6 @@ __all__ = [
     "linear_fp32",
     "linear_grouped",
     "linear_int8",
-    "lookup_branches",
     "match_outcomes",
     "new_cache",
     "pack_bf16",
@@ -231,12 +230,6 @@ def rollback_(
     poison_kv: Tensor | None = None,
 ) -> None:
     _kernels().rollback_(tables_SC, lengths_S, sequences_N, kept_N, block_size, poison_kv)
-
-
-def lookup_branches(
-    keys_TC: Tensor, tokens_TK: Tensor, lengths_T: Tensor, outcomes_BC: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _kernels().lookup_branches(keys_TC, tokens_TK, lengths_T, outcomes_BC)
 
 
 def raise_faults(like: Tensor) -> None:

@@ -6,7 +6,6 @@ Knows no models and no caches.
 from cuda_ext.reference.attention import Span, attention_by_rows, paged_attention
 from cuda_ext.reference.cache import (
     copy_branch_,
-    lookup_branches,
     match_outcomes,
     new_cache,
     raise_faults,
@@ -41,7 +40,6 @@ __all__ = [
     "linear_fp32",
     "linear_grouped",
     "linear_int8",
-    "lookup_branches",
     "match_outcomes",
     "new_cache",
     "pack_bf16",
