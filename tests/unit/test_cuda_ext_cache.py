@@ -1,4 +1,4 @@
-"""Rollback on the device side, and what tracing is told of the operators on the cache and on tokens: compiled against plain torch and against the runtime's own bookkeeping."""
+"""Rollback on the device side, against plain torch and the runtime's bookkeeping; what tracing is told of operators."""
 
 from __future__ import annotations
 
