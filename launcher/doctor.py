@@ -8,13 +8,12 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-from launcher import layout, preflight
-from launcher.layout import Seat
+from launcher import preflight
+from launcher.findings import Finding
+from launcher.nodes import Seat, num_ranks, seats_of, who_runs_what
 from launcher.ranks import nccl
 from launcher.screen import cores_line
-from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError, SsdError
@@ -24,35 +23,6 @@ from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.files.header import ModelHeader, inspect_model
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    ok: bool
-    detail: str
-
-
-def seats_of(
-    config: Config, num_nodes: int = 1, counts: str | None = None, role: Role | None = None
-) -> tuple[Seat, ...]:
-    """Where the ranks of one torchrun sit: of a world, or with `role` of a group that has no other.
-
-    Args:
-        counts: ranks on each node, as `layout.parse_counts` reads them; None leaves it to `layout.spread`.
-
-    Raises:
-        ConfigError: counts that do not fit, or a role in a mode without drafts of their own.
-    """
-    mode = config.speculation.mode
-    if role is not None and mode not in ("sd", "ssd"):
-        raise ConfigError(f"--role {role} needs speculation.mode sd or ssd, not {mode}")
-    ranks = ranks_by_role(config, role)
-    on_nodes = layout.spread(*ranks, num_nodes) if counts is None else layout.parse_counts(counts, *ranks, num_nodes)
-    num_targets = config.target.tensor_parallel
-    return layout.seats(num_targets, on_nodes, num_targets if role == "draft" else 0)
 
 
 def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
@@ -66,7 +36,7 @@ def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
     yield _finding("compiler", _compiler)
     yield _finding("hardware", _hardware)
     if len(nodes) > 1:
-        yield Finding("nodes", True, f"{layout.describe(seats)} (taken to be like this one)")
+        yield Finding("nodes", True, f"{who_runs_what(seats)} (taken to be like this one)")
     yield _finding("devices", lambda: _devices(config, seats))
     for node in nodes:
         which = "cores" if len(nodes) == 1 else f"cores of node {node}"
@@ -196,7 +166,7 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     except (SsdError, ImportError):
         return  # the findings about models and cores say it
     for one in plan.ranks:
-        told = placement.describe(one, config.engine.block_size, with_node=seats[-1].node > 0)
+        told = placement.describe(config, one, with_node=seats[-1].node > 0)
         yield Finding(f"{one.role} rank {one.rank}", True, told)
     for role, joint in (("target ranks", plan.target_joint), ("target and draft", plan.link_joint)):
         if joint is not None:

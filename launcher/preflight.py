@@ -10,8 +10,7 @@ import resource
 import socket
 from dataclasses import replace
 
-from launcher.nodes import Nodes
-from launcher.torchrun import num_ranks
+from launcher.nodes import Nodes, num_ranks
 from ssd_runtime.comm import hosts
 from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.config import Config

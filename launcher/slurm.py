@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from launcher import layout
-from launcher.torchrun import ranks_by_role
+from launcher.nodes import seats_of
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host.allotment import gpus_of, model_of
@@ -37,7 +36,7 @@ class Plan:
         overrides: `section.key=value`.
         form: two jobs, or one.
         nodes: of the job with the target.
-        nproc_per_node: ranks on each of these nodes, N or N,N,...; None leaves it to `layout.spread`.
+        nproc_per_node: ranks on each of these nodes, N or N,N,...; None leaves it to `nodes.spread`.
         name: of the jobs, and of the files.
         time: limit of each job, as Slurm writes it.
         sbatch: further options of every job.
@@ -116,15 +115,9 @@ def wasted(plan: Plan) -> str | None:
 
 def _nodes(plan: Plan, role: Role | None) -> list[list[Role]]:
     """The roles of the ranks on each node of the job with the target, or of a draft's job."""
-    ranks = ranks_by_role(plan.config, role)
-    if role == "draft":
-        counts: tuple[int, ...] = (1,)
-    elif plan.nproc_per_node is None:
-        counts = layout.spread(*ranks, plan.nodes)
-    else:
-        counts = layout.parse_counts(plan.nproc_per_node, *ranks, plan.nodes)
-    seats = layout.seats(ranks[0], counts)
-    return [[seat.role for seat in seats if seat.node == node] for node in range(len(counts))]
+    count, counts = (1, None) if role == "draft" else (plan.nodes, plan.nproc_per_node)
+    seats = seats_of(plan.config, count, counts, role)
+    return [[seat.role for seat in seats if seat.node == node] for node in range(count)]
 
 
 def _gpus(config: Config, roles: list[Role]) -> int:

@@ -29,8 +29,9 @@ def doctor(
     config = load_config(config_file, overrides)
     from launcher import doctor as physician  # with the libraries of model files: after what can be told without
     from launcher import screen
+    from launcher.nodes import seats_of
 
-    findings = list(physician.examine(config, physician.seats_of(config, nnodes, nproc_per_node, role)))
+    findings = list(physician.examine(config, seats_of(config, nnodes, nproc_per_node, role)))
     screen.console().print(screen.findings_table(findings))
     failed = [finding.subject for finding in findings if not finding.ok]
     click.echo(f"FAIL: {', '.join(failed)}" if failed else "OK: this configuration can run here")

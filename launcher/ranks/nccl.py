@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.addresses import interfaces
-from ssd_runtime.comm.hosts import is_loopback, own_address
+from ssd_runtime.comm.hosts import interfaces, is_loopback, own_address
 from ssd_runtime.host.hardware import INFINIBAND, rdma_adapters
 
 

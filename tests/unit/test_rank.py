@@ -22,7 +22,7 @@ class AskedTwice(Rank):
 
 config = load_config(None, ["speculation.mode=ar"])
 place = topology.place(config, {})
-AskedTwice(Surroundings(config, place, Announcer(None), None)).run()
+AskedTwice(Surroundings(config, place, Announcer(), None)).run()
 """
 
 
