@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cuda_ext import fallbacks, reference
-from cuda_ext.reference.attention import Span
 from cuda_ext.reference.weights import DecoderWeights, PackedFloat, PackedGrouped, PackedInt8
 
 
@@ -117,20 +116,11 @@ def cpu_level() -> str:
     return _ops.cpu_level()
 
 
-def paged_attention(
-    q_NHD: Tensor,
-    kv_2SGD: Tensor,
-    sequence_N: Tensor,
-    tables_SC: Tensor,
-    prefix_N: Tensor,
-    chain_NC: Tensor,
-    scale: float,
-    spans: Sequence[Span],
-) -> Tensor:
-    """On the CPU the rows may come in any order, and the spans are not looked at."""
+def paged_attention(q_NHD: Tensor, *others: Any) -> Tensor:
+    """On the CPU the rows may come in any order, and the spans, the last of the others, are not looked at."""
     if q_NHD.device.type != "cpu":
-        return reference.paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale, spans)
-    return _paged_attention(q_NHD, kv_2SGD, sequence_N, tables_SC, prefix_N, chain_NC, scale)
+        return reference.paged_attention(q_NHD, *others)
+    return _paged_attention(q_NHD, *others[:-1])
 
 
 def decoder_layers_(

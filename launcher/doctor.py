@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from launcher import preflight
 from launcher.findings import Finding
@@ -37,26 +38,26 @@ def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
     yield _finding("hardware", _hardware)
     if len(nodes) > 1:
         yield Finding("nodes", True, f"{who_runs_what(seats)} (taken to be like this one)")
-    yield _finding("devices", lambda: _devices(config, seats))
+    yield _finding("devices", _devices, config, seats)
     for node in nodes:
         which = "cores" if len(nodes) == 1 else f"cores of node {node}"
-        yield _finding(which, lambda node=node: _cores(config, [s for s in seats if s.node == node]))  # type: ignore[misc]
+        yield _finding(which, _cores, config, [seat for seat in seats if seat.node == node])
     if "target" in roles:
-        yield _finding("front door", lambda: _front_door(config))
+        yield _finding("front door", _front_door, config)
     for role in roles:
-        yield _finding(f"{role} model", lambda role=role: _model(getattr(config, role)))  # type: ignore[misc]
+        yield _finding(f"{role} model", _model, getattr(config, role))
     if "target" in roles and config.target.tensor_parallel > 1:
-        yield _finding("target shards", lambda: _shards(config))
+        yield _finding("target shards", _shards, config)
     if len(roles) == 2:
-        yield _finding("vocabularies", lambda: _vocabularies(config))
+        yield _finding("vocabularies", _vocabularies, config)
     yield from _placement(config, seats)
     if "cuda" in (config.target.device, config.draft.device):
         yield from (Finding(one.name, True, f"{one.value}: {one.reason}") for one in nccl.settings(os.environ))
 
 
-def _finding(subject: str, look: Callable[[], str]) -> Finding:
+def _finding(subject: str, look: Callable[..., str], *at: Any) -> Finding:
     try:
-        return Finding(subject, True, look())
+        return Finding(subject, True, look(*at))
     except (SsdError, ImportError) as error:
         return Finding(subject, False, str(error))
 
