@@ -81,6 +81,9 @@ class Nodes:
         return (f'serve.host="{here}"',)
 
 
+ONE_NODE = Nodes()
+
+
 @dataclass(frozen=True)
 class Seat:
     """One rank's place.

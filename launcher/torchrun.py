@@ -16,11 +16,11 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from launcher.keeper import LOG
-from launcher.nodes import Nodes, ranks_by_role
+from launcher.nodes import ONE_NODE, Nodes, ranks_by_role
 from launcher.processes import Kept
 from launcher.ranks.announcer import KEY, Announcements
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
@@ -52,7 +52,7 @@ class Launch:
     config: Config
     _: KW_ONLY
     trace: Path | None = None
-    nodes: Nodes = field(default_factory=Nodes)
+    nodes: Nodes = ONE_NODE
     group: Group | None = None
 
     @property

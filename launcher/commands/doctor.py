@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands.options import MOST_NODES, config_options
+from launcher.nodes import seats_of
 from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ def doctor(
     config = load_config(config_file, overrides)
     from launcher import doctor as physician  # with the libraries of model files: after what can be told without
     from launcher import screen
-    from launcher.nodes import seats_of
 
     findings = list(physician.examine(config, seats_of(config, nnodes, nproc_per_node, role)))
     screen.console().print(screen.findings_table(findings))
