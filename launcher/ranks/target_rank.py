@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from launcher.ranks import rendezvous
-from launcher.ranks.rank import Rank, Surroundings, forget_loading, link_timing
+from launcher.ranks.rank import Rank, forget_loading, link_timing
 from ssd_runtime.comm.control.codec import ASKED
 from ssd_runtime.comm.control.launcher_messages import Ready
 from ssd_runtime.comm.control.sockets import ControlServer
@@ -60,8 +60,8 @@ class _Loaded:
 class TargetRank(Rank):
     """Rank 0: the leader."""
 
-    def __init__(self, surroundings: Surroundings) -> None:
-        super().__init__(surroundings)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._stop = Stop()
 
     def serve(self) -> None:
