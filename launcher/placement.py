@@ -88,12 +88,11 @@ def plan(
     """
     ranks = []
     for node in sorted({seat.node for seat in seats}):
-        here = {seat.rank: seat for seat in seats if seat.node == node}
-        gpus = gpus_of(config, [seat.role for seat in here.values()])
-        cores = cores_of_ranks(config, range(min(here), max(here) + 1), allowed, hardware)
-        for seat, gpu in zip(here.values(), gpus, strict=True):
-            one = _rank(config, hardware, seat, gpu, models)
-            ranks.append(replace(one, cores=cores[seat.rank]))
+        here = [seat for seat in seats if seat.node == node]
+        gpus = gpus_of(config, [seat.role for seat in here])
+        cores = cores_of_ranks(config, range(here[0].rank, here[-1].rank + 1), allowed, hardware)
+        for seat, gpu in zip(here, gpus, strict=True):
+            ranks.append(replace(_rank(config, hardware, seat, gpu, models), cores=cores[seat.rank]))
     ranks = _with_pools(config, hardware, models, ranks)
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]

@@ -41,19 +41,16 @@ def check_engine(config: Config, nodes: Nodes = ONE_NODE, group: Group | None = 
         check_port(config)
     if nodes.count == 1 and group is None:
         check_devices(config)
-    with_drafts = config.speculation.mode != "ar" and group is None
-    if not with_drafts and not config.deployment.holds_draft(config.speculation.mode):  # no draft is loaded
-        target, _ = inspect(replace(config, draft=config.target))
-        check_shards(config, target)
-        check_memory(config, "target", target)
-        return
-    target, draft = inspect(config)
+    mode = config.speculation.mode
+    loads_draft = (mode != "ar" and group is None) or config.deployment.holds_draft(mode)
+    target, draft = inspect(config if loads_draft else replace(config, draft=config.target))
     check_shards(config, target)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
     check_memory(config, "target", target)
-    check_memory(config, "draft", draft)
+    if loads_draft:
+        check_memory(config, "draft", draft)
 
 
 def check_host() -> None:
