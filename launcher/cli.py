@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logs.setup("launcher")
             environment.check(os.environ)
             _check_arguments(given)
-            result = ssd.main(args=given, prog_name="ssd", standalone_mode=False)
+            result = ssd.main(args=given, prog_name="ssd", standalone_mode=False, obj=given)  # commands may say it
             sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, click.Abort):

@@ -8,13 +8,13 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from launcher import layout, preflight
-from launcher.layout import Seat
+from launcher import preflight
+from launcher.findings import Finding
+from launcher.nodes import Seat, num_ranks, seats_of, who_runs_what
 from launcher.ranks import nccl
 from launcher.screen import cores_line
-from launcher.torchrun import num_ranks, ranks_by_role
 from ssd_runtime import environment
 from ssd_runtime.config import Config, ModelConfig
 from ssd_runtime.errors import ConfigError, SsdError
@@ -24,35 +24,6 @@ from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.files.header import ModelHeader, inspect_model
 
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    ok: bool
-    detail: str
-
-
-def seats_of(
-    config: Config, num_nodes: int = 1, counts: str | None = None, role: Role | None = None
-) -> tuple[Seat, ...]:
-    """Where the ranks of one torchrun sit: of a world, or with `role` of a group that has no other.
-
-    Args:
-        counts: ranks on each node, as `layout.parse_counts` reads them; None leaves it to `layout.spread`.
-
-    Raises:
-        ConfigError: counts that do not fit, or a role in a mode without drafts of their own.
-    """
-    mode = config.speculation.mode
-    if role is not None and mode not in ("sd", "ssd"):
-        raise ConfigError(f"--role {role} needs speculation.mode sd or ssd, not {mode}")
-    ranks = ranks_by_role(config, role)
-    on_nodes = layout.spread(*ranks, num_nodes) if counts is None else layout.parse_counts(counts, *ranks, num_nodes)
-    num_targets = config.target.tensor_parallel
-    return layout.seats(num_targets, on_nodes, num_targets if role == "draft" else 0)
 
 
 def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
@@ -66,27 +37,27 @@ def examine(config: Config, seats: Sequence[Seat] = ()) -> Iterator[Finding]:
     yield _finding("compiler", _compiler)
     yield _finding("hardware", _hardware)
     if len(nodes) > 1:
-        yield Finding("nodes", True, f"{layout.describe(seats)} (taken to be like this one)")
-    yield _finding("devices", lambda: _devices(config, seats))
+        yield Finding("nodes", True, f"{who_runs_what(seats)} (taken to be like this one)")
+    yield _finding("devices", _devices, config, seats)
     for node in nodes:
         which = "cores" if len(nodes) == 1 else f"cores of node {node}"
-        yield _finding(which, lambda node=node: _cores(config, [s for s in seats if s.node == node]))  # type: ignore[misc]
+        yield _finding(which, _cores, config, [seat for seat in seats if seat.node == node])
     if "target" in roles:
-        yield _finding("front door", lambda: _front_door(config))
+        yield _finding("front door", _front_door, config)
     for role in roles:
-        yield _finding(f"{role} model", lambda role=role: _model(getattr(config, role)))  # type: ignore[misc]
+        yield _finding(f"{role} model", _model, getattr(config, role))
     if "target" in roles and config.target.tensor_parallel > 1:
-        yield _finding("target shards", lambda: _shards(config))
+        yield _finding("target shards", _shards, config)
     if len(roles) == 2:
-        yield _finding("vocabularies", lambda: _vocabularies(config))
+        yield _finding("vocabularies", _vocabularies, config)
     yield from _placement(config, seats)
     if "cuda" in (config.target.device, config.draft.device):
         yield from (Finding(one.name, True, f"{one.value}: {one.reason}") for one in nccl.settings(os.environ))
 
 
-def _finding(subject: str, look: Callable[[], str]) -> Finding:
+def _finding(subject: str, look: Callable[..., str], *at: Any) -> Finding:
     try:
-        return Finding(subject, True, look())
+        return Finding(subject, True, look(*at))
     except (SsdError, ImportError) as error:
         return Finding(subject, False, str(error))
 
@@ -196,7 +167,7 @@ def _placement(config: Config, seats: Sequence[Seat]) -> Iterator[Finding]:
     except (SsdError, ImportError):
         return  # the findings about models and cores say it
     for one in plan.ranks:
-        told = placement.describe(one, config.engine.block_size, with_node=seats[-1].node > 0)
+        told = placement.describe(config, one, with_node=seats[-1].node > 0)
         yield Finding(f"{one.role} rank {one.rank}", True, told)
     for role, joint in (("target ranks", plan.target_joint), ("target and draft", plan.link_joint)):
         if joint is not None:

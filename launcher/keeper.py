@@ -91,16 +91,11 @@ class Keeper:
         self._read = ""  # of an order whose end has not come yet
         self._orders: list[str] = []
         self._alone = False  # the owner is gone
-        self._wakeup, ending = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(ending, warn_on_full_buffer=False)
-        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signum == signal.SIGCHLD or signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, _noted)  # an ignored signal would be ignored by the command too
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent down there becomes a child of this process
-        _prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if it is stopped when its owner dies, it goes on, and reads the end
+        self._wakeup = -1  # readable after a signal
 
     def run(self) -> None:
         """Until owner and command are gone, or the owner says that it is done."""
+        self._prepare()
         self._listen_for(START)
         if not self._alone:
             self._start()
@@ -112,6 +107,15 @@ class Keeper:
             import shutil  # here, since it is seldom needed
 
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _prepare(self) -> None:
+        self._wakeup, ending = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(ending, warn_on_full_buffer=False)
+        for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signum == signal.SIGCHLD or signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, _noted)  # an ignored signal would be ignored by the command too
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent down there becomes a child of this process
+        _prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if it is stopped when its owner dies, it goes on, and reads the end
 
     def _start(self) -> None:
         leash, self._held = os.pipe()  # the other end stays here: it closes with this process, whatever becomes of it

@@ -1,4 +1,5 @@
-"""The plan of a run: which rank on which node and GPU, what its memory holds, and what is wrong with it.
+"""The plan of a run: which rank on which node and GPU, what its memory holds, and what is wrong with it, but that GPUs
+are missing (`topology.devices_of`).
 
 Arithmetic on what hardware.py read and what the models' headers say; touches no device, and takes the other nodes for
 copies of this one.
@@ -9,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.layout import Seat
+from launcher.nodes import Seat
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.host.allotment import gpus_of, lacks_gpus, model_of
+from ssd_runtime.host.allotment import gpus_of, model_of
 from ssd_runtime.host.cores import Role, listed
 from ssd_runtime.host.hardware import Gpu, Hardware, Joint
 from ssd_runtime.host.topology import cores_of_ranks
@@ -36,7 +37,7 @@ class RankPlan:
     """One rank.
 
     Attributes:
-        gpu: position among the visible GPUs; None on a CPU.
+        gpu: position among the visible GPUs; None on a CPU, and where there are none.
         weights: bytes of its part of the model, and of the draft that a target may hold.
         kv_blocks: blocks of its pool, for sequences.
         kv_bytes: bytes of these and of those for a draft's trees.
@@ -87,12 +88,11 @@ def plan(
     """
     ranks = []
     for node in sorted({seat.node for seat in seats}):
-        here = {seat.rank: seat for seat in seats if seat.node == node}
-        gpus = gpus_of(config, [seat.role for seat in here.values()])
-        cores = cores_of_ranks(config, range(min(here), max(here) + 1), allowed, hardware)
-        for seat, gpu in zip(here.values(), gpus, strict=True):
-            one = _rank(config, hardware, seat, gpu, models)
-            ranks.append(replace(one, cores=cores[seat.rank]))
+        here = [seat for seat in seats if seat.node == node]
+        gpus = gpus_of(config, [seat.role for seat in here])
+        cores = cores_of_ranks(config, range(here[0].rank, here[-1].rank + 1), allowed, hardware)
+        for seat, gpu in zip(here, gpus, strict=True):
+            ranks.append(replace(_rank(config, hardware, seat, gpu, models), cores=cores[seat.rank]))
     ranks = _with_pools(config, hardware, models, ranks)
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]
@@ -102,11 +102,14 @@ def plan(
     return replace(found, warnings=tuple(_warnings(config, hardware, found, rdma)))
 
 
-def describe(one: RankPlan, block_size: int, *, with_node: bool = False) -> str:
+def describe(config: Config, one: RankPlan, *, with_node: bool = False) -> str:
     """One rank's plan in a line."""
-    where = ("cpu" if one.gpu is None else f"GPU {one.gpu}") + (f" of node {one.node}" if with_node else "")
+    without = "cpu" if model_of(config, one.role).device == "cpu" else "no GPU"
+    where = (without if one.gpu is None else f"GPU {one.gpu}") + (f" of node {one.node}" if with_node else "")
     cores = f", cores {listed(one.cores)}" if one.cores else ""
-    kv = f"{one.kv_blocks} KV blocks ({one.kv_blocks * block_size} tokens) in {one.kv_bytes / GIB:.2f} GiB"
+    kv = (
+        f"{one.kv_blocks} KV blocks ({one.kv_blocks * config.engine.block_size} tokens) in {one.kv_bytes / GIB:.2f} GiB"
+    )
     rest = "" if one.left is None else f", {one.scratch / GIB:.2f} GiB of scratch, {one.left / GIB:.2f} GiB left"
     return f"{where}{cores}: {one.weights / GIB:.2f} GiB of weights, {kv}{rest}"
 
@@ -170,9 +173,6 @@ def _warnings(config: Config, hardware: Hardware, found: Plan, rdma: Sequence[st
                 f"(near: {listed(hardware.gpus[one.gpu or 0].cores)}); leave {one.role}.cores empty"
             )
     warnings += _pools_differ(found.ranks)
-    for node in sorted({one.node for one in on_gpus}):
-        lack = lacks_gpus(config, [one.role for one in found.ranks if one.node == node], len(hardware.gpus))
-        warnings += [] if lack is None else [lack]
     if found.target_joint == "network":
         nodes = listed({one.node for one in found.ranks if one.role == "target"})
         on_gpu = config.target.device == "cuda"

@@ -10,8 +10,7 @@ import resource
 import socket
 from dataclasses import replace
 
-from launcher.nodes import Nodes
-from launcher.torchrun import num_ranks
+from launcher.nodes import ONE_NODE, Nodes, num_ranks
 from ssd_runtime.comm import hosts
 from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.config import Config
@@ -31,30 +30,27 @@ LEAST_FILES = 256  # descriptors that a rank may need to come up, with a link to
 LOOPBACK_S = 2.0
 
 
-def check_engine(config: Config, nodes: Nodes | None = None, group: Group | None = None) -> None:
+def check_engine(config: Config, nodes: Nodes = ONE_NODE, group: Group | None = None) -> None:
     """Raise ConfigError for what would keep the engine from starting; each of several nodes checks its devices."""
     check_host()
     if group is not None and group.role == "draft":
         check_target(group)
         check_memory(config, "draft", inspect_model(resolve(config.draft.model)))
         return
-    if nodes is None or nodes.leads:
+    if nodes.leads:
         check_port(config)
-    if (nodes is None or nodes.count == 1) and group is None:
+    if nodes.count == 1 and group is None:
         check_devices(config)
-    with_drafts = config.speculation.mode != "ar" and group is None
-    if not with_drafts and not config.deployment.holds_draft(config.speculation.mode):  # no draft is loaded
-        target, _ = inspect(replace(config, draft=config.target))
-        check_shards(config, target)
-        check_memory(config, "target", target)
-        return
-    target, draft = inspect(config)
+    mode = config.speculation.mode
+    loads_draft = (mode != "ar" and group is None) or config.deployment.holds_draft(mode)
+    target, draft = inspect(config if loads_draft else replace(config, draft=config.target))
     check_shards(config, target)
     reason = target.vocabulary.difference(draft.vocabulary)
     if reason is not None:
         raise ConfigError(f"target {config.target.model} and draft {config.draft.model} do not fit: {reason}")
     check_memory(config, "target", target)
-    check_memory(config, "draft", draft)
+    if loads_draft:
+        check_memory(config, "draft", draft)
 
 
 def check_host() -> None:

@@ -23,22 +23,27 @@ KEEPER = (sys.executable, "-I", "-S", keeper.__file__)
 
 
 class Kept:
-    """One command and its directory, which is there before the command is started; to be closed.
+    """One command, which its keeper starts; to be closed."""
 
-    Args:
-        command: whose first word is a path; in a session of its own, without standard input.
-        environment: of the command.
-        directory: made here, for the command's output (`log_path`) and whatever else; the caller's to remove.
-        grace_s: how long the command may take to leave if this process is gone.
-
-    Raises:
-        ConfigError: the directory cannot be made.
-    """
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path, grace_s: float) -> None:
+    def __init__(self, its_keeper: subprocess.Popen[bytes]) -> None:
+        self._keeper = its_keeper
         self._started = False
         self._exit_code: int | None = None
-        self._keeper = subprocess.Popen(
+
+    @classmethod
+    def open(cls, command: Sequence[str], environment: Mapping[str, str], directory: Path, grace_s: float) -> Kept:
+        """Make the directory of a command that is not started yet.
+
+        Args:
+            command: whose first word is a path; in a session of its own, without standard input.
+            environment: of the command.
+            directory: for the command's output, `keeper.LOG`, and whatever else; the caller's to remove.
+            grace_s: how long the command may take to leave if this process is gone.
+
+        Raises:
+            ConfigError: the directory cannot be made.
+        """
+        process = subprocess.Popen(
             [*KEEPER, str(directory), str(grace_s), *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -47,13 +52,15 @@ class Kept:
             bufsize=0,
             start_new_session=True,
         )
+        kept = cls(process)
         try:
             directory.mkdir(mode=0o700)  # by now there is somebody to remove it
         except OSError as error:
-            self.close()
+            kept.close()
             raise ConfigError(
                 f"cannot make {directory}: {error.strerror}; set TMPDIR to a folder that can be written to"
             ) from None
+        return kept
 
     def start(self) -> None:
         """Start the command; returns at once."""

@@ -17,7 +17,7 @@ from ssd_runtime.comm.control import launcher_messages as messages_launcher
 from ssd_runtime.host.cores import Role, listed
 
 if TYPE_CHECKING:
-    from launcher.doctor import Finding
+    from launcher.findings import Finding
 
 WIDTH_OF_A_FILE = 120
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from launcher.torchrun import Launch, Ranks
+from launcher.torchrun import Launch, Ranks, run_directory
 from ssd_runtime import trace
 from ssd_runtime.comm.control.launcher_messages import Progress
 from ssd_runtime.comm.hosts import resolve, split
@@ -76,7 +76,7 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
         ConfigError: the ranks found something that the user can mend.
         SsdError: the ranks broke; the message names their log.
     """
-    ranks = Ranks(launch)
+    ranks = Ranks(launch, run_directory())
     client: Client | None = None
     key = ""
     try:
@@ -105,7 +105,7 @@ def started(launch: Launch, loading: Loading) -> Iterator[Session]:
 @contextlib.contextmanager
 def joined(launch: Launch) -> Iterator[Ranks]:
     """Start ranks whose leader is elsewhere, on another node or in another torchrun, and end them with the block."""
-    ranks = Ranks(launch)
+    ranks = Ranks(launch, run_directory())
     try:
         ranks.start()
         yield ranks
@@ -141,7 +141,7 @@ def _join_trace(launch: Launch) -> None:
     if launch.trace is None:
         return
     another = isinstance(sys.exception(), SsdError)  # is on its way already, and says more
-    parts = trace.part_paths(launch.trace, launch.num_ranks)
+    parts = trace.part_paths(launch.trace, sum(launch.ranks_by_role))
     lost = [str(rank) for rank, part in enumerate(parts) if launch.nodes.count == 1 and not part.exists()]
     try:
         trace.merge_parts(launch.trace, parts)

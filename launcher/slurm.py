@@ -16,14 +16,18 @@ from typing import Any, Literal
 
 import jinja2
 
-from launcher import layout
-from launcher.torchrun import ranks_by_role
+from launcher.nodes import seats_of
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host.allotment import gpus_of, model_of
 from ssd_runtime.host.cores import Role
 
 Form = Literal["two-jobs", "single-job"]
+PURPOSES: dict[Role | None, str] = {
+    None: "One job: target and draft live and die together.",
+    "target": "The target's job. It serves with or without a draft.",
+    "draft": "A draft's job. It may be cancelled, requeued and submitted again while the target serves.",
+}
 CORES_BESIDE_A_GPU = 4  # the rank's own thread, those of the link, ZeroMQ's, torchrun's
 
 
@@ -37,7 +41,7 @@ class Plan:
         overrides: `section.key=value`.
         form: two jobs, or one.
         nodes: of the job with the target.
-        nproc_per_node: ranks on each of these nodes, N or N,N,...; None leaves it to `layout.spread`.
+        nproc_per_node: ranks on each of these nodes, N or N,N,...; None leaves it to `nodes.spread`.
         name: of the jobs, and of the files.
         time: limit of each job, as Slurm writes it.
         sbatch: further options of every job.
@@ -70,13 +74,13 @@ def render(plan: Plan) -> dict[str, str]:
     _check(plan)
     mode = plan.config.speculation.mode
     if plan.form == "single-job":
-        return {plan.files[0]: _single(plan)}
+        return {plan.files[0]: _job(plan, None)}
     if mode in ("ar", "sd-colocated"):
         raise ConfigError(f"speculation.mode = {mode} uses no draft of its own: render it with --single-job")
     if plan.config.deployment.share_gpu:
         raise ConfigError("deployment.share_gpu: Slurm gives two jobs no GPU in common: render it with --single-job")
     submit = _template("submit.sh.j2", _shared(plan) | {"drafts": plan.config.deployment.drafts})
-    return dict(zip(plan.files, (_target(plan), _draft(plan), submit), strict=True))
+    return dict(zip(plan.files, (_job(plan, "target"), _job(plan, "draft"), submit), strict=True))
 
 
 def _check(plan: Plan) -> None:
@@ -116,15 +120,9 @@ def wasted(plan: Plan) -> str | None:
 
 def _nodes(plan: Plan, role: Role | None) -> list[list[Role]]:
     """The roles of the ranks on each node of the job with the target, or of a draft's job."""
-    ranks = ranks_by_role(plan.config, role)
-    if role == "draft":
-        counts: tuple[int, ...] = (1,)
-    elif plan.nproc_per_node is None:
-        counts = layout.spread(*ranks, plan.nodes)
-    else:
-        counts = layout.parse_counts(plan.nproc_per_node, *ranks, plan.nodes)
-    seats = layout.seats(ranks[0], counts)
-    return [[seat.role for seat in seats if seat.node == node] for node in range(len(counts))]
+    count, counts = (1, None) if role == "draft" else (plan.nodes, plan.nproc_per_node)
+    seats = seats_of(plan.config, count, counts, role)
+    return [[seat.role for seat in seats if seat.node == node] for node in range(count)]
 
 
 def _gpus(config: Config, roles: list[Role]) -> int:
@@ -138,54 +136,30 @@ def _cores(config: Config, roles: list[Role]) -> int:
     return max(2, sum(CORES_BESIDE_A_GPU if model.device == "cuda" else model.threads for model in models))
 
 
-def _single(plan: Plan) -> str:
-    """Target and drafts in one world."""
+def _job(plan: Plan, role: Role | None) -> str:
+    """The script of the job of a role, or of both in one world."""
+    is_draft = role == "draft"
+    nodes = _nodes(plan, role)
+    job = {
+        "purpose": PURPOSES[role],
+        "name": plan.name if role is None else f"{plan.name}-{role}",
+        "nodes": len(nodes),
+        "requeue": is_draft,
+        "most_failures": 10 if is_draft else 3,
+        "serve_port": plan.config.serve.port,
+        "arguments": _arguments(plan.config, role),
+    }
     return _template(
-        "single.sbatch.j2",
-        _shared(plan)
-        | _resources(plan.config, _nodes(plan, None))
-        | {
-            "purpose": "One job: target and draft live and die together.",
-            "name": plan.name,
-            "nodes": plan.nodes,
-            "requeue": False,
-            "arguments": _front_door(plan.config),
-            "most_failures": 3,
-        },
+        "draft.sbatch.j2" if is_draft else "job.sbatch.j2", _shared(plan) | _resources(plan.config, nodes) | job
     )
 
 
-def _target(plan: Plan) -> str:
-    return _template(
-        "single.sbatch.j2",
-        _shared(plan)
-        | _resources(plan.config, _nodes(plan, "target"))
-        | {
-            "purpose": "The target's job. It serves with or without a draft.",
-            "name": f"{plan.name}-target",
-            "nodes": plan.nodes,
-            "requeue": False,
-            "arguments": f"--role target {_front_door(plan.config)}",
-            "most_failures": 3,
-        },
-    )
-
-
-def _draft(plan: Plan) -> str:
-    return _template(
-        "draft.sbatch.j2",
-        _shared(plan)
-        | _resources(plan.config, _nodes(plan, "draft"))
-        | {
-            "purpose": "A draft's job. It may be cancelled, requeued and submitted again while the target serves.",
-            "name": f"{plan.name}-draft",
-            "nodes": 1,
-            "requeue": True,
-            "arguments": '--role draft --target "$target_node:$target_port"',
-            "serve_port": plan.config.serve.port,
-            "most_failures": 10,
-        },
-    )
+def _arguments(config: Config, role: Role | None) -> str:
+    """Those of the ranks that the script itself has to find out."""
+    if role == "draft":
+        return '--role draft --target "$target_node:$target_port"'
+    only = "" if role is None else f"--role {role} "
+    return f'{only}--set serve.host="$head_address" --set serve.port={config.serve.port or "$port"}'
 
 
 def _shared(plan: Plan) -> dict[str, Any]:
@@ -212,10 +186,6 @@ def _resources(config: Config, nodes: list[list[Role]]) -> dict[str, Any]:
         "gpus": max(_gpus(config, roles) for roles in nodes),
         "cpus": max(_cores(config, roles) for roles in nodes),
     }
-
-
-def _front_door(config: Config) -> str:
-    return f'--set serve.host="$head_address" --set serve.port={config.serve.port or "$port"}'
 
 
 def _template(name: str, values: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ Everything of one start lives in a run directory of its own, so two engines on o
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import re
@@ -17,30 +16,25 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-import zmq
-
 from launcher.keeper import LOG
-from launcher.nodes import Nodes
+from launcher.nodes import ONE_NODE, Nodes, ranks_by_role
 from launcher.processes import Kept
-from launcher.ranks import announcer
-from ssd_runtime.comm.control import codec
+from launcher.ranks.announcer import KEY, Announcements
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, SsdError
 from ssd_runtime.host.cores import about_binding, forget_binding
-from ssd_runtime.host.topology import Group, Role
+from ssd_runtime.host.topology import Group
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]  # where our packages are
 POLL_S = 0.2
 LAST_WORDS_S = 1.0  # what a rank said before it ended is there by then
-BATCH = 256  # most messages that are read at once, whoever sends them
 FAILED_RANK = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*exitcode\s*: (-?\d+)")  # in torchrun's last words
 
 
@@ -58,54 +52,40 @@ class Launch:
     config: Config
     _: KW_ONLY
     trace: Path | None = None
-    nodes: Nodes = field(default_factory=Nodes)
+    nodes: Nodes = ONE_NODE
     group: Group | None = None
 
     @property
-    def num_ranks(self) -> int:
-        """Of the whole world."""
-        return sum(ranks_by_role(self.config, self.group.role if self.group else None))
-
-
-def num_ranks(config: Config) -> int:
-    """The target's ranks, and one for each draft where they have ranks: plain and colocated decoding need none."""
-    drafts = 0 if config.speculation.mode in ("ar", "sd-colocated") else config.deployment.drafts
-    return config.target.tensor_parallel + drafts
-
-
-def ranks_by_role(config: Config, role: Role | None = None) -> tuple[int, int]:
-    """How many targets and how many drafts one torchrun has: of a whole world, or of a group that has one role."""
-    num_targets = config.target.tensor_parallel
-    num_drafts = num_ranks(config) - num_targets if role is None else 1
-    return (0 if role == "draft" else num_targets), (0 if role == "target" else num_drafts)
+    def ranks_by_role(self) -> tuple[int, int]:
+        """How many targets and how many drafts the whole world has."""
+        return ranks_by_role(self.config, self.group.role if self.group else None)
 
 
 class Ranks:
-    """One torchrun and everything under it, from `start` to `stop`."""
+    """One torchrun and everything under it, from `start` to `stop`.
 
-    def __init__(self, launch: Launch) -> None:
+    Args:
+        launch: what to start.
+        directory: of the run, see `run_directory`; made at the start.
+    """
+
+    def __init__(self, launch: Launch, directory: Path) -> None:
         self.launch = launch
-        self.directory = Path(_temporary()) / f"ssd-{secrets.token_hex(4)}"
-        self.log_path = self.directory / LOG
-        self._config_path = self.directory / "config.toml"
-        self._context = zmq.Context()
-        self._announcements = self._context.socket(zmq.PULL)
-        self._announcements.linger = 0
-        self._announcements.maxmsgsize = codec.ASKED.bytes
-        self._announcements.bind("tcp://127.0.0.1:*")
-        self._endpoint = self._announcements.get_string(zmq.LAST_ENDPOINT)
-        self._key = secrets.token_hex(16)
-        self._strangers = 0
+        self.directory = directory
+        self.log_path = directory / LOG
+        self._config_path = directory / "config.toml"
+        self._announcements = Announcements()
         self._process: Kept | None = None
         self._keep = False
         self._failure: SsdError | None = None
         self._joined: list[Joined] = []  # heard of, whatever was being waited for, and not told yet
 
     def start(self) -> None:
-        """Start torchrun; returns at once."""
-        environment = {**environment_of_ranks(os.environ, self.directory), announcer.KEY: self._key}
+        """Start torchrun; returns at once. Raises ConfigError where the directory cannot be made or written to."""
+        self._announcements.open()
+        environment = environment_of_ranks(os.environ, self.directory) | {KEY: self._announcements.key}
         grace_s = self.launch.config.timeouts.shutdown
-        self._process = Kept(self.command(), environment, self.directory, grace_s)
+        self._process = Kept.open(self.command(), environment, self.directory, grace_s)
         try:
             self._config_path.write_text(self.launch.config.to_toml(), encoding="utf-8")
         except OSError as error:
@@ -115,19 +95,18 @@ class Ranks:
 
     def command(self) -> list[str]:
         """The command line, which works by hand too."""
-        nodes = self.launch.nodes
+        launch = self.launch
         torchrun = [sys.executable, "-P", "-m", "launcher.agent", "--max-restarts", "0"]
-        group = self.launch.group
-        here = nodes.ranks_here(*ranks_by_role(self.launch.config, group.role if group else None))
-        torchrun += ["--nproc-per-node", str(here)]
-        torchrun += nodes.torchrun(self.launch.config.timeouts.load)
+        torchrun += ["--nproc-per-node", str(launch.nodes.ranks_here(*launch.ranks_by_role))]
+        torchrun += launch.nodes.torchrun(launch.config.timeouts.load)
         torchrun += ["--log-dir", str(self.directory)]
-        worker = ["-m", "launcher.worker", "--announce", self._endpoint, "--config", str(self._config_path)]
-        if self.launch.group is not None:
-            worker += ["--role", self.launch.group.role]
-            worker += ["--target", self.launch.group.target] if self.launch.group.target else []
-        if self.launch.trace is not None:
-            worker += ["--trace", str(self.launch.trace.resolve())]
+        worker = ["-m", "launcher.worker", "--announce", self._announcements.address]
+        worker += ["--config", str(self._config_path)]
+        if launch.group is not None:
+            worker += ["--role", launch.group.role]
+            worker += ["--target", launch.group.target] if launch.group.target else []
+        if launch.trace is not None:
+            worker += ["--trace", str(launch.trace.resolve())]
         return torchrun + worker
 
     def wait_ready(self, on_progress: Callable[[Progress], None]) -> Ready:
@@ -196,7 +175,6 @@ class Ranks:
                 self._process.close()
                 self._process = None
         self._announcements.close()
-        self._context.term()
 
     def wait(self, timeout_s: float) -> bool:
         """Give the ranks time to end by themselves after a shutdown request; whether they did, and well."""
@@ -209,14 +187,9 @@ class Ranks:
         return f"log: {self.log_path}"
 
     def _heard(self, timeout_s: float) -> Sequence[Message]:
+        """What ranks have said; raises what one of them failed of."""
         heard = []
-        for _ in range(BATCH):
-            if not self._announcements.poll(int(timeout_s * 1000)):
-                break
-            timeout_s = 0.0
-            message = self._understood(self._announcements.recv_multipart())
-            if message is None:
-                continue
+        for message in self._announcements.heard(timeout_s):
             if isinstance(message, WorkerFailed):
                 if message.kind == "config":
                     raise ConfigError(message.reason)
@@ -226,18 +199,6 @@ class Ranks:
                 self._joined.append(message)
             heard.append(message)
         return heard
-
-    def _understood(self, parts: Sequence[bytes]) -> Message | None:
-        """What a rank of this launcher says; None for whatever others send to its port, which is told of once."""
-        try:
-            if len(parts) != 2 or not hmac.compare_digest(parts[0], self._key.encode()):
-                raise ProtocolError("it is none of the ranks")
-            return codec.decode(parts[1])
-        except ProtocolError as error:
-            self._strangers += 1
-            if self._strangers == 1:
-                log.warning("ignored what somebody sent to %s: %s", self._endpoint, error)
-            return None
 
     def _end_of_ranks(self) -> SsdError:
         code = None if self._process is None else self._process.poll()
@@ -286,8 +247,9 @@ def _installed() -> list[str]:
     return [*site.getsitepackages(), site.getusersitepackages(), *sysconfig.get_paths().values()]
 
 
-def _temporary() -> str:
+def run_directory() -> Path:
+    """A name for the directory of a run, whose own it is. Raises ConfigError where there is no room for one."""
     try:
-        return tempfile.gettempdir()
+        return Path(tempfile.gettempdir(), f"ssd-{secrets.token_hex(4)}")
     except OSError as error:
         raise ConfigError(f"{error.strerror}; set TMPDIR to a folder that can be written to") from None

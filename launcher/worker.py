@@ -48,7 +48,7 @@ def main(
     from launcher.ranks import roles  # brings torch
     from launcher.ranks.announcer import Announcer
 
-    sys.exit(roles.run(config_path, overrides, role, target, Announcer(announce), trace, ignored))
+    sys.exit(roles.run(config_path, overrides, role, target, Announcer.to(announce), trace, ignored))
 
 
 def end_with_starters(environment: Mapping[str, str]) -> None:

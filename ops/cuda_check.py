@@ -40,7 +40,6 @@ BUDGETS = {
     "write_kv_convert_kernel": Budget(40, 0),
     "rollback_kernel": Budget(40, 0),
     "match_outcomes_kernel": Budget(40, 0),
-    "lookup_branches_kernel": Budget(40, 2048),
     "sample_shared_noise_kernel": Budget(80, 6656),
 }
 

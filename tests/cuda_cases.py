@@ -165,7 +165,7 @@ def check_rollback(kernels: Kernels, case: tuple[Pool | None, Tensor, Tensor, Te
         same(own, expected)
 
 
-# ---- match_outcomes, lookup_branches
+# ---- match_outcomes
 
 
 @st.composite
@@ -181,22 +181,6 @@ def matches(draw) -> tuple[Tensor, Tensor, Tensor]:
 def check_match(kernels: Kernels, case: tuple[Tensor, Tensor, Tensor]) -> None:
     results = kernels.ops.match_outcomes(*(kernels.on(tensor) for tensor in case))
     for own, expected in zip(results, reference.match_outcomes(*case), strict=True):
-        same(own, expected)
-
-
-@st.composite
-def lookups(draw) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    entries, depth, width, rows = (draw(st.integers(low, high)) for low, high in ((0, 90), (0, 5), (1, 4), (0, 5)))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    keys = torch.randint(-1, 2, (entries, width + 1), generator=generator)[:, 1:]
-    tokens = torch.randint(0, 100, (entries, depth + 1), generator=generator)[:, :depth]
-    lengths = torch.randint(0, depth + 1, (entries,), generator=generator)
-    return keys, tokens, lengths, torch.randint(0, 2, (rows, width), generator=generator)
-
-
-def check_lookup(kernels: Kernels, case: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    results = kernels.ops.lookup_branches(*(kernels.on(tensor) for tensor in case))
-    for own, expected in zip(results, reference.lookup_branches(*case), strict=True):
         same(own, expected)
 
 
@@ -261,20 +245,17 @@ def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int, int]) ->
 
 
 class Round:
-    """Sample, match, look up, write, move and roll back, in fixed memory, so that a CUDA graph can hold it."""
+    """Sample, match, write, move and roll back, in fixed memory, so that a CUDA graph can hold it."""
 
     BATCH, LOOKAHEAD, SLOTS = 2, 3, 32
 
     def __init__(self, kernels: Kernels) -> None:
-        on, generator = kernels.on, torch.Generator().manual_seed(0)
+        on = kernels.on
         rows = self.BATCH * (self.LOOKAHEAD + 1)
         self.logits = on(torch.zeros(rows, 500))
         self.ones, self.ids = on(torch.ones(rows, dtype=torch.float64)), on(torch.zeros(rows, dtype=torch.int64))
         self.draft = on(torch.zeros(self.BATCH, self.LOOKAHEAD, dtype=torch.int64))
         self.full = on(torch.full((self.BATCH,), self.LOOKAHEAD))
-        self.keys = on(torch.randint(0, 3, (20, 2), generator=generator))
-        self.branches = on(torch.randint(0, 500, (20, self.LOOKAHEAD), generator=generator))
-        self.branch_lengths = on(torch.randint(0, self.LOOKAHEAD + 1, (20,), generator=generator))
         self.kv = on(torch.zeros(2, 2, self.SLOTS, 2, 8))
         self.fresh, self.fresh_slots = on(torch.zeros(2, 3, 4, 8)), on(ints([7, 30, 8]))
         self.source, self.target = on(ints([20, 21])), on(ints([3, 4]))
@@ -302,12 +283,10 @@ class Round:
     def run(self, ops: Any) -> tuple[Tensor, ...]:
         tokens, _ = ops.sample_shared_noise(*self._sampling(), 1)
         accepted, bonus = ops.match_outcomes(tokens.view(self.BATCH, -1), self.draft, self.full)
-        outcomes = torch.stack((accepted, bonus % 3), 1)
-        found, found_lengths = ops.lookup_branches(self.keys, self.branches, self.branch_lengths, outcomes)
         ops.write_kv_(self.kv[1], self.fresh[0, :, ::2], self.fresh[1, :, 1::2], self.fresh_slots)
         ops.copy_branch_(self.kv, self.source, self.target)
         ops.rollback_(self.tables, self.lengths, self.sequences, accepted, 2, self.kv)
-        return tokens, accepted, bonus, found, found_lengths
+        return tokens, accepted, bonus
 
     def check(self, seed: int, results: tuple[Tensor, ...]) -> None:
         """What a run after `set(seed)` left behind and returned is what plain torch makes of the same values."""
@@ -359,11 +338,6 @@ def check_wrong_values_become_faults(kernels: Kernels) -> None:
 
     accepted, _ = kernels.ops.match_outcomes(on(ints([1, 2, 1, 2], 2, 2)), on(ints([1, 1], 2, 1)), on(ints([2, 1])))
     same(accepted, ints([0, 1]))
-    fault("length")
-    _, found = kernels.ops.lookup_branches(
-        on(ints([0, 1], 2, 1)), on(ints([7, 8], 2, 1)), on(ints([2, 1])), on(ints([0, 1], 2, 1))
-    )
-    same(found, ints([-1, 1]))
     fault("length")
 
 

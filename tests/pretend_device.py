@@ -34,7 +34,6 @@ from cuda_ext import fallbacks, reference
 PRODUCT = [Path(package.__file__ or "").parent for package in (ssd_runtime, cuda_ext)]
 # A line there says nothing, its caller does.
 PASSING_ON = [
-    "cuda_ext/ops.py",
     "cuda_ext/compiled.py",
     "cuda_ext/upload.py",
     "ssd_runtime/speculation/sampling/readback.py",

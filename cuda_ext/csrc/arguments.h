@@ -147,24 +147,6 @@ inline MatchArgs match_args(const Tensor& target_tokens, const Tensor& draft_tok
           int64s(length), nullptr,        nullptr};
 }
 
-inline LookupArgs lookup_args(const Tensor& keys, const Tensor& tokens, const Tensor& lengths,
-                              const Tensor& outcomes) {
-  const char* op = "lookup_branches";
-  check_device(keys, {{&tokens, "tokens"}, {&lengths, "lengths"}, {&outcomes, "outcomes"}}, op);
-  const View key(keys), token(tokens), length(lengths), outcome(outcomes);
-  check_int64(key, 2, op, "keys");
-  check_int64(token, 2, op, "tokens");
-  check_int64(length, 1, op, "lengths");
-  check_int64(outcome, 2, op, "outcomes");
-  check_size(token.sizes[0], key.sizes[0], op, "the number of rows of tokens");
-  check_size(length.sizes[0], key.sizes[0], op, "the number of lengths");
-  SSD_CHECK(key.sizes[1] >= 1, op, ": keys must have at least one column");
-  check_size(outcome.sizes[1], key.sizes[1], op, "the number of columns of outcomes");
-  return {key.sizes[0],       key.sizes[1],     token.sizes[1],     outcome.sizes[0], key.strides[0], token.strides[0],
-          outcome.strides[0], int64s(key),      int64s(token),      int64s(length),   int64s(outcome), nullptr,
-          nullptr};
-}
-
 inline const double* doubles(const Tensor& tensor, int64_t rows, const char* op, const char* name) {
   const View view(tensor);
   SSD_CHECK(view.type == ScalarType::Double, op, ": ", name, " must be float64");

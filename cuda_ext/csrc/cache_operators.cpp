@@ -168,26 +168,6 @@ std::tuple<Tensor, Tensor> match_outcomes(const Tensor& target_tokens, const Ten
   return {accepted, bonus};
 }
 
-std::tuple<Tensor, Tensor> lookup_branches(const Tensor& keys, const Tensor& tokens, const Tensor& lengths,
-                                           const Tensor& outcomes) {
-  LookupArgs args = lookup_args(keys, tokens, lengths, outcomes);
-  for (int64_t entry = 0; entry < args.num_entries; ++entry)
-    if (args.keys[entry * args.key_stride] >= 0)
-      check_range(args.lengths[entry], 0, args.depth + 1, "lookup_branches", "length");
-  Tensor found = empty_cpu({args.num_rows, args.depth}, ScalarType::Long);
-  Tensor found_lengths = empty_cpu({args.num_rows}, ScalarType::Long);
-  args.found_tokens = static_cast<int64_t*>(found.data_ptr());
-  args.found_lengths = static_cast<int64_t*>(found_lengths.data_ptr());
-  for (int64_t row = 0; row < args.num_rows; ++row) {
-    int64_t best = -1;
-    for (int64_t entry = 0; entry < args.num_entries; ++entry) best = std::max(best, entry_rank(args, entry, row));
-    args.found_lengths[row] = found_length(args, best);
-    for (int64_t column = 0; column < args.depth; ++column)
-      args.found_tokens[row * args.depth + column] = found_token(args, best, column);
-  }
-  return {found, found_lengths};
-}
-
 std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                                                const Tensor& top_p, const Tensor& min_p, const Tensor& seed,
                                                const Tensor& position, int64_t count, int64_t first_token) {
@@ -226,7 +206,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ssd_runtime, m) {
       "rollback_(Tensor(a!) tables, Tensor(b!) lengths, Tensor sequences, Tensor kept, int block_size,"
       " Tensor(c!)? poison_kv=None) -> ()");
   m.def("match_outcomes(Tensor target_tokens, Tensor draft_tokens, Tensor lengths) -> (Tensor, Tensor)");
-  m.def("lookup_branches(Tensor keys, Tensor tokens, Tensor lengths, Tensor outcomes) -> (Tensor, Tensor)");
   m.def(
       "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
       " Tensor position, int count=1, int first_token=0) -> (Tensor, Tensor)");
@@ -238,7 +217,6 @@ STABLE_TORCH_LIBRARY_IMPL(ssd_runtime, CPU, m) {
   m.impl("write_kv_", TORCH_BOX(&write_kv_));
   m.impl("rollback_", TORCH_BOX(&rollback_));
   m.impl("match_outcomes", TORCH_BOX(&match_outcomes));
-  m.impl("lookup_branches", TORCH_BOX(&lookup_branches));
   m.impl("sample_shared_noise", TORCH_BOX(&sample_shared_noise));
   m.impl("raise_faults", TORCH_BOX(&raise_faults));
 }

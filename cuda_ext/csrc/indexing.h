@@ -107,31 +107,6 @@ SSD_HD void match_row(const MatchArgs& args, int64_t row, int64_t length) {
   args.bonus[row] = own[matched];
 }
 
-struct LookupArgs {
-  int64_t num_entries, key_width, depth, num_rows, key_stride, token_stride, outcome_stride;
-  const int64_t *keys, *tokens, *lengths, *outcomes;
-  int64_t *found_tokens, *found_lengths;
-};
-
-// Entries that match an outcome are ranked by length, then by age: a later tree supersedes. -1: does not match.
-SSD_HD int64_t entry_rank(const LookupArgs& args, int64_t entry, int64_t row) {
-  const int64_t* key = args.keys + entry * args.key_stride;
-  const int64_t* outcome = args.outcomes + row * args.outcome_stride;
-  if (key[0] < 0) return -1;
-  for (int64_t i = 0; i < args.key_width; ++i)
-    if (key[i] != outcome[i]) return -1;
-  return args.lengths[entry] * args.num_entries + entry;
-}
-
-SSD_HD int64_t found_length(const LookupArgs& args, int64_t rank) {
-  return rank < 0 ? -1 : args.lengths[rank % args.num_entries];
-}
-
-SSD_HD int64_t found_token(const LookupArgs& args, int64_t rank, int64_t column) {
-  if (column >= found_length(args, rank)) return -1;
-  return args.tokens[rank % args.num_entries * args.token_stride + column];
-}
-
 struct SampleArgs {
   int64_t num_rows, vocabulary, count, logit_stride, first_token;
   const void* logits;

@@ -3,17 +3,9 @@
 Knows no models and no caches.
 """
 
-from cuda_ext.reference.attention import Span, attention_by_rows, paged_attention
-from cuda_ext.reference.cache import (
-    copy_branch_,
-    lookup_branches,
-    match_outcomes,
-    new_cache,
-    raise_faults,
-    rollback_,
-    write_kv_,
-)
-from cuda_ext.reference.layers import add_rms_norm, rms_norm, rope_write_, rotate_, silu_mul
+from cuda_ext.reference.attention import paged_attention
+from cuda_ext.reference.cache import copy_branch_, match_outcomes, new_cache, raise_faults, rollback_, write_kv_
+from cuda_ext.reference.layers import add_rms_norm, rms_norm, rope_write_, silu_mul
 from cuda_ext.reference.linear import (
     linear_bf16,
     linear_fp32,
@@ -25,23 +17,14 @@ from cuda_ext.reference.linear import (
     pack_int8,
 )
 from cuda_ext.reference.sampling import sample_shared_noise
-from cuda_ext.reference.weights import DecoderWeights, PackedBf16, PackedFp32, PackedGrouped, PackedInt8
 
 __all__ = [
-    "DecoderWeights",
-    "PackedBf16",
-    "PackedFp32",
-    "PackedGrouped",
-    "PackedInt8",
-    "Span",
     "add_rms_norm",
-    "attention_by_rows",
     "copy_branch_",
     "linear_bf16",
     "linear_fp32",
     "linear_grouped",
     "linear_int8",
-    "lookup_branches",
     "match_outcomes",
     "new_cache",
     "pack_bf16",
@@ -53,7 +36,6 @@ __all__ = [
     "rms_norm",
     "rollback_",
     "rope_write_",
-    "rotate_",
     "sample_shared_noise",
     "silu_mul",
     "write_kv_",

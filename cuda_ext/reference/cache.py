@@ -1,7 +1,7 @@
 """Moves of rows in a KV cache, and the tables of tokens around a verification.
 
 Shape legend: N rows, S slots or sequences, G key-value heads, D features, B sequences of a batch, K draft tokens
-(L = K + 1), T entries, C columns of a table.
+(L = K + 1), C columns of a table.
 """
 
 from __future__ import annotations
@@ -74,34 +74,6 @@ def match_outcomes(target_tokens_BL: Tensor, draft_tokens_BK: Tensor, lengths_B:
     equal_BK = (target_tokens_BL[:, :-1] == draft_tokens_BK) & (columns_K < lengths_B[:, None])
     num_accepted_B = equal_BK.to(torch.int64).cumprod(1).sum(1)
     return num_accepted_B, target_tokens_BL.gather(1, num_accepted_B[:, None]).squeeze(1)
-
-
-def lookup_branches(
-    keys_TC: Tensor, tokens_TK: Tensor, lengths_T: Tensor, outcomes_BC: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The speculation cache as a table: the branch of each outcome, the longest of several, of equals the last. That is
-    what the cache keeps of one draft, whose branches for an outcome continue each other.
-
-    Args:
-        keys_TC: int64, for example (sequence, turn, num_accepted, bonus_token); first column -1: the row is empty.
-        tokens_TK: int64, the branches, padded.
-        lengths_T: int64; how many tokens of a branch count.
-        outcomes_BC: int64, what to look up.
-
-    Returns: tokens BK, padded with -1, and lengths B, -1 at a miss.
-    """
-    num_entries = keys_TC.shape[0]
-    entries_T = torch.arange(num_entries, device=keys_TC.device)
-    match_BT = (outcomes_BC[:, None] == keys_TC).all(-1) & (keys_TC[:, 0] >= 0)
-    ranks_BT = torch.where(match_BT, lengths_T * num_entries + entries_T, -1)
-    if num_entries == 0:
-        return tokens_TK.new_full((outcomes_BC.shape[0], tokens_TK.shape[1]), -1), ranks_BT.new_full(
-            (outcomes_BC.shape[0],), -1
-        )
-    best_B, entry_B = ranks_BT.max(1)
-    found_lengths_B = torch.where(best_B >= 0, lengths_T[entry_B], -1)
-    columns_K = torch.arange(tokens_TK.shape[1], device=keys_TC.device)
-    return torch.where(columns_K < found_lengths_B[:, None], tokens_TK[entry_B], -1), found_lengths_B
 
 
 def raise_faults(like: Tensor) -> None:

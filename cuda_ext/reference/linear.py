@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cuda_ext.reference.weights import PackedBf16, PackedFp32, PackedGrouped, PackedInt8
+from cuda_ext.reference.weights import PackedFloat, PackedGrouped, PackedInt8
 
 INT8_MAX = 127
 GROUP = 32  # features that share a scale in a grouped layer
@@ -29,7 +29,7 @@ def pack_int8(weight_OI: Tensor) -> PackedInt8:
     return PackedInt8(integers_OI.contiguous(), scales_O, weight_OI.shape[1], weight_OI.shape[0])
 
 
-def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None) -> Tensor:
+def linear_int8(x_NI: Tensor, packed: PackedInt8, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias with rows of x quantized as they come: exact integers, then one scale a row and one a channel."""
     integers_NI, scales_N = quantize_rows(x_NI)
     if x_NI.shape[0] == 0:
@@ -60,7 +60,7 @@ def pack_grouped(weight_OI: Tensor, bits: int) -> PackedGrouped:
     return PackedGrouped(codes_OI, scales_OG, minima_OG, bits, weight_OI.shape[1], weight_OI.shape[0])
 
 
-def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None) -> Tensor:
+def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias with each group of a row quantized to int8 as it comes: exact integers inside a group."""
     num_rows, num_groups, missing = x_NI.shape[0], packed.scales_OG.shape[1], -packed.in_features % GROUP
     x_XC = torch.nn.functional.pad(x_NI, (0, missing)).reshape(num_rows * num_groups, GROUP)
@@ -77,14 +77,14 @@ def linear_grouped(x_NI: Tensor, packed: PackedGrouped, bias_O: Tensor | None) -
     return out_NO.to(x_NI.dtype)
 
 
-def pack_bf16(weight_OI: Tensor) -> PackedBf16:
+def pack_bf16(weight_OI: Tensor) -> PackedFloat:
     """Round a weight matrix to bfloat16 and lay it out for oneDNN (as it is on other devices than the CPU)."""
     weight_OI = weight_OI.to(torch.bfloat16).contiguous()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI) if _onednn(weight_OI) else weight_OI
-    return PackedBf16(packed, weight_OI.shape[1], weight_OI.shape[0])
+    return PackedFloat(packed, weight_OI.shape[1], weight_OI.shape[0])
 
 
-def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tensor:
+def linear_bf16(x_NI: Tensor, packed: PackedFloat, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias in bfloat16, accumulated in float32; the result has x's dtype."""
     if x_NI.shape[0] == 0:
         return x_NI.new_empty(0, packed.out_features)
@@ -95,12 +95,12 @@ def linear_bf16(x_NI: Tensor, packed: PackedBf16, bias_O: Tensor | None) -> Tens
     return torch.nn.functional.linear(x16_NI, packed.data, bias_O).to(x_NI.dtype)
 
 
-def pack_fp32(weight_OI: Tensor) -> PackedFp32:
+def pack_fp32(weight_OI: Tensor) -> PackedFloat:
     """Keep a weight matrix in float32."""
-    return PackedFp32(weight_OI.float().contiguous(), weight_OI.shape[1], weight_OI.shape[0])
+    return PackedFloat(weight_OI.float().contiguous(), weight_OI.shape[1], weight_OI.shape[0])
 
 
-def linear_fp32(x_NI: Tensor, packed: PackedFp32, bias_O: Tensor | None) -> Tensor:
+def linear_fp32(x_NI: Tensor, packed: PackedFloat, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias in float32; the result has x's dtype."""
     bias_O = None if bias_O is None else bias_O.float()
     return torch.nn.functional.linear(x_NI.float(), packed.data, bias_O).to(x_NI.dtype)

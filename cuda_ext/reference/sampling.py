@@ -35,6 +35,8 @@ def sample_shared_noise(
     """
     chosen_RF = torch.full((logits_RV.shape[0], count), -1, dtype=torch.int64, device=logits_RV.device)
     scores_RF = torch.full_like(chosen_RF, -torch.inf, dtype=torch.float64)
+    if logits_RV.is_meta:  # no numbers to choose by: for tracing, which asks for shapes and dtypes
+        return chosen_RF, scores_RF
     tokens_V = torch.arange(first_token, first_token + logits_RV.shape[1], device=logits_RV.device)
     key_R = _splitmix64(_splitmix64(seed_R) ^ position_R)
     for row, logits_V in enumerate(logits_RV):

@@ -43,17 +43,8 @@ class PackedGrouped:
 
 
 @dataclass(frozen=True)
-class PackedBf16:
-    """A bfloat16 linear layer as one backend wants it; never mixed between backends."""
-
-    data: Tensor
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class PackedFp32:
-    """A float32 linear layer as one backend wants it; never mixed between backends."""
+class PackedFloat:
+    """A bfloat16 or float32 linear layer as one backend wants it; never mixed between backends."""
 
     data: Tensor
     in_features: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands.options import MOST_NODES, config_options
+from launcher.nodes import seats_of
 from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def doctor(
     from launcher import doctor as physician  # with the libraries of model files: after what can be told without
     from launcher import screen
 
-    findings = list(physician.examine(config, physician.seats_of(config, nnodes, nproc_per_node, role)))
+    findings = list(physician.examine(config, seats_of(config, nnodes, nproc_per_node, role)))
     screen.console().print(screen.findings_table(findings))
     failed = [finding.subject for finding in findings if not finding.ok]
     click.echo(f"FAIL: {', '.join(failed)}" if failed else "OK: this configuration can run here")

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands.options import check_replaceable
+from launcher.nodes import ONE_NODE, Nodes
 from ssd_runtime.config import Config, Mode
 from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:
-    from launcher.nodes import Nodes
     from launcher.session import Session
     from ssd_runtime.comm.control.client_messages import Generate
     from ssd_runtime.host.topology import Group
@@ -28,7 +28,7 @@ def open_session(
     connect: str | None,
     trace: Path | None,
     request: Generate | None,
-    nodes: Nodes | None = None,
+    nodes: Nodes = ONE_NODE,
     group: Group | None = None,
 ) -> AbstractContextManager[Session]:
     """The engine at `connect`, or one of our own after everything that can be checked beforehand has been.
@@ -37,7 +37,7 @@ def open_session(
         connect: address of an engine that runs already; None starts one.
         trace: file for the trace of our own engine.
         request: what is going to be asked of our own engine, to be checked before it starts; None if not known yet.
-        nodes, group: this node's place among others, and the only role to start; None for one node and both roles.
+        nodes, group: this node's place among others, and the only role to start; without them, one node and both roles.
 
     Raises:
         ConfigError, RequestError: the engine or the request cannot be as asked for.
@@ -58,8 +58,7 @@ def open_session(
     from launcher import screen, session  # after the checks, which are to answer at once
     from launcher.torchrun import Launch
 
-    launch = Launch(config, trace=trace, group=group)
-    return session.started(launch if nodes is None else replace(launch, nodes=nodes), screen.loading)
+    return session.started(Launch(config, trace=trace, nodes=nodes, group=group), screen.loading)
 
 
 def request_for(

@@ -70,7 +70,7 @@ def render(
         time=time,
         sbatch=sbatch,
         python=python,
-        written_by=shlex.join(["ssd", "slurm", "render", *_arguments()]),
+        written_by=shlex.join(["ssd", *click.get_current_context().obj]),
     )
     texts = scripts.render(plan)
     try:
@@ -86,19 +86,3 @@ def render(
         click.echo(f"note: {waste}")
     submit = f"{out / plan.files[-1]}"
     click.echo(f"submit: {'bash' if two_jobs else 'sbatch'} {shlex.quote(submit)}")
-
-
-def _arguments() -> list[str]:
-    """This command's own arguments, as they were given."""
-    context = click.get_current_context()
-    given = []
-    for parameter in context.command.params:
-        if context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[str(parameter.name)]
-        if isinstance(value, bool):
-            given.append(parameter.opts[0] if value else parameter.secondary_opts[0])
-        else:
-            for one in value if isinstance(value, tuple) else (value,):
-                given.append(f"{parameter.opts[0]}={one}")
-    return given

@@ -11,6 +11,7 @@ import click
 
 from launcher.commands import engine
 from launcher.commands.options import MOST_NODES, MOST_RANKS, check_replaceable, config_options, trace_option
+from launcher.nodes import Nodes
 from ssd_runtime.config import ConfigFile, load_config
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def up(
     it once with --role target and once, or for several drafts as often as deployment.drafts says, with --role draft
     --target HOST:PORT; a draft may come, go and come back.
     """
-    from launcher.nodes import Nodes
     from launcher.torchrun import Launch
     from ssd_runtime.host.topology import group_of
 

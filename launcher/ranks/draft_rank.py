@@ -31,7 +31,7 @@ class DraftRank(Rank):
         if group is not None and group.target is not None:
             address, number = group.target, 0
         else:
-            address = rendezvous.await_key(rendezvous.store(config), rendezvous.CONTROL_KEY, first)
+            address = rendezvous.await_control_address(rendezvous.store(config), first)
         tokenizer = Tokenizer.from_model(resolve(config.draft.model))
         decoder = self._models.load("draft")
         engine = self._models.engine_of(self._models.blocks_that_fit())

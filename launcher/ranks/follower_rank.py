@@ -6,7 +6,6 @@ import logging
 
 from launcher.ranks import rendezvous
 from launcher.ranks.rank import Rank, forget_loading
-from launcher.ranks.target_group import joined
 from ssd_runtime.leader.replay import Follower
 
 log = logging.getLogger("ssd.follower")
@@ -17,7 +16,7 @@ class FollowerRank(Rank):
 
     def serve(self) -> None:
         config = self._config
-        with joined(config, self._place, rendezvous.store(config)) as group:
+        with rendezvous.target_joined(config, self._place, rendezvous.store(config)) as group:
             part = self._models.load("target", group.tensors)
             self._models.engine_of(group.all_loaded(self._models.blocks_that_fit()))
             forget_loading()

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.addresses import interfaces
-from ssd_runtime.comm.hosts import is_loopback, own_address
+from ssd_runtime.comm.hosts import interfaces, is_loopback, own_address
 from ssd_runtime.host.hardware import INFINIBAND, rdma_adapters
+
+ANY_PORT = 9  # the way to a host is the same for all of them
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def settings(environ: Mapping[str, str], infiniband: Path = INFINIBAND) -> list[
             "sends of a link are to follow each other: each direction has a communicator of its own",
         ),
     ]
-    if interface := _interface_to(environ.get("MASTER_ADDR", ""), environ.get("MASTER_PORT", "")):
+    if interface := _interface_to(environ.get("MASTER_ADDR", "")):
         wanted.append(Setting("NCCL_SOCKET_IFNAME", f"={interface}", "the interface that leads to the other nodes"))
     if not rdma_adapters(infiniband):
         wanted.append(Setting("NCCL_IB_DISABLE", "1", "this host has no InfiniBand or RoCE adapter"))
@@ -71,15 +72,14 @@ def apply() -> list[Setting]:
     return found
 
 
-def _interface_to(host: str, port: str) -> str | None:
+def _interface_to(host: str) -> str | None:
     """The interface of the route to another node; None if there is none, or it is this machine."""
-    if not host or not port.isdigit() or is_loopback(host):
+    if not host or is_loopback(host):
         return None
     try:
-        address = own_address(host, int(port))
+        return interface_of(own_address(host, ANY_PORT))
     except OSError:
         return None
-    return interface_of(address)
 
 
 def interface_of(address: str) -> str | None:

@@ -7,7 +7,6 @@ import logging
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,33 +29,23 @@ class Stopped(Exception):  # not an error: a signal came before the loop was the
     """A signal asked this rank to leave."""
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a rank is started with.
+class Rank:
+    """One rank; the roles fill in `serve`.
 
-    Attributes:
+    Args:
         config: of the run.
         place: role, device and cores of this rank.
         announcer: to the launcher.
         trace: where the run's trace goes; None for no trace.
     """
 
-    config: Config
-    place: topology.Placement
-    announcer: Announcer
-    trace: Path | None
-
-
-class Rank:
-    """One rank; the roles fill in `serve`."""
-
-    def __init__(self, surroundings: Surroundings) -> None:
-        self._config = surroundings.config
-        self._place = place = surroundings.place
-        self._announcer = surroundings.announcer
-        self._models = Models(self._config, place, self._announcer)
-        self._trace = surroundings.trace
-        self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=self._trace is not None, sort_index=place.rank)
+    def __init__(self, config: Config, place: topology.Placement, announcer: Announcer, trace: Path | None) -> None:
+        self._config = config
+        self._place = place
+        self._announcer = announcer
+        self._trace = trace
+        self._models = Models(config, place, announcer)
+        self._tracer = Tracer(f"{place.role} rank {place.rank}", enabled=trace is not None, sort_index=place.rank)
         self._on_stop: Callable[[str], None] | None = None
         self._stopped = False
         self._claims = Claims()

@@ -15,7 +15,6 @@ from launcher.ranks import nccl
 from launcher.ranks.announcer import Announcer
 from launcher.ranks.draft_rank import DraftRank
 from launcher.ranks.follower_rank import FollowerRank
-from launcher.ranks.rank import Surroundings
 from launcher.ranks.target_rank import TargetRank
 from ssd_runtime import environment, logs
 from ssd_runtime.comm.control.launcher_messages import WorkerFailed
@@ -64,7 +63,7 @@ def run(
                 log.warning("%s", crowd)
         leads = place.rank == 0
         kind = DraftRank if role == "draft" else TargetRank if leads else FollowerRank
-        kind(Surroundings(config, place, announcer, trace)).run()
+        kind(config, place, announcer, trace).run()
     except SsdError as error:
         code = 2 if isinstance(error, ConfigError) else 1
         log.error("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))

@@ -12,8 +12,7 @@ from typing import Any
 import click
 
 from launcher.ranks import rendezvous
-from launcher.ranks.rank import Rank, Surroundings, forget_loading, link_timing
-from launcher.ranks.target_group import joined
+from launcher.ranks.rank import Rank, forget_loading, link_timing
 from ssd_runtime.comm.control.codec import ASKED
 from ssd_runtime.comm.control.launcher_messages import Ready
 from ssd_runtime.comm.control.sockets import ControlServer
@@ -61,8 +60,8 @@ class _Loaded:
 class TargetRank(Rank):
     """Rank 0: the leader."""
 
-    def __init__(self, surroundings: Surroundings) -> None:
-        super().__init__(surroundings)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self._stop = Stop()
 
     def serve(self) -> None:
@@ -103,7 +102,7 @@ class TargetRank(Rank):
                 self._on_stop = self._set_stop
                 forget_loading()
                 self._announcer.say(Ready(server.address, cores, key))
-                if self._announcer.address is None:  # started by hand: nobody else says it
+                if self._announcer.socket is None:  # started by hand: nobody else says it
                     click.echo(f"address: {server.address}")
                 log.info("ready at %s", server.address)
                 leader.run()
@@ -123,7 +122,7 @@ class TargetRank(Rank):
             target, draft = models.load("target"), self._own_draft(tokenizer)
             yield _Loaded(target, draft, models.engine_of(models.blocks_that_fit()))
             return
-        with joined(config, self._place, store) as group:
+        with rendezvous.target_joined(config, self._place, store) as group:
             part, draft = models.load("target", group.tensors), self._own_draft(tokenizer)
             engine = models.engine_of(group.all_loaded(models.blocks_that_fit()))
             heartbeat = config.timeouts.idle_heartbeat

@@ -1,16 +1,22 @@
-"""Addresses of hosts, IPv4 and IPv6: how they are written, what they mean to the kernel and the resolver, listening at
-one. Sends nothing, imports no torch.
+"""Addresses of hosts, IPv4 and IPv6: how they are written, what they mean to the kernel and the resolver, which this
+host has, listening at one. Sends nothing, imports no torch.
 
 Where a name has addresses of both kinds, its IPv4 one is meant, by whoever listens and by whoever comes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import ipaddress
 import socket
+import struct
+from collections.abc import Iterator
 from typing import Any
 
 WILDCARDS = ("0.0.0.0", "::", "*")  # all addresses of a host, and so none to tell others
+SIOCGIFADDR = 0x8915  # netdevice(7)
+ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # no host has these (RFC 5737, 3849): the way there is the default route
 
 
 def split(address: str) -> tuple[str, int]:
@@ -88,6 +94,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(resolve(host, 0)[1][0]).is_loopback
     except (OSError, ValueError):
         return False
+
+
+def interfaces() -> Iterator[tuple[str, str]]:
+    """Name and IPv4 address of each interface that has one, in the kernel's order."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an IPv4 address
+                continue
+            yield name, socket.inet_ntoa(answer[20:24])
+
+
+def address_of_host() -> str:
+    """Where others most likely reach this host: the address of the default route, or without one the first that is not
+    loopback, or loopback if there is no other."""
+    for host in ELSEWHERE:
+        with contextlib.suppress(OSError):
+            return own_address(host, 9)
+    return next((address for _, address in interfaces() if not is_loopback(address)), "127.0.0.1")
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

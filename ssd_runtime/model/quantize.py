@@ -20,7 +20,7 @@ class PackedLinear:
     """A linear layer on the CPU: weights packed for `cuda_ext.ops`, of the kind in which they are stored."""
 
     kind: Dtype
-    packed: Any  # ops.PackedFp32, PackedBf16, PackedInt8 or PackedGrouped
+    packed: Any  # PackedFloat, PackedInt8 or PackedGrouped of cuda_ext/reference/weights.py
     bias_O: Tensor | None
 
     def __call__(self, x_NI: Tensor) -> Tensor:

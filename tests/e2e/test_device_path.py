@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ext import ops, reference
+from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, Numerics, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
@@ -26,6 +26,7 @@ from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.sampling.vocab_parallel import decide, report
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, random_steps, request
+from tests.operators import use_operators
 from tests.pretend_device import DEVICE, Impossible, PretendDevice, Tally
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
 
@@ -48,10 +49,10 @@ def weights() -> tuple[RandomWeights, RandomWeights]:
 def use(monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
     """From here on the operators are those of this build."""
     if build == "without kernels":
-        monkeypatch.setattr(ops, "_kernels", lambda: reference)
+        use_operators(monkeypatch)
         return
     compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
-    monkeypatch.setattr(ops, "_kernels", lambda: compiled)
+    use_operators(monkeypatch, compiled)
     monkeypatch.setattr(ops, "compiled_for", lambda device: True)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ext import ops, reference
+from cuda_ext import ops
 from ssd_runtime.config import Dtype, EngineConfig, Numerics, SpeculationConfig
 from ssd_runtime.engine import engine
 from ssd_runtime.engine.numerics import WINDOW, needs_windows, spare_slots
@@ -22,6 +22,7 @@ from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import in_process, random_steps, request
+from tests.operators import use_operators
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
 
 VOCAB = 512
@@ -32,7 +33,7 @@ MODES = ("sd", "sd-colocated", "ssd")
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As with SSD_CUDA_EXT=0 and =1."""
     if request.param == "plain":
-        monkeypatch.setattr(ops, "_kernels", lambda: reference)
+        use_operators(monkeypatch)
     elif ops.backend() != "compiled":
         pytest.skip("cuda_ext._C is not built")
     return request.param
@@ -40,7 +41,7 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+    use_operators(monkeypatch)
 
 
 def close_calls(dtype: Dtype) -> tuple[Decoder, Decoder]:
@@ -125,8 +126,8 @@ def test_rounding_by_shape_shows_without_it_and_not_with_it(
     plain: None, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, name: str
 ) -> None:
     models = close_calls(dtype)
-    operator = nudged(getattr(reference, name), width=name == "paged_attention")
-    monkeypatch.setattr(reference, name, operator)  # plain torch as the worst library would be
+    operator = nudged(getattr(ops, name), width=name == "paged_attention")
+    monkeypatch.setattr(ops, name, operator)  # plain torch as the worst library would be
     assert outputs(models, "fast", requests(("ssd",))) != alone(models, "fast")
     assert outputs(models, "fast", requests(("ar",))) != alone(models, "fast")
     expected = alone(models, "invariant")
@@ -150,7 +151,7 @@ def test_where_rounding_goes_by_shape_only_whole_chunks_of_a_prompt_are_shared(
     plain: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = close_calls("bf16")
-    monkeypatch.setattr(reference, "linear_bf16", nudged(reference.linear_bf16, width=False))
+    monkeypatch.setattr(ops, "linear_bf16", nudged(ops.linear_bf16, width=False))
     expected = [outputs(models, "invariant", [one], 16)[0] for one in of_one_prompt("ar")]
     assert outputs(models, "invariant", of_one_prompt("ssd"), 16) == expected
     monkeypatch.setattr(engine, "share_unit", lambda decoder, config: config.block_size)

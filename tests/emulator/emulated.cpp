@@ -20,7 +20,6 @@ STABLE_TORCH_LIBRARY(ssd_emulated, m) {
       "rollback_(Tensor(a!) tables, Tensor(b!) lengths, Tensor sequences, Tensor kept, int block_size,"
       " Tensor(c!)? poison_kv=None) -> ()");
   m.def("match_outcomes(Tensor target_tokens, Tensor draft_tokens, Tensor lengths) -> (Tensor, Tensor)");
-  m.def("lookup_branches(Tensor keys, Tensor tokens, Tensor lengths, Tensor outcomes) -> (Tensor, Tensor)");
   m.def(
       "sample_shared_noise(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed,"
       " Tensor position, int count=1, int first_token=0) -> (Tensor, Tensor)");

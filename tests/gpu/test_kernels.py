@@ -46,12 +46,6 @@ def test_match_outcomes(kernels, case):
 
 
 @CASES
-@given(cuda_cases.lookups())
-def test_lookup_branches(kernels, case):
-    cuda_cases.check_lookup(kernels, case)
-
-
-@CASES
 @given(cuda_cases.samples())
 def test_sample_shared_noise(kernels, case):
     cuda_cases.check_sample(kernels, case)
@@ -72,7 +66,7 @@ def test_tensors_on_two_devices_are_refused(kernels):
 
 
 def test_one_graph_holds_a_round_and_replays_it_on_new_values(kernels):
-    """All six operators, captured once; then with other values in the same memory."""
+    """All five operators, captured once; then with other values in the same memory."""
     turn = cuda_cases.Round(kernels)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.addresses import address_of_host
 from ssd_runtime.comm.control.client_messages import Generate
+from ssd_runtime.comm.hosts import address_of_host
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import SsdError
 from tests.process.conftest import Start

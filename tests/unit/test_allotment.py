@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from launcher import layout
+from launcher.nodes import seat_ranks, spread
 from ssd_runtime.config import Config, DeploymentConfig, ModelConfig
 from ssd_runtime.host.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
 from ssd_runtime.host.cores import Role, crowding
@@ -43,7 +43,7 @@ def hosts() -> Iterator[tuple[Config, list[Role]]]:
         targets, nodes = config.target.tensor_parallel, set()
         for drafts in range(config.deployment.drafts + 1):
             for count in range(1, targets + drafts + 1):
-                seats = layout.seats(targets, layout.spread(targets, drafts, count))
+                seats = seat_ranks(targets, spread(targets, drafts, count))
                 nodes |= {tuple(seat.role for seat in seats if seat.node == node) for node in range(count)}
         yield from ((config, list(roles)) for roles in sorted(nodes))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cuda_ext.reference import Span, attention_by_rows, paged_attention
+from cuda_ext.reference.attention import Span, attention_by_rows, paged_attention
 from tests.live_bytes import peak_bytes
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launcher import doctor, preflight
-from launcher.doctor import seats_of
+from launcher.nodes import seats_of
 from launcher.placement import plan
 from launcher.slurm import Plan, render
 from ssd_runtime.config import Config, load_config

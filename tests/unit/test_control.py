@@ -17,7 +17,6 @@ import psutil
 import pytest
 import zmq
 
-from launcher.addresses import address_of_host
 from ssd_runtime.comm.control import sockets as control
 from ssd_runtime.comm.control.client_messages import Cancel, Failed, Generate
 from ssd_runtime.comm.control.codec import ASKED, encode
@@ -25,6 +24,7 @@ from ssd_runtime.comm.control.connections import Connection
 from ssd_runtime.comm.control.draft_messages import Welcome
 from ssd_runtime.comm.control.messages import Heartbeat, Message, Refused, Shutdown
 from ssd_runtime.comm.control.sockets import ControlPeer, ControlServer
+from ssd_runtime.comm.hosts import address_of_host
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.speculation.types import SamplingParams
 from tests.process.runs import eventually

@@ -67,13 +67,6 @@ def test_match_outcomes(kernels, case, threads, seed):
 
 
 @CASES
-@given(cuda_cases.lookups(), THREADS, SEEDS)
-def test_lookup_branches(kernels, case, threads, seed):
-    kernels.ops.configure(threads, seed)
-    cuda_cases.check_lookup(kernels, case)
-
-
-@CASES
 @given(cuda_cases.samples(), THREADS, SEEDS)
 def test_sample_shared_noise(kernels, case, threads, seed):
     kernels.ops.configure(threads, seed)

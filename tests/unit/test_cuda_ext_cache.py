@@ -1,4 +1,4 @@
-"""Rollback and lookup on the device side: compiled against plain torch and against the runtime's own bookkeeping."""
+"""Rollback on the device side, against plain torch and the runtime's bookkeeping; what tracing is told of operators."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from cuda_ext import reference
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
-from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.types import Branch, Outcome, TreeFrame
 
 compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
 BACKENDS = [reference, compiled]
@@ -92,54 +90,6 @@ def test_rollback_refuses_wrong_values_and_changes_nothing():
     assert lengths.equal(before[1])
 
 
-BRANCHES = st.tuples(
-    st.integers(-1, 1),  # sequence; -1: an empty row of the table
-    st.integers(0, 2),  # accepted
-    st.integers(0, 2),  # bonus token
-    st.integers(0, 3),  # tokens
-)
-
-
-def text_for(sequence: int, accepted: int, bonus: int) -> list[int]:
-    """What one draft says after an outcome: its branches for it are longer and shorter beginnings of this."""
-    return [sequence, accepted, bonus]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100, deadline=None)
-@given(
-    branches=st.lists(BRANCHES, max_size=12),
-    outcomes=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 2)), max_size=5),
-)
-def test_lookup_finds_what_the_speculation_cache_finds(backend, branches, outcomes):
-    branches = [(*key, text_for(*key)[:length]) for *key, length in branches]
-    cache = SpeculationCache()
-    for sequence in (0, 1):
-        cache.admit(sequence)
-        cache.advance(sequence, 0)
-    for sequence, accepted, bonus, tokens in branches:
-        cache.store(TreeFrame(0, (Branch(sequence, 0, Outcome(accepted, bonus), tuple(tokens)),)))
-    keys = ints(*[branch[:3] for branch in branches]).view(-1, 3)
-    padded = ints(*[branch[3] + [7] * (3 - len(branch[3])) for branch in branches]).view(-1, 3)
-    lengths = ints(*[len(branch[3]) for branch in branches])
-    found, found_lengths = backend.lookup_branches(keys, padded, lengths, ints(*outcomes).view(-1, 3))
-    for row, (sequence, accepted, bonus) in enumerate(outcomes):
-        expected = cache.lookup(sequence, 0, Outcome(accepted, bonus))
-        length = int(found_lengths[row])
-        assert (None if length < 0 else tuple(found[row, :length].tolist())) == expected
-        assert (found[row, max(length, 0) :] == -1).all()
-
-
-def test_lookup_refuses_wrong_inputs():
-    keys, tokens = ints([0, 1], [-1, 0]), ints([1, 2], [3, 4])
-    with pytest.raises(RuntimeError, match=r"length 3 is outside \[0, 3\)"):
-        compiled.lookup_branches(keys, tokens, ints(3, 0), ints([0, 1]))
-    with pytest.raises(RuntimeError, match="number of columns of outcomes must be 2, not 1"):
-        compiled.lookup_branches(keys, tokens, ints(1, 0), ints([0]))
-    with pytest.raises(RuntimeError, match="outcomes must be int64"):
-        compiled.lookup_branches(keys, tokens, ints(1, 0), torch.zeros(1, 2))
-
-
 def arguments(name: str) -> tuple:
     ones, ids = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     kv = random_kv(6)
@@ -148,12 +98,11 @@ def arguments(name: str) -> tuple:
         "write_kv_": (kv[0], kv[1, 0, :2].clone(), kv[1, 1, :2].clone(), ints(3, 5)),
         "rollback_": (ints([0, 1, 2], [3, 4, 5]), ints(2, 3), ints(1), ints(1), 2, kv),
         "match_outcomes": (ints([1, 2, 3]), ints([1, 5]), ints(2)),
-        "lookup_branches": (ints([0, 1], [-1, 0]), ints([1, 2, 3], [3, 4, 5]), ints(2, 0), ints([0, 1])),
         "sample_shared_noise": (torch.randn(2, 40), ones, ids, ones, ones * 0, ids, ids, 3),
     }[name]
 
 
-OPERATORS = ["copy_branch_", "write_kv_", "rollback_", "match_outcomes", "lookup_branches", "sample_shared_noise"]
+OPERATORS = ["copy_branch_", "write_kv_", "rollback_", "match_outcomes", "sample_shared_noise"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import reference
+from cuda_ext.reference.attention import attention_by_rows
 
 compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
 
@@ -96,7 +97,7 @@ def attention_case(rows: int, head_dim: int, dtype: torch.dtype, kv_dtype: torch
 def test_attention_agrees_and_a_row_does_not_depend_on_the_others(rows, head_dim, dtype, kv_dtype, seed):
     q, kv, sequence, tables, prefix, chain, scale = attention_case(rows, head_dim, dtype, kv_dtype, seed)
     together = kernel(q, kv, sequence, tables, prefix, chain, scale)
-    assert_near(together, reference.attention_by_rows(q, kv, sequence, tables, prefix, chain, scale, reach=70))
+    assert_near(together, attention_by_rows(q, kv, sequence, tables, prefix, chain, scale, reach=70))
     for row in range(rows):
         one = slice(row, row + 1)
         alone = kernel(q[one], kv, sequence[one], tables, prefix[one], chain[one], scale)

@@ -40,6 +40,12 @@ def test_a_library_that_is_not_built_leaves_plain_torch():
     assert run_python(code) == "plain"
 
 
+def test_the_extension_has_every_operator_and_it_is_picked_once():
+    compiled = pytest.importorskip("cuda_ext.compiled", reason="cuda_ext._C is not built", exc_type=ImportError)
+    for name in reference.__all__:
+        assert getattr(ops, name) is vars(ops)[name] is getattr(compiled, name)
+
+
 LEVEL_DIGEST = """
 import hashlib, torch
 from cuda_ext import compiled

@@ -10,13 +10,15 @@ import pytest
 from cuda_ext import ops, reference
 from launcher import doctor
 from launcher.cli import main
+from launcher.findings import Finding
+from launcher.nodes import seats_of
 from ssd_runtime.config import Config, load_config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
 from tests.tiny_models import write_hf
 
 
-def operators() -> doctor.Finding:
+def operators() -> Finding:
     return next(found for found in doctor.examine(Config()) if found.subject == "operators")
 
 
@@ -27,7 +29,7 @@ def operators() -> doctor.Finding:
 def test_it_names_the_cpu_level_and_whether_there_are_cuda_kernels(monkeypatch, has_cuda_kernels, says):
     kernels = SimpleNamespace(HAS_CUDA_KERNELS=has_cuda_kernels, cpu_level=lambda: "avx2")
     monkeypatch.setattr(ops, "_kernels", lambda: kernels)
-    assert operators() == doctor.Finding("operators", True, f"compiled extension: CPU kernels avx2, {says}")
+    assert operators() == Finding("operators", True, f"compiled extension: CPU kernels avx2, {says}")
 
 
 def test_it_tells_plain_torch_that_was_asked_for_from_an_extension_that_is_missing(monkeypatch):
@@ -71,8 +73,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [f"target.model={path}", f"draft.model={path}", "target.tensor_parallel=2"]
 
 
-def told(config: Config, *where: object) -> dict[str, doctor.Finding]:
-    return {one.subject: one for one in doctor.examine(config, doctor.seats_of(config, *where))}  # type: ignore[arg-type]
+def told(config: Config, *where: object) -> dict[str, Finding]:
+    return {one.subject: one for one in doctor.examine(config, seats_of(config, *where))}  # type: ignore[arg-type]
 
 
 def test_the_ranks_of_several_nodes_are_told_node_by_node(asked: list[str]) -> None:

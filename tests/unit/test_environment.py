@@ -45,12 +45,12 @@ def test_a_mistyped_variable_is_refused_by_every_command_and_by_every_rank(
     monkeypatch.setenv("SSD_CPU_LEVEL", "avx521")
     assert main(["doctor"]) == 2
     assert "ssd: error: SSD_CPU_LEVEL='avx521' means nothing; use one of baseline" in capsys.readouterr().err
-    assert roles.run(None, (), None, None, Announcer(None), None, ()) == 2
+    assert roles.run(None, (), None, None, Announcer(), None, ()) == 2
     assert "SSD_CPU_LEVEL='avx521' means nothing" in capsys.readouterr().err
 
 
 def test_a_rank_that_is_no_number_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("RANK", "first")
-    assert roles.run(None, (), None, None, Announcer(None), None, ()) == 2
+    assert roles.run(None, (), None, None, Announcer(), None, ()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "environment variable RANK='first' is not a number" in line

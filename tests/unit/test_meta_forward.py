@@ -19,6 +19,7 @@ from ssd_runtime.speculation.sampling.processors import process_rows, processors
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
 from tests.meta_models import META, MixedDevices, meta_decoder, meta_part, watched
+from tests.operators import use_operators
 from tests.tiny_models import PagedRun, tiny_architecture, tiny_decoder
 
 BLOCK = 16
@@ -29,7 +30,7 @@ LLAMA_8B |= {"intermediate_size": 14336, "vocab_size": 128256, "max_position": 1
 @pytest.fixture(params=["plain", "compiled"])
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr(ops, "_kernels", lambda: reference)
+        use_operators(monkeypatch)
     elif ops.backend() != "compiled":
         pytest.skip("cuda_ext._C is not built")
     return request.param
@@ -37,7 +38,7 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+    use_operators(monkeypatch)
 
 
 class Pool:
@@ -181,8 +182,8 @@ def test_an_operator_that_reads_a_value_or_mixes_devices_is_noticed(
     plain: None, monkeypatch: pytest.MonkeyPatch, mutant: str
 ) -> None:
     name, addition, shows = mutants()[mutant]
-    operator = getattr(reference, name)
-    monkeypatch.setattr(reference, name, lambda *given: (addition(*given), operator(*given))[1])
+    operator = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda *given: (addition(*given), operator(*given))[1])
     decoder = meta_decoder(tiny_architecture())
     pool = Pool(decoder, 40, 33, 7)
     with pytest.raises(shows, match="meta"):
@@ -190,8 +191,8 @@ def test_an_operator_that_reads_a_value_or_mixes_devices_is_noticed(
 
 
 def test_a_second_copy_is_noticed(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    norm = reference.rms_norm
-    monkeypatch.setattr(reference, "rms_norm", lambda x_ND, *rest: norm(x_ND * torch.tensor([1.0], device=META), *rest))
+    norm = ops.rms_norm
+    monkeypatch.setattr(ops, "rms_norm", lambda x_ND, *rest: norm(x_ND * torch.tensor([1.0], device=META), *rest))
     decoder = meta_decoder(tiny_architecture())
     pool = Pool(decoder, 40)
     assert watched(lambda: decoder.forward(pool.trunks(1).build(), pool.kv))[1] > 1

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from launcher import addresses, layout, preflight
+from launcher import preflight
 from launcher.cli import main
-from launcher.nodes import Nodes
+from launcher.nodes import Nodes, parse_counts, seat_ranks, spread
 from launcher.ranks import rendezvous
+from ssd_runtime.comm import hosts
 from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
@@ -57,10 +58,10 @@ def test_a_bad_rendezvous_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixt
 def test_the_ranks_of_a_target_are_kept_together_and_every_node_has_one(
     targets: int, drafts: int, nodes: int, counts: tuple[int, ...]
 ) -> None:
-    assert layout.spread(targets, drafts, nodes) == counts
+    assert spread(targets, drafts, nodes) == counts
     here = [Nodes(nodes, rank, "a:1").ranks_here(targets, drafts) for rank in range(nodes)]
     assert tuple(here) == counts
-    seats = layout.seats(targets, counts)
+    seats = seat_ranks(targets, counts)
     assert [seat.role for seat in seats] == ["target"] * targets + ["draft"] * drafts
     assert [seat.rank for seat in seats] == list(range(targets + drafts))
     assert [sum(seat.node == node for seat in seats) for node in range(nodes)] == list(counts)
@@ -68,8 +69,8 @@ def test_the_ranks_of_a_target_are_kept_together_and_every_node_has_one(
 
 def test_ranks_on_a_node_may_be_told_and_no_node_is_without() -> None:
     assert Nodes(2, 1, "a:1", nproc_per_node=1).ranks_here(4, 1) == 1
-    assert layout.parse_counts("2, 3", 4, 1, 2) == (2, 3)
-    assert layout.parse_counts("3", 4, 2, 2) == (3, 3)
+    assert parse_counts("2, 3", 4, 1, 2) == (2, 3)
+    assert parse_counts("3", 4, 2, 2) == (3, 3)
     with pytest.raises(ConfigError, match=r"6 nodes are too many for 5 rank\(s\) \(4 target and 1 draft\)"):
         Nodes(6, 0, "a:1").ranks_here(4, 1)
 
@@ -85,7 +86,7 @@ def test_ranks_on_a_node_may_be_told_and_no_node_is_without() -> None:
 )
 def test_counts_of_ranks_that_cannot_be_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        layout.parse_counts(text, 4, 1, 2)
+        parse_counts(text, 4, 1, 2)
 
 
 def test_all_nodes_give_torchrun_the_same_meeting_place_and_each_its_rank() -> None:
@@ -117,18 +118,31 @@ def test_a_leader_that_ranks_of_other_nodes_cannot_reach_says_so(monkeypatch: py
     assert rendezvous.own_host(load_config(None)) == "127.0.0.1"
 
 
+@pytest.mark.parametrize(("host", "port"), [("::1", "295oo"), ("10.0.0.1", "99999"), ("10.0.0.1", ""), ("", "1")])
+def test_an_address_of_torchruns_store_that_is_none_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, host: str, port: str
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    monkeypatch.setenv("MASTER_PORT", port)
+    told = (
+        f"MASTER_ADDR={host!r} and MASTER_PORT={port!r} are no address of torchrun's store; they are torchrun's to set"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}$"):
+        rendezvous.store(load_config(None))
+
+
 def test_guests_are_told_an_address_of_a_leader_that_listens_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     everywhere = load_config(None, ["serve.host=0.0.0.0"])
-    own = {address for _, address in addresses.interfaces()}
+    own = {address for _, address in hosts.interfaces()}
     assert rendezvous.own_host(everywhere, guests=True) in own
-    monkeypatch.setattr(addresses, "own_address", no_route)  # no default route: an interface's, if there is one
+    monkeypatch.setattr(hosts, "own_address", no_route)  # no default route: an interface's, if there is one
     others = own - {"127.0.0.1"}
     assert rendezvous.own_host(everywhere, guests=True) in (others or own)
-    monkeypatch.setattr(addresses, "interfaces", lambda: iter([("lo", "127.0.0.1"), ("eth1", "10.9.8.7")]))
+    monkeypatch.setattr(hosts, "interfaces", lambda: iter([("lo", "127.0.0.1"), ("eth1", "10.9.8.7")]))
     assert rendezvous.own_host(everywhere, guests=True) == "10.9.8.7"
-    monkeypatch.setattr(addresses, "interfaces", lambda: iter([("lo", "127.0.0.1")]))
+    monkeypatch.setattr(hosts, "interfaces", lambda: iter([("lo", "127.0.0.1")]))
     assert rendezvous.own_host(everywhere, guests=True) == "127.0.0.1"
     monkeypatch.setattr(rendezvous, "own_address", lambda host, port: "10.9.8.6")  # the store is on another node
     assert rendezvous.own_host(everywhere, guests=True) == "10.9.8.6"

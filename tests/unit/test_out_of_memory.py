@@ -16,7 +16,7 @@ import torch
 from launcher.ranks import models
 from launcher.ranks.announcer import Announcer
 from launcher.ranks.models import Models
-from launcher.ranks.target_group import SharedTarget
+from launcher.ranks.rendezvous import SharedTarget
 from ssd_runtime.config import Config, load_config
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import ConfigError
@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> Config:
 
 def models_of(config: Config, role: Role = "target", device: str = "meta") -> Models:
     where = torch.device(device)
-    return Models(config, Placement(role, 0, 1, where, "gloo", (), 1, range(1)), Announcer(None))
+    return Models(config, Placement(role, 0, 1, where, "gloo", (), 1, range(1)), Announcer())
 
 
 def free_for(config: Config, role: Role, blocks: int) -> int:
@@ -188,7 +188,7 @@ def load(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 models.load_decoder = load
-sys.exit(roles.run(None, ("speculation.mode=ar", "target.model=" + sys.argv[1]), None, None, Announcer(None), None))
+sys.exit(roles.run(None, ("speculation.mode=ar", "target.model=" + sys.argv[1]), None, None, Announcer(), None))
 """
 
 

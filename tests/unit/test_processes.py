@@ -50,7 +50,7 @@ OWNER = """
 import os, sys, time
 from pathlib import Path
 from launcher.processes import Kept
-kept = Kept([sys.executable, "-c", sys.argv[2]], os.environ, Path(sys.argv[1]), float(sys.argv[3]))
+kept = Kept.open([sys.executable, "-c", sys.argv[2]], os.environ, Path(sys.argv[1]), float(sys.argv[3]))
 kept.start()
 time.sleep(60)
 """
@@ -69,7 +69,9 @@ def keep(directory: Path) -> Iterator[Keep]:
     made: list[Kept] = []
 
     def start(script: str, grace_s: float = 5.0, *, until: str = "started") -> Kept:
-        made.append(Kept([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}, directory, grace_s))
+        made.append(
+            Kept.open([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(ROOT)}, directory, grace_s)
+        )
         made[-1].start()
         eventually(lambda: until in said(directory), SOON_S, f"the script says {until!r}")
         return made[-1]
@@ -146,7 +148,7 @@ def test_a_command_that_ends_tells_its_exit_code(keep: Keep, code: int) -> None:
 
 
 def test_a_command_that_is_not_there_says_so_in_the_log(directory: Path) -> None:
-    kept = Kept(["/no/such/program"], {}, directory, 1.0)
+    kept = Kept.open(["/no/such/program"], {}, directory, 1.0)
     kept.start()
     assert kept.wait(SOON_S) == 127
     kept.close()
@@ -203,7 +205,7 @@ def test_an_owner_that_is_killed_before_it_says_start_leaves_no_directory(direct
 
 
 def test_a_command_that_was_never_started_is_ended_and_closed_like_another(directory: Path) -> None:
-    kept = Kept([sys.executable, "-c", ""], {}, directory, 1.0)
+    kept = Kept.open([sys.executable, "-c", ""], {}, directory, 1.0)
     (process,) = family(kept.pid)
     assert directory.is_dir()
     kept.end(SOON_S)
@@ -214,7 +216,7 @@ def test_a_command_that_was_never_started_is_ended_and_closed_like_another(direc
 def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path) -> None:
     before = psutil.Process().children()
     with pytest.raises(ConfigError, match=r"cannot make .*: No such file or directory; set TMPDIR"):
-        Kept([sys.executable, "-c", ""], {}, tmp_path / "not" / "there", 1.0)
+        Kept.open([sys.executable, "-c", ""], {}, tmp_path / "not" / "there", 1.0)
     assert psutil.Process().children() == before
 
 

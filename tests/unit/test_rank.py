@@ -8,7 +8,7 @@ import sys
 ASKED_TWICE = """
 import os, signal
 from launcher.ranks.announcer import Announcer
-from launcher.ranks.rank import Rank, Surroundings
+from launcher.ranks.rank import Rank
 from ssd_runtime.host import topology
 from ssd_runtime.config import load_config
 
@@ -22,7 +22,7 @@ class AskedTwice(Rank):
 
 config = load_config(None, ["speculation.mode=ar"])
 place = topology.place(config, {})
-AskedTwice(Surroundings(config, place, Announcer(None), None)).run()
+AskedTwice(config, place, Announcer(), None).run()
 """
 
 

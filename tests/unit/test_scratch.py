@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ext import ops, reference
 from ssd_runtime.config import EngineConfig
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
@@ -28,6 +27,7 @@ from ssd_runtime.speculation.sampling.processors import process_rows, processors
 from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
+from tests.operators import use_operators
 
 META = torch.device("meta")
 MIB = 2**20
@@ -76,7 +76,7 @@ def forward_peak(arch: Architecture, sequences: int, context: int, add: Callable
 @pytest.fixture(autouse=True)
 def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose every tensor is seen."""
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+    use_operators(monkeypatch)
 
 
 @pytest.mark.parametrize(

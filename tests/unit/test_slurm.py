@@ -181,7 +181,7 @@ def test_render_writes_scripts_that_say_how_they_were_made(tmp_path: Path, capsy
     assert main([*arguments, "--sbatch=--partition=gpu", "--time", "1:00:00", "--name", "mine"]) == 0
     assert f"submit: sbatch {tmp_path}/mine.sbatch" in capsys.readouterr().out
     script = (tmp_path / "mine.sbatch").read_text()
-    assert "# Written by: ssd slurm render --set=speculation.lookahead=3 --single-job --name=mine" in script
+    assert "# Written by: ssd slurm render --single-job --set speculation.lookahead=3 --out " in script
     assert (options(script)["partition"], options(script)["time"]) == ("gpu", "1:00:00")
     assert 'exec "$1" -m launcher.agent' in script
     assert f"{sys.executable} -m launcher.worker --set speculation.lookahead=3" in script

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from launcher import torchrun
-from launcher.torchrun import Launch, Ranks, environment_of_ranks, num_ranks
+from launcher.nodes import num_ranks
+from launcher.torchrun import Launch, Ranks, environment_of_ranks, run_directory
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError, SsdError
@@ -41,15 +42,15 @@ class PlayedRanks(Ranks):
     script = ""
 
     def command(self) -> list[str]:
-        return [sys.executable, "-c", PRELUDE + self.script, self._endpoint]
+        return [sys.executable, "-c", PRELUDE + self.script, self._announcements.address]
 
 
 @pytest.fixture
 def play() -> Iterator:
     made = []
 
-    def start(script: str, *overrides: str) -> Ranks:
-        ranks = PlayedRanks(Launch(load_config(None, ["timeouts.load=20", *overrides])))
+    def start(script: str, *overrides: str, trace: Path | None = None) -> Ranks:
+        ranks = PlayedRanks(Launch(load_config(None, ["timeouts.load=20", *overrides]), trace=trace), run_directory())
         ranks.script = script
         made.append(ranks)
         ranks.start()
@@ -158,7 +159,7 @@ def test_a_draft_rank_is_started_where_one_is_used(mode: str, count: int) -> Non
 @pytest.mark.parametrize(("group", "count"), [(None, 5), (Group("target"), 2), (Group("draft", "h:1"), 1)])
 def test_a_world_has_all_drafts_and_a_torchrun_of_their_own_one(group: Group | None, count: int) -> None:
     config = load_config(None, ["deployment.drafts=3", "target.tensor_parallel=2"])
-    assert Launch(config, group=group).num_ranks == count
+    assert sum(Launch(config, group=group).ranks_by_role) == count
 
 
 def test_drafts_that_a_target_took_in_are_heard_of(play) -> None:
@@ -203,18 +204,14 @@ def test_the_ranks_read_what_the_launcher_has_read(play) -> None:
     assert ranks.launch.config.engine.num_blocks == 77
 
 
-def test_two_engines_share_no_name_and_no_port(tmp_path: Path) -> None:
-    launch = Launch(load_config(None), trace=tmp_path / "trace.json")
-    one, other = Ranks(launch), Ranks(launch)
-    try:
-        assert one.directory != other.directory
-        differing = [a for a, b in zip(one.command(), other.command(), strict=True) if a != b]
-        assert len(differing) == 4  # the rendezvous id, the run directory, where to announce, the configuration
-        tail = " ".join(one.command()).partition("--config ")[2]
-        assert tail == f"{one.directory}/config.toml --trace {tmp_path}/trace.json"
-    finally:
-        one.stop(0.1)
-        other.stop(0.1)
+def test_two_engines_share_no_name_and_no_port(play, tmp_path: Path) -> None:
+    one, other = (play("time.sleep(60)", trace=tmp_path / "trace.json") for _ in range(2))
+    assert one.directory != other.directory
+    command = Ranks.command(one)
+    differing = [a for a, b in zip(command, Ranks.command(other), strict=True) if a != b]
+    assert len(differing) == 4  # the rendezvous id, the run directory, where to announce, the configuration
+    tail = " ".join(command).partition("--config ")[2]
+    assert tail == f"{one.directory}/config.toml --trace {tmp_path}/trace.json"
 
 
 # ---- the environment of ranks ----------------------------------------------------------------------------------------
@@ -267,4 +264,4 @@ def test_no_place_for_temporary_files_is_the_users_to_mend(monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/not/there"])
     with pytest.raises(ConfigError, match=r"No usable temporary directory found.*; set TMPDIR"):
-        Ranks(Launch(load_config(None)))
+        run_directory()

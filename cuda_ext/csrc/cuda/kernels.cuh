@@ -122,36 +122,6 @@ SSD_KERNEL SSD_BOUNDS(kMaxThreads) match_outcomes_kernel(MatchArgs args) {
   match_row(args, row, in_range(length, args.lookahead + 1) ? length : 0);
 }
 
-// ---- lookup_branches: grid (rows)
-
-struct LookupShared {
-  int64_t ranks[kMaxThreads];
-};
-
-SSD_KERNEL SSD_BOUNDS(kMaxThreads) lookup_branches_kernel(LookupArgs args) {
-  SSD_SHARED(LookupShared, shared);
-  int64_t best = -1;
-  for (int64_t entry = threadIdx.x; entry < args.num_entries; entry += blockDim.x) {
-    if (args.keys[entry * args.key_stride] >= 0 && !in_range(args.lengths[entry], args.depth + 1)) {
-      report(Fault::kLength);
-      continue;
-    }
-    const int64_t rank = entry_rank(args, entry, blockIdx.x);
-    best = rank > best ? rank : best;
-  }
-  shared.ranks[threadIdx.x] = best;
-  for (uint32_t half = blockDim.x / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half && shared.ranks[threadIdx.x + half] > shared.ranks[threadIdx.x])
-      shared.ranks[threadIdx.x] = shared.ranks[threadIdx.x + half];
-  }
-  __syncthreads();
-  best = shared.ranks[0];
-  if (threadIdx.x == 0) args.found_lengths[blockIdx.x] = found_length(args, best);
-  for (int64_t column = threadIdx.x; column < args.depth; column += blockDim.x)
-    args.found_tokens[blockIdx.x * args.depth + column] = found_token(args, best, column);
-}
-
 // ---- sample_shared_noise: grid (rows)
 
 constexpr int32_t kBins = 256, kGroup = 16;

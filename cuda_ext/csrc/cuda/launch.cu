@@ -102,12 +102,6 @@ const char* launch_match_outcomes(const MatchArgs& args, void* stream) {
   return launch_error();
 }
 
-const char* launch_lookup_branches(const LookupArgs& args, void* stream) {
-  const Grid grid{blocks(args.num_rows), 1};
-  SSD_LAUNCH(lookup_branches_kernel, shape(grid), threads_up_to(kMaxThreads), 0, stream, args);
-  return launch_error();
-}
-
 const char* launch_sample_shared_noise(const SampleArgs& args, int64_t element_bytes, void* stream) {
   const auto kernel =
       element_bytes == 2 ? sample_shared_noise_kernel<Bfloat16Bits> : sample_shared_noise_kernel<float>;

@@ -10,7 +10,6 @@ const char* launch_copy_branch(const CopyArgs& args, const CopyPlan& plan, void*
 const char* launch_write_kv(const WriteArgs& args, void* stream);
 const char* launch_rollback(const RollbackArgs& args, void* stream);
 const char* launch_match_outcomes(const MatchArgs& args, void* stream);
-const char* launch_lookup_branches(const LookupArgs& args, void* stream);
 const char* launch_sample_shared_noise(const SampleArgs& args, int64_t element_bytes, void* stream);
 
 // What the kernels have reported since the last call on the current device, or null. Waits for the stream.

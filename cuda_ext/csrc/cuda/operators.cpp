@@ -87,19 +87,6 @@ std::tuple<Tensor, Tensor> match_outcomes(const Tensor& target_tokens, const Ten
   return {accepted, bonus};
 }
 
-std::tuple<Tensor, Tensor> lookup_branches(const Tensor& keys, const Tensor& tokens, const Tensor& lengths,
-                                           const Tensor& outcomes) {
-  LookupArgs args = lookup_args(keys, tokens, lengths, outcomes);
-  check_blocks(args.num_rows, "lookup_branches");
-  const OnDevice device(keys);
-  Tensor found = empty_beside(keys, {args.num_rows, args.depth}, ScalarType::Long);
-  Tensor found_lengths = empty_beside(keys, {args.num_rows}, ScalarType::Long);
-  args.found_tokens = static_cast<int64_t*>(found.data_ptr());
-  args.found_lengths = static_cast<int64_t*>(found_lengths.data_ptr());
-  if (args.num_rows > 0) check_launch(launch_lookup_branches(args, device.stream), "lookup_branches");
-  return {found, found_lengths};
-}
-
 std::tuple<Tensor, Tensor> sample_shared_noise(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
                                                const Tensor& top_p, const Tensor& min_p, const Tensor& seed,
                                                const Tensor& position, int64_t count, int64_t first_token) {
@@ -140,7 +127,6 @@ STABLE_TORCH_LIBRARY_IMPL(SSD_LIBRARY, SSD_KEY, m) {
   m.impl("write_kv_", TORCH_BOX(&write_kv_));
   m.impl("rollback_", TORCH_BOX(&rollback_));
   m.impl("match_outcomes", TORCH_BOX(&match_outcomes));
-  m.impl("lookup_branches", TORCH_BOX(&lookup_branches));
   m.impl("sample_shared_noise", TORCH_BOX(&sample_shared_noise));
   m.impl("raise_faults", TORCH_BOX(&raise_faults));
 }
