@@ -10,7 +10,8 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated
 
-from ssd_runtime.bounds import AtMost
+from msgspec import Meta
+
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.comm.control.draft_messages import Admit, Finish, Hello, Portion, Welcome
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
@@ -24,7 +25,7 @@ class Refused:
         again: the same Hello may be welcome later.
     """
 
-    reason: Annotated[str, AtMost(2**16)]
+    reason: Annotated[str, Meta(max_length=2**16)]
     again: bool = False
 
 
@@ -41,8 +42,8 @@ class Shutdown:
         key: of the engine (`Ready.key`), which lets whoever started it end it from anywhere.
     """
 
-    reason: Annotated[str, AtMost(2**16)]
-    key: Annotated[str, AtMost(64)] = ""
+    reason: Annotated[str, Meta(max_length=2**16)]
+    key: Annotated[str, Meta(max_length=64)] = ""
 
 
 Message = (
