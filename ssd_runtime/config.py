@@ -203,10 +203,15 @@ class LinkConfig:
     """What frames between target and draft travel by.
 
     Attributes:
-        backend: "gloo" between CPUs, also of ranks on GPUs; "nccl" between GPUs; "auto": topology.link_backend knows.
+        backend: "gloo" between CPUs, also of ranks on GPUs; "nccl" between GPUs; "auto": the better one, as measured.
     """
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+
+    @property
+    def carrier(self) -> Literal["gloo", "nccl"]:
+        """What `backend` comes to: "auto" is Gloo until ops/gpu/third.sh has shown NCCL right and not slower."""
+        return "gloo" if self.backend == "auto" else self.backend
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,8 @@ class Config:
 
     def digest(self) -> str:
         """What both roles must agree on, as 16 hexadecimal digits (models and cores may differ in spelling)."""
-        shared = {name: dataclasses.asdict(getattr(self, name)) for name in ("engine", "speculation", "link")}
+        shared = {name: dataclasses.asdict(getattr(self, name)) for name in ("engine", "speculation")}
+        shared["link"] = {"backend": self.link.carrier}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
