@@ -12,7 +12,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -248,14 +248,14 @@ class ServeConfig:
 class Config:
     """A complete run."""
 
-    target: ModelConfig = field(default_factory=ModelConfig)
-    draft: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="int8"))
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
-    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
-    link: LinkConfig = field(default_factory=LinkConfig)
+    target: ModelConfig = ModelConfig()
+    draft: ModelConfig = ModelConfig(dtype="int8")
+    engine: EngineConfig = EngineConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
+    serve: ServeConfig = ServeConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    link: LinkConfig = LinkConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -316,7 +316,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     """Build and validate a `Config` from nested dicts; raises ConfigError naming the key at fault."""
     draft = tree.get("draft")
     if isinstance(draft, dict):  # its defaults are its own
-        tree = {**tree, "draft": {**dataclasses.asdict(Config().draft), **draft}}
+        tree = {**tree, "draft": {**dataclasses.asdict(Config.draft), **draft}}
     try:
         config = typed(tree, Config)
     except Unfit as unfit:

@@ -17,6 +17,7 @@ from ssd_runtime.errors import SsdError
 from ssd_runtime.speculation.types import Lookahead
 
 Name = Annotated[str, Meta(max_length=64)]
+Reason = Annotated[str, Meta(max_length=2**16)]
 Rank = Annotated[int, Meta(ge=0, le=2**20)]
 CoreNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**16)], ...], Meta(max_length=2**16)]
 CoresByRole = Annotated[dict[Name, CoreNumbers], Meta(max_length=2**10)]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ssd_runtime.comm.protocol import CoresByRole
+from ssd_runtime.comm.protocol import CoresByRole, Name, Reason
 from ssd_runtime.config import Mode
 from ssd_runtime.metrics import MOST_SAMPLES
 from ssd_runtime.speculation.types import (
@@ -35,7 +35,7 @@ DraftState = Literal["none", "linked", "lost", "relinking"]
 class ChatMessage:
     """One turn of a conversation."""
 
-    role: Annotated[str, Meta(max_length=64)]
+    role: Name
     content: PromptText
 
 
@@ -166,7 +166,7 @@ class Failed:
 
     request_id: RequestId
     kind: Literal["request", "engine", "busy"]
-    reason: Annotated[str, Meta(max_length=2**16)]
+    reason: Reason
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from ssd_runtime.comm.protocol import CoreNumbers, CoresByRole, Rank
+from ssd_runtime.comm.protocol import CoreNumbers, CoresByRole, Name, Rank, Reason
 from ssd_runtime.host.cores import Role
 
 
@@ -31,7 +31,7 @@ class Ready:
 
     address: Annotated[str, Meta(max_length=512)]
     cores: CoresByRole
-    key: Annotated[str, Meta(max_length=64)] = ""
+    key: Name = ""
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,4 @@ class WorkerFailed:
     role: Role
     rank: Rank
     kind: Literal["config", "runtime"]
-    reason: Annotated[str, Meta(max_length=2**16)]
+    reason: Reason

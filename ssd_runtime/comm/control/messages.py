@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Annotated
-
-from msgspec import Meta
 
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.comm.control.draft_messages import Admit, Finish, Hello, Portion, Welcome
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
+from ssd_runtime.comm.protocol import Name, Reason
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Refused:
         again: the same Hello may be welcome later.
     """
 
-    reason: Annotated[str, Meta(max_length=2**16)]
+    reason: Reason
     again: bool = False
 
 
@@ -42,8 +40,8 @@ class Shutdown:
         key: of the engine (`Ready.key`), which lets whoever started it end it from anywhere.
     """
 
-    reason: Annotated[str, Meta(max_length=2**16)]
-    key: Annotated[str, Meta(max_length=64)] = ""
+    reason: Reason
+    key: Name = ""
 
 
 Message = (
