@@ -118,13 +118,11 @@ class SpeculationConfig:
         adapt: whether mode `ssd` chooses K and B by measurement, down to no speculation where it does not pay; then
             lookahead and budget are the most of each.
         fan_out: how the budget is spread over the fork positions.
-        fan_out_list: F_0..F_K for fan_out "list".
         budget: B, bonus candidates prepared in one verification (sum of F_k): of one sequence, on average over the
             batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
-        backup: what speculates after a miss; "auto": the draft, an n-gram or nothing, whichever promises more tokens
-            per second by measured times.
+        backup: what speculates after a miss.
         coupling: how draft and target randomness relate. "shared-noise" is exact and drafter-invariant: the tokens are
             the same in every mode. "rejection" is the scheme of the papers: the draft samples tokens of its own, the
             target accepts them with probability min(1, p/q); exact in distribution only.
@@ -137,11 +135,10 @@ class SpeculationConfig:
     mode: Mode = "ssd"
     lookahead: Annotated[int, Meta(ge=0, le=MOST_LOOKAHEAD)] = 6
     adapt: bool = True
-    fan_out: Literal["uniform", "geometric", "confidence", "list"] = "confidence"
-    fan_out_list: Annotated[tuple[Annotated[int, Meta(ge=0, le=1024)], ...], Meta(max_length=MOST_LOOKAHEAD + 1)] = ()
+    fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: Annotated[int, Meta(ge=1, le=1024)] = 8
     recycle: Annotated[int, Meta(ge=0, le=1024)] = 3
-    backup: Literal["draft", "ngram", "none", "auto"] = "draft"
+    backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Coupling = "shared-noise"
     top_m: Annotated[int, Meta(ge=1, le=1024)] = 32
     saguaro_c: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -345,7 +342,6 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _conflicts(config: Config) -> Iterator[str]:
     """What is wrong with values that do not go together, each naming a key and a remedy."""
     yield from _size_conflicts(config.engine, config.speculation)
-    yield from _fan_out_conflicts(config.speculation)
     yield from _coupling_conflicts(config.speculation)
     yield from _device_conflicts(config)
     if config.draft.tensor_parallel != 1:
@@ -364,17 +360,6 @@ def _size_conflicts(engine: EngineConfig, speculation: SpeculationConfig) -> Ite
     if engine.pool_blocks * engine.block_size > MOST_SLOTS:
         keys = "num_blocks' with block_size" if engine.num_blocks else "max_num_seqs' with max_model_len"
         yield f"'engine.{keys} makes a pool of more than {MOST_SLOTS} KV slots: lower one of them"
-
-
-def _fan_out_conflicts(speculation: SpeculationConfig) -> Iterator[str]:
-    counts, key = speculation.fan_out_list, "'speculation.fan_out_list'"
-    if speculation.fan_out != "list":
-        if counts:
-            yield f'{key} is for speculation.fan_out = "list", which is {speculation.fan_out!r}'
-    elif len(counts) != speculation.lookahead + 1:
-        yield f"{key} must have speculation.lookahead + 1 = {speculation.lookahead + 1} numbers, not {list(counts)}"
-    elif sum(counts) > speculation.budget:
-        yield f"{key} sums to {sum(counts)}: raise speculation.budget = {speculation.budget} to that"
 
 
 def _coupling_conflicts(speculation: SpeculationConfig) -> Iterator[str]:
