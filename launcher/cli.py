@@ -26,9 +26,9 @@ from launcher.commands.slurm import slurm
 from launcher.commands.study import study
 from launcher.commands.up import up
 from ssd_runtime import __version__, environment, logs
-from ssd_runtime.bounds import shown
 from ssd_runtime.errors import ConfigError, InputOutputError, SsdError
 from ssd_runtime.host.cores import about_binding, forget_binding
+from ssd_runtime.typed import shown
 
 log = logging.getLogger(__name__)
 

@@ -1,26 +1,26 @@
 """The configuration of one run: frozen dataclasses read from TOML. Knows no devices, opens no model files.
 
 Read once, passed down; each class takes what it uses. A file is data of strangers: every number has a range and every
-text and list a size, said in its annotation and checked in `_typed`. Unknown keys and values that are not as they must
-be are errors that name the key.
+text and list a size, said in its annotation (typed.py). Unknown keys and values that are not as they must be are errors
+that name the key.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import tomllib
-import typing
-import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ssd_runtime.bounds import AtMost, Within, shown, split
+from msgspec import Meta
+
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.reading import read_text
+from ssd_runtime.typed import Unfit, shown, typed
 
 Dtype = Literal["fp32", "bf16", "int8", "int4"]
 Device = Literal["cpu", "cuda"]
@@ -32,7 +32,10 @@ MOST_LOOKAHEAD = 256
 MOST_BYTES = 1 << 14  # of a file; a key of so many dots takes a second to parse
 MOST_SLOTS = 1 << 31  # of a KV pool
 MOST_WORDS = 1 << 24  # of the largest frame that a draft sends: one number for each token of each branch of a batch
-Seconds = Annotated[float, Within(0.01, 86400.0)]
+_LINE = r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*\Z"  # no control character, and nothing that is not UTF-8
+Seconds = Annotated[float, Meta(ge=0.01, le=86400)]
+ModelPath = Annotated[str, Meta(max_length=4096, pattern=_LINE)]
+Host = Annotated[str, Meta(max_length=255, pattern=_LINE)]
 MODES: tuple[Mode, ...] = ("ar", "sd", "sd-colocated", "ssd")
 
 
@@ -55,12 +58,12 @@ class ModelConfig:
         tensor_parallel: ranks that share the model, the first of the world; for the target only.
     """
 
-    model: Annotated[str, AtMost(4096)] = "smollm2-135m-instruct"
+    model: ModelPath = "smollm2-135m-instruct"
     dtype: Dtype = "bf16"
     device: Device = "cpu"
-    threads: Annotated[int, Within(1, 1024)] = 1
-    cores: Annotated[tuple[Annotated[int, Within(0, 8191)], ...], AtMost(1024)] = ()
-    tensor_parallel: Annotated[int, Within(1, 256)] = 1
+    threads: Annotated[int, Meta(ge=1, le=1024)] = 1
+    cores: Annotated[tuple[Annotated[int, Meta(ge=0, le=8191)], ...], Meta(max_length=1024)] = ()
+    tensor_parallel: Annotated[int, Meta(ge=1, le=256)] = 1
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,12 @@ class EngineConfig:
             round so anyway; elsewhere one forward a sequence, of a fixed shape. "fast" leaves it to the operators.
     """
 
-    max_model_len: Annotated[int, Within(2, 1 << 20)] = 2048
-    max_num_seqs: Annotated[int, Within(1, 4096)] = 4
-    block_size: Annotated[int, Within(1, 1 << 16)] = 16
-    num_blocks: Annotated[int, Within(0, 1 << 24)] = 0
-    kv_memory: Annotated[float, Within(0.05, 1.0)] = 0.9
-    prefill_chunk: Annotated[int, Within(1, 1 << 16)] = 256
+    max_model_len: Annotated[int, Meta(ge=2, le=1 << 20)] = 2048
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4
+    block_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 16
+    num_blocks: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    kv_memory: Annotated[float, Meta(ge=0.05, le=1)] = 0.9
+    prefill_chunk: Annotated[int, Meta(ge=1, le=1 << 16)] = 256
     numerics: Numerics = "fast"
 
     @property
@@ -130,16 +133,16 @@ class SpeculationConfig:
     """
 
     mode: Mode = "ssd"
-    lookahead: Annotated[int, Within(0, MOST_LOOKAHEAD)] = 6
+    lookahead: Annotated[int, Meta(ge=0, le=MOST_LOOKAHEAD)] = 6
     adapt: bool = True
     fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
-    budget: Annotated[int, Within(1, 1024)] = 8
-    recycle: Annotated[int, Within(0, 1024)] = 3
+    budget: Annotated[int, Meta(ge=1, le=1024)] = 8
+    recycle: Annotated[int, Meta(ge=0, le=1024)] = 3
     backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Coupling = "shared-noise"
-    top_m: Annotated[int, Within(1, 1024)] = 32
-    saguaro_c: Annotated[float, Within(0.0, 1.0)] = 1.0
-    saguaro_f: Annotated[int, Within(1, 1024)] = 4
+    top_m: Annotated[int, Meta(ge=1, le=1024)] = 32
+    saguaro_c: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    saguaro_f: Annotated[int, Meta(ge=1, le=1024)] = 4
 
     @property
     def sent_probabilities(self) -> int:
@@ -182,7 +185,7 @@ class DeploymentConfig:
             verification in part only.
     """
 
-    drafts: Annotated[int, Within(1, 256)] = 1
+    drafts: Annotated[int, Meta(ge=1, le=256)] = 1
     draft_required: bool = False
     colocated: bool = False
     share_gpu: bool = False
@@ -197,10 +200,15 @@ class LinkConfig:
     """What frames between target and draft travel by.
 
     Attributes:
-        backend: "gloo" between CPUs, also of ranks on GPUs; "nccl" between GPUs; "auto": topology.link_backend knows.
+        backend: "gloo" between CPUs, also of ranks on GPUs; "nccl" between GPUs; "auto": the better one, as measured.
     """
 
     backend: Literal["auto", "gloo", "nccl"] = "auto"
+
+    @property
+    def carrier(self) -> Literal["gloo", "nccl"]:
+        """What `backend` comes to: "auto" is Gloo until ops/gpu/third.sh has shown NCCL right and not slower."""
+        return "gloo" if self.backend == "auto" else self.backend
 
 
 @dataclass(frozen=True)
@@ -219,12 +227,12 @@ class ServeConfig:
         max_stop_bytes: most bytes of UTF-8 of each.
     """
 
-    host: Annotated[str, AtMost(255)] = "127.0.0.1"
-    port: Annotated[int, Within(0, 65535)] = 0
-    max_queued_requests: Annotated[int, Within(1, 1 << 20)] = 1024
-    max_stop_strings: Annotated[int, Within(0, 256)] = 16
-    max_stop_bytes: Annotated[int, Within(1, 1 << 16)] = 1024
-    announce: Annotated[str, AtMost(255)] = ""
+    host: Host = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    max_queued_requests: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    max_stop_strings: Annotated[int, Meta(ge=0, le=256)] = 16
+    max_stop_bytes: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024
+    announce: Host = ""
     allow_shutdown: bool = False
 
     @property
@@ -237,14 +245,14 @@ class ServeConfig:
 class Config:
     """A complete run."""
 
-    target: ModelConfig = field(default_factory=ModelConfig)
-    draft: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="int8"))
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
-    timeouts: TimeoutConfig = field(default_factory=TimeoutConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
-    link: LinkConfig = field(default_factory=LinkConfig)
+    target: ModelConfig = ModelConfig()
+    draft: ModelConfig = ModelConfig(dtype="int8")
+    engine: EngineConfig = EngineConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
+    serve: ServeConfig = ServeConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    link: LinkConfig = LinkConfig()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -259,7 +267,8 @@ class Config:
 
     def digest(self) -> str:
         """What both roles must agree on, as 16 hexadecimal digits (models and cores may differ in spelling)."""
-        shared = {name: dataclasses.asdict(getattr(self, name)) for name in ("engine", "speculation", "link")}
+        shared = {name: dataclasses.asdict(getattr(self, name)) for name in ("engine", "speculation")}
+        shared["link"] = {"backend": self.link.carrier}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -281,7 +290,7 @@ class ConfigFile:
         return cls(Path(path), read_text(path, "config", MOST_BYTES))
 
 
-def load_config(source: str | Path | ConfigFile | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | ConfigFile | None, overrides: Sequence[str] = ()) -> Config:
     """Read TOML, apply `section.key=value` overrides, validate.
 
     Raises:
@@ -293,7 +302,8 @@ def load_config(source: str | Path | ConfigFile | None, overrides: typing.Sequen
         try:
             tree = tomllib.loads(file.text)
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-            raise ConfigError(f"config {file.path} is not valid TOML: {_reason(error)}") from None
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise ConfigError(f"config {file.path} is not valid TOML: {reason}") from None
     for override in overrides:
         _override(tree, override)
     return config_from_dict(tree)
@@ -301,13 +311,16 @@ def load_config(source: str | Path | ConfigFile | None, overrides: typing.Sequen
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
     """Build and validate a `Config` from nested dicts; raises ConfigError naming the key at fault."""
-    config = _build(Config, tree, "")
-    _validate(config)
+    draft = tree.get("draft")
+    if isinstance(draft, dict):  # its defaults are its own
+        tree = {**tree, "draft": {**dataclasses.asdict(Config.draft), **draft}}
+    try:
+        config = typed(tree, Config)
+    except Unfit as unfit:
+        raise ConfigError(f"config key {unfit.path!r} {unfit.reason}") from None
+    for conflict in _conflicts(config):
+        raise ConfigError(f"config key {conflict}")
     return config
-
-
-def _reason(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -326,109 +339,51 @@ def _override(tree: dict[str, Any], text: str) -> None:
     section[parts[1]] = parsed["x"] if list(parsed) == ["x"] else value
 
 
-def _build(cls: Any, values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise ConfigError(f"config key {where!r} must be a section, not {shown(values)}")
-    hints = typing.get_type_hints(cls, include_extras=True)
-    defaults = Config() if cls is Config else None
-    arguments = {}
-    for key, value in values.items():
-        name = f"{where}.{key}" if where else key
-        if key not in hints:
-            close = difflib.get_close_matches(key[:64], hints, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(hints)}"
-            raise ConfigError(f"unknown config key {shown(name)}{hint}")
-        if dataclasses.is_dataclass(hints[key]):
-            base = dataclasses.asdict(getattr(defaults, key)) if defaults else {}
-            if isinstance(value, dict):
-                value = {**base, **value}
-            arguments[key] = _build(hints[key], value, name)
-        else:
-            arguments[key] = _typed(value, hints[key], name)
-    return cls(**arguments)
+def _conflicts(config: Config) -> Iterator[str]:
+    """What is wrong with values that do not go together, each naming a key and a remedy."""
+    yield from _size_conflicts(config.engine, config.speculation)
+    yield from _coupling_conflicts(config.speculation)
+    yield from _device_conflicts(config)
+    if config.draft.tensor_parallel != 1:
+        yield "'draft.tensor_parallel' must be 1: a draft is one rank; start several instead"
+    if config.serve.announce and not config.serve.is_wildcard:
+        yield f"'serve.announce' is for serve.host = 0.0.0.0; here {config.serve.host} is what others are told"
 
 
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """The value of one key, if it is of the type and within the bound that its annotation says."""
-    hint, bound = split(hint)
-    if typing.get_origin(hint) is Literal:
-        options = typing.get_args(hint)
-        if value in options:
-            return value
-        raise ConfigError(f"config key {name!r} must be one of {', '.join(options)}, not {shown(value)}")
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"config key {name!r} must be a list, not {shown(value)}")
-        if bound is not None and not bound.allows(value):  # type: ignore[arg-type]
-            raise ConfigError(f"config key {name!r} must be a list of {bound.wanted}, not of {len(value)}")
-        return tuple(_typed(one, typing.get_args(hint)[0], name) for one in value)
-    is_number = hint is float and type(value) is int
-    if type(value) is not hint and not is_number:
-        raise ConfigError(f"config key {name!r} must be {hint.__name__}, not {shown(value)}")
-    if bound is not None and not bound.allows(value):
-        kind = "text of " if hint is str else ""
-        raise ConfigError(
-            f"config key {name!r} must be {kind}{bound.wanted}{' bytes' * (hint is str)}, not {shown(value)}"
-        )
-    if hint is str and any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
-        raise ConfigError(f"config key {name!r} must be UTF-8 without control characters, not {shown(value)}")
-    return float(value) if is_number else value
-
-
-def _validate(config: Config) -> None:
-    """Raise ConfigError for values that do not go together."""
-    engine, speculation = config.engine, config.speculation
-    _validate_coupling(speculation)
-    _validate_devices(config)
+def _size_conflicts(engine: EngineConfig, speculation: SpeculationConfig) -> Iterator[str]:
     words = engine.max_num_seqs * (speculation.budget + 1) * (speculation.lookahead + 1)
     words *= 1 + speculation.sent_probabilities
     if words > MOST_WORDS:
-        keys = "engine.max_num_seqs, speculation.budget and speculation.lookahead"
-        keys += ", with speculation.top_m," * bool(speculation.sent_probabilities)
-        raise ConfigError(f"config keys {keys} make frames of {words} numbers, above {MOST_WORDS}: lower one of them")
+        others = "speculation.budget and lookahead" + ", and top_m" * bool(speculation.sent_probabilities)
+        frames = f"frames of {words} numbers, above {MOST_WORDS}"
+        yield f"'engine.max_num_seqs' with {others} makes {frames}: lower one of them"
     if engine.pool_blocks * engine.block_size > MOST_SLOTS:
-        keys = (
-            "engine.num_blocks and engine.block_size" if engine.num_blocks else "engine.max_num_seqs and max_model_len"
-        )
-        raise ConfigError(f"config keys {keys} make a pool of more than {MOST_SLOTS} KV slots: lower one of them")
-    if config.draft.tensor_parallel != 1:
-        raise ConfigError("config key 'draft.tensor_parallel' must be 1: a draft is one rank; start several instead")
-    for role, model in (("target", config.target), ("draft", config.draft)):
-        if config.link.backend == "nccl" and model.device == "cpu":
-            raise ConfigError(
-                f"config key 'link.backend' = nccl carries frames between GPUs, and the {role} is on a CPU: "
-                f'set {role}.device = "cuda", or link.backend = "auto"'
-            )
-    if config.serve.announce and not config.serve.is_wildcard:
-        host = config.serve.host
-        raise ConfigError(
-            f"config key 'serve.announce' is for serve.host = 0.0.0.0; here {host} is what others are told"
-        )
+        keys = "num_blocks' with block_size" if engine.num_blocks else "max_num_seqs' with max_model_len"
+        yield f"'engine.{keys} makes a pool of more than {MOST_SLOTS} KV slots: lower one of them"
 
 
-def _validate_devices(config: Config) -> None:
+def _coupling_conflicts(speculation: SpeculationConfig) -> Iterator[str]:
+    top_m, f = speculation.top_m, speculation.saguaro_f
+    if speculation.saguaro_c == 1.0:
+        return
+    if speculation.coupling != "rejection":
+        wanted = 'set speculation.coupling = "rejection", or leave saguaro_c at 1.0'
+        yield f"'speculation.saguaro_c' is for rejection sampling: {wanted}"
+    if f >= top_m:
+        wanted = f"set saguaro_f below speculation.top_m = {top_m}"
+        yield f"'speculation.saguaro_f' = {f} scales all tokens alike, to no effect: {wanted}"
+
+
+def _device_conflicts(config: Config) -> Iterator[str]:
     deployment = config.deployment
     if deployment.share_gpu and not config.target.device == config.draft.device == "cuda":
-        raise ConfigError(
-            "config key 'deployment.share_gpu' is for both roles on GPUs: set target.device = draft.device = \"cuda\""
-        )
+        yield "'deployment.share_gpu' is for both roles on GPUs: set target.device = draft.device = \"cuda\""
     held = [("draft", "target")] if deployment.holds_draft(config.speculation.mode) else []
     for role, process in [("target", "target"), ("draft", "draft"), *held]:
         dtype, device = getattr(config, role).dtype, getattr(config, process).device
         if not runs_on(dtype, device):
             where = f"{process}.device = {device}" + ", where a draft in its process is too" * (role != process)
-            raise ConfigError(
-                f"config key '{role}.dtype' = {dtype} runs on the CPU only, not on {where}: set {role}.dtype = bf16"
-            )
-
-
-def _validate_coupling(speculation: SpeculationConfig) -> None:
-    top_m, c, f = speculation.top_m, speculation.saguaro_c, speculation.saguaro_f
-    if c == 1.0:
-        return
-    if speculation.coupling != "rejection":
-        wanted = 'set speculation.coupling = "rejection", or leave saguaro_c at 1.0'
-        raise ConfigError(f"config key 'speculation.saguaro_c' is for rejection sampling: {wanted}")
-    if f >= top_m:
-        wanted = f"set saguaro_f below speculation.top_m = {top_m}"
-        raise ConfigError(f"config key 'speculation.saguaro_f' = {f} scales all tokens alike, to no effect: {wanted}")
+            yield f"'{role}.dtype' = {dtype} runs on the CPU only, not on {where}: set {role}.dtype = bf16"
+        if config.link.backend == "nccl" and device == "cpu":
+            remedy = f'set {process}.device = "cuda", or link.backend = "auto"'
+            yield f"'link.backend' = nccl carries frames between GPUs, and the {process} is on a CPU: {remedy}"

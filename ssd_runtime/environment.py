@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ssd_runtime.bounds import shown
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.typed import shown
 
 CHOICES = {
     "SSD_CUDA_EXT": ("0", "1"),

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
-from ssd_runtime.bounds import AtMost, Within
+from msgspec import Meta
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ KEPT = 32  # gaps
 TOLD_MS = 100.0  # longer ones are logged
 SHORT_NS = 1_000_000  # a lap that is shorter counts to the next
 
-Milliseconds = Annotated[float, Within(0.0, 1e12)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Lap:
         awaited: of them, asleep until a draft says something.
     """
 
-    name: Annotated[str, AtMost(256)]
+    name: Annotated[str, Meta(max_length=256)]
     wall: Milliseconds
     cpu: Milliseconds
     delayed: Milliseconds
@@ -59,9 +59,9 @@ class Stall:
         at: its beginning, in seconds of time.monotonic.
     """
 
-    round: Annotated[int, Within(0, 2**48)]
-    at: Annotated[float, Within(0.0, 1e12)]
-    laps: Annotated[tuple[Lap, ...], AtMost(2**16)]
+    round: Annotated[int, Meta(ge=0, le=2**48)]
+    at: Annotated[float, Meta(ge=0, le=1e12)]
+    laps: Annotated[tuple[Lap, ...], Meta(max_length=2**16)]
 
     @property
     def milliseconds(self) -> float:

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
-from ssd_runtime.bounds import AtMost, Within
+from msgspec import Meta
+
 from ssd_runtime.errors import SsdError
 from ssd_runtime.speculation.types import Lookahead
 
-Name = Annotated[str, AtMost(64)]
-Rank = Annotated[int, Within(0, 2**20)]
-CoreNumbers = Annotated[tuple[Annotated[int, Within(0, 2**16)], ...], AtMost(2**16)]
-CoresByRole = Annotated[dict[Name, CoreNumbers], AtMost(2**10)]
+Name = Annotated[str, Meta(max_length=64)]
+Reason = Annotated[str, Meta(max_length=2**16)]
+Rank = Annotated[int, Meta(ge=0, le=2**20)]
+CoreNumbers = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**16)], ...], Meta(max_length=2**16)]
+CoresByRole = Annotated[dict[Name, CoreNumbers], Meta(max_length=2**10)]
 
 PROTOCOL_VERSION = 9
 CHUNK = 1024  # tokens behind one digest of a vocabulary
@@ -50,10 +52,10 @@ class FrameShape:
         probabilities: most probabilities that a branch carries for each of its tokens.
     """
 
-    max_sequences: Annotated[int, Within(1, 2**16)]
+    max_sequences: Annotated[int, Meta(ge=1, le=2**16)]
     lookahead: Lookahead
-    max_branches: Annotated[int, Within(1, 2**24)]
-    probabilities: Annotated[int, Within(0, 2**12)] = 0
+    max_branches: Annotated[int, Meta(ge=1, le=2**24)]
+    probabilities: Annotated[int, Meta(ge=0, le=2**12)] = 0
 
     @classmethod
     def of(cls, max_sequences: int, lookahead: int, budget: int, probabilities: int = 0) -> FrameShape:
@@ -70,8 +72,8 @@ class VocabularyDigest:
         chunks: chained digests: entry i covers the tokens below (i + 1) * CHUNK; the last one covers all.
     """
 
-    size: Annotated[int, Within(0, 2**24)]
-    chunks: Annotated[tuple[Name, ...], AtMost(2**24 // CHUNK)]
+    size: Annotated[int, Meta(ge=0, le=2**24)]
+    chunks: Annotated[tuple[Name, ...], Meta(max_length=2**24 // CHUNK)]
 
     @classmethod
     def of(cls, tokens: Iterable[str | bytes | None]) -> VocabularyDigest:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 Backend = Literal["gloo", "nccl"]
-AUTO: Backend = "gloo"  # between GPUs NCCL as soon as ops/gpu/third.sh has shown it right there and not slower
 MANY_RANKS_A_GPU = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
@@ -275,7 +274,7 @@ def link_backend(config: Config, environ: Mapping[str, str]) -> Backend:
     Raises:
         ConfigError: NCCL between ranks on one GPU, and `environ` does not tell it that they may be.
     """
-    backend = AUTO if config.link.backend == "auto" else config.link.backend
+    backend = config.link.carrier
     if backend == "nccl" and config.deployment.share_gpu and environ.get(MANY_RANKS_A_GPU) != "1":
         raise ConfigError(
             "link.backend = nccl and deployment.share_gpu: NCCL refuses two ranks on one GPU, "

@@ -5,26 +5,22 @@ Numbers alone are checked by the bounds in their annotations (types.py); here is
 
 from __future__ import annotations
 
-import typing
 from collections import Counter
 from collections.abc import Sequence
 
-from ssd_runtime.bounds import refusal, split
 from ssd_runtime.errors import RequestError
-from ssd_runtime.speculation.types import BIAS, SamplingParams
-
-_BOUNDS = {name: split(hint)[1] for name, hint in typing.get_type_hints(SamplingParams, include_extras=True).items()}
+from ssd_runtime.speculation.types import MOST_SEED, SamplingParams
+from ssd_runtime.typed import Unfit, shown, typed
 
 
 def check_sampling(params: SamplingParams) -> None:
     """Raise RequestError, naming the parameter, unless all numbers and the lengths of all lists are in their bounds."""
-    for name, bound in _BOUNDS.items():
-        value = getattr(params, name)
-        if bound is not None and not bound.allows(value):
-            raise RequestError(f"{name} {refusal(value, bound)}")
-    for token, bias in params.logit_bias:
-        if not BIAS.allows(bias):
-            raise RequestError(f"logit_bias of token {token} {refusal(bias, BIAS)}")
+    try:
+        typed(vars(params), SamplingParams)
+    except Unfit as unfit:
+        raise RequestError(str(unfit)) from None
+    if params.seed > MOST_SEED:
+        raise RequestError(f"seed must be at most {MOST_SEED}, not {shown(params.seed)}")
 
 
 def check_processors(params: SamplingParams, vocab_size: int, end_tokens: Sequence[int] = ()) -> None:

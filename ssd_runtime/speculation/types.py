@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated
 
-from ssd_runtime.bounds import AtMost, Within
+from msgspec import Meta
 
 MOST_TOKENS = 2**20  # of one sequence, whatever engine.max_model_len says
 MOST_LOOKAHEAD = 2**12
 MOST_ALTERNATIVES = 20  # told with the log-probability of an emitted token
 
-BIAS = Within(-100.0, 100.0)  # as OpenAI's
-TOKEN = Within(0, 2**31 - 1)
-COUNT = Within(0, 2**48)  # of what is counted over the life of an engine: sums of them are far from 2^63
-TURN = Within(-1, 2**48)
-STEP_US = Within(0, 3_600_000_000)
-STEP_ROWS = Within(0, 2**24)
+MOST_COUNT = 2**48  # of what is counted over the life of an engine: sums of them are far from 2^63
+MOST_TOKEN = 2**31 - 1
+MOST_SEED = 2**64 - 1
+MOST_STEP_US = 3_600_000_000
+MOST_STEP_ROWS = 2**24
 
-Token = Annotated[int, TOKEN]
-Count = Annotated[int, COUNT]
-Turn = Annotated[int, TURN]
-Lookahead = Annotated[int, Within(0, MOST_LOOKAHEAD)]
-Tokens = Annotated[tuple[Token, ...], AtMost(MOST_TOKENS)]
-NamedTokens = Annotated[tuple[Token, ...], AtMost(2**16)]
-Logprob = Annotated[float, Within(-1e39, 1.0)]  # whatever float32 logits make of it, rounding included
+Token = Annotated[int, Meta(ge=0, le=MOST_TOKEN)]
+Count = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+Turn = Annotated[int, Meta(ge=-1, le=MOST_COUNT)]
+Lookahead = Annotated[int, Meta(ge=0, le=MOST_LOOKAHEAD)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]  # as OpenAI's
+Tokens = Annotated[tuple[Token, ...], Meta(max_length=MOST_TOKENS)]
+NamedTokens = Annotated[tuple[Token, ...], Meta(max_length=2**16)]
+Logprob = Annotated[float, Meta(ge=-1e39, le=1)]  # whatever float32 logits make of it, rounding included
 
 # Noise is between -3.2 and 22.9, so at this temperature it decides between logits that differ by less than 3e-4 only,
 # and logits over it are far from the end of float32. vLLM draws the line at the same place.
@@ -55,18 +55,18 @@ class SamplingParams:
     The order in which they act is that of processors.py, then sampling.py.
     """
 
-    temperature: Annotated[float, Within(0.0, 100.0)] = 0.0
-    top_k: Annotated[int, Within(0, 2**31 - 1)] = 0
-    top_p: Annotated[float, Within(0.0, 1.0, above=True)] = 1.0
-    min_p: Annotated[float, Within(0.0, 1.0)] = 0.0
-    seed: Annotated[int, Within(0, 2**64 - 1)] = 0
-    repetition_penalty: Annotated[float, Within(0.01, 100.0)] = 1.0
-    presence_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
-    frequency_penalty: Annotated[float, Within(-2.0, 2.0)] = 0.0
-    logit_bias: Annotated[tuple[tuple[Token, Annotated[float, BIAS]], ...], AtMost(2**12)] = ()
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0)] = 0  # up to MOST_SEED, which no message can exceed
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[tuple[tuple[Token, Bias], ...], Meta(max_length=2**12)] = ()
     allowed_tokens: NamedTokens | None = None
     banned_tokens: NamedTokens = ()
-    min_tokens: Annotated[int, Within(0, 2**31 - 1)] = 0
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
 
     def __post_init__(self) -> None:
         # Here, so that no reader meets a temperature that its arithmetic cannot bear.
@@ -86,7 +86,7 @@ class TokenLogprob:
 
     token: Token
     logprob: Logprob
-    top: Annotated[tuple[tuple[Token, Logprob], ...], AtMost(MOST_ALTERNATIVES)] = ()
+    top: Annotated[tuple[tuple[Token, Logprob], ...], Meta(max_length=MOST_ALTERNATIVES)] = ()
 
 
 class Source(IntEnum):
@@ -122,7 +122,7 @@ class Proposal:
     """
 
     tokens: tuple[Token, ...]
-    weights: tuple[Annotated[float, Within(0.0, 1.001, above=True)], ...]
+    weights: tuple[Annotated[float, Meta(gt=0, le=1.001)], ...]
 
 
 @dataclass(frozen=True)
@@ -215,5 +215,5 @@ class TreeFrame:
 
     round: Count
     branches: tuple[Branch, ...]
-    step_us: Annotated[int, STEP_US] = 0
-    step_rows: Annotated[int, STEP_ROWS] = 0
+    step_us: Annotated[int, Meta(ge=0, le=MOST_STEP_US)] = 0
+    step_rows: Annotated[int, Meta(ge=0, le=MOST_STEP_ROWS)] = 0

@@ -15,9 +15,8 @@ import msgpack
 import torch
 from torch import Tensor
 
-from ssd_runtime.bounds import AtMost, Within, split
 from ssd_runtime.comm.link.frames import HEADER
-from tests.wire import hints_of
+from tests.wire import ends, hints_of, split
 
 EDGES = (-(2**63), -(2**31), -2, -1, 0, 1, 7, 255, 2**31 - 1, 2**31, 2**48, 2**48 + 1, 2**62, 2**63 - 1)
 LEAVES = (*EDGES, 2**63, 2**64 - 1, 1e-300, 1e300, float("nan"), float("inf"), "", "x" * 5000, b"", None, True, [], {})
@@ -41,23 +40,21 @@ def value_of(hint: Any, chance: random.Random) -> Any:
     if origin is tuple and arguments[-1] is not Ellipsis:
         return tuple(value_of(item, chance) for item in arguments)
     if origin is tuple:
-        assert isinstance(bound, AtMost)
-        return tuple(value_of(arguments[0], chance) for _ in range(min(bound.count, chance.randrange(4))))
+        assert bound.max_length is not None
+        return tuple(value_of(arguments[0], chance) for _ in range(min(bound.max_length, chance.randrange(4))))
     if origin is dict:
         return {value_of(arguments[0], chance): value_of(arguments[1], chance) for _ in range(chance.randrange(3))}
     if bare is str:
         return "".join(chance.choices("abc é€😀\n\0", k=chance.randrange(8)))
     if bare in (bool, types.NoneType):
         return chance.random() < 0.5 if bare is bool else None
-    assert isinstance(bound, Within)
+    least, most = ends(bound)
     edge = chance.random()
-    if edge < 0.2 and not bound.above:
-        return bare(bound.least)
+    if edge < 0.2 and bound.gt is None:
+        return bare(least)
     if edge < 0.4:
-        return bare(bound.most)
-    if bare is int:
-        return chance.randint(int(bound.least), min(int(bound.most), int(bound.least) + 300))
-    return chance.uniform(bound.least, bound.most)
+        return bare(most)
+    return chance.randint(least, min(most, least + 300)) if bare is int else chance.uniform(least, most)
 
 
 def mutated_message(corpus: Sequence[bytes], chance: random.Random) -> bytes:

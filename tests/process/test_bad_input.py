@@ -70,7 +70,7 @@ def test_a_config_file_with_an_unknown_key_is_named_too(run: Start, tmp_path: Pa
     path.write_text("[engine]\nblok_size = 4\n")
     done = run(*SSD, "up", "--config", str(path))
     assert done.exit_code(AT_ONCE_S) == 2
-    assert "unknown config key 'engine.blok_size'" in error_line(done.err)
+    assert "config key 'engine.blok_size' is unknown; did you mean 'block_size'?" in error_line(done.err)
 
 
 def test_a_port_in_use_is_refused(ssd: Start) -> None:

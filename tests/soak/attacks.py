@@ -17,7 +17,7 @@ from ssd_runtime.comm.control.codec import decode, encode
 from ssd_runtime.comm.control.sockets import ControlPeer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.speculation.types import STEP_ROWS, STEP_US, SamplingParams, TreeFrame
+from ssd_runtime.speculation.types import MOST_STEP_ROWS, MOST_STEP_US, SamplingParams, TreeFrame
 from tests.hostile import HOSTILE, endless
 from tests.process.impostor import hello, impostor
 from tests.soak.engine import Engine
@@ -137,7 +137,7 @@ def lie_about_time(engine: Engine, chance: random.Random) -> None:
     engine.draft.kill()
     with impostor(engine.address, engine.config) as link, contextlib.suppress(PeerLost):
         for _ in range(200):
-            microseconds, rows = (chance.choice((0, 1, bound.most)) for bound in (STEP_US, STEP_ROWS))
+            microseconds, rows = (chance.choice((0, 1, most)) for most in (MOST_STEP_US, MOST_STEP_ROWS))
             link.push_tree(TreeFrame(0, (), int(microseconds), int(rows)))
             link.poll_outcomes()
             engine.run_until(time.monotonic() + 0.005)

@@ -111,7 +111,7 @@ def test_requests_with_one_id_are_refused_before_they_are_sent() -> None:
         ),
         ({"params": SamplingParams(seed=2**64)}, "cannot encode Generate"),
         ({"n": 129}, "Generate.n must be between 1 and 128, not 129"),
-        ({"prompt": "x" * (5 * 2**20 + 1)}, "Generate.prompt must have at most 5242880 bytes, not 5242881"),
+        ({"prompt": "x" * (5 * 2**20 + 1)}, "Generate.prompt must have at most 5242880 characters, not 5242881"),
     ],
 )
 def test_a_request_out_of_bounds_is_refused_before_it_is_sent(changes: dict[str, Any], reason: str) -> None:

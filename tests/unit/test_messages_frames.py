@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ssd_runtime.comm.link.frames import (
     HEADER,
-    MOST_COUNT,
-    MOST_TOKEN,
     FrameCodec,
     Kind,
     OutcomeCodec,
@@ -25,8 +23,10 @@ from ssd_runtime.comm.link.frames import (
 )
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.types import (
-    STEP_ROWS,
-    STEP_US,
+    MOST_COUNT,
+    MOST_STEP_ROWS,
+    MOST_STEP_US,
+    MOST_TOKEN,
     Branch,
     Outcome,
     OutcomeFrame,
@@ -64,8 +64,8 @@ TREE_FRAMES = st.builds(
     st.lists(st.builds(Branch, COUNTS, st.integers(-1, MOST_COUNT), OUTCOMES, TOKENS), max_size=SHAPE.max_branches).map(
         tuple
     ),
-    st.integers(0, int(STEP_US.most)),
-    st.integers(0, int(STEP_ROWS.most)),
+    st.integers(0, MOST_STEP_US),
+    st.integers(0, MOST_STEP_ROWS),
 )
 
 
@@ -196,9 +196,7 @@ def test_headers_of_outcomes_that_cannot_be_do_not_pass(at: int, word: int, reas
         codec.decode(words)
 
 
-@pytest.mark.parametrize(
-    ("step_us", "step_rows"), [(int(STEP_US.most) + 1, 1), (1, int(STEP_ROWS.most) + 1), (2**62, 1)]
-)
+@pytest.mark.parametrize(("step_us", "step_rows"), [(MOST_STEP_US + 1, 1), (1, MOST_STEP_ROWS + 1), (2**62, 1)])
 def test_drafting_steps_that_cannot_be_do_not_pass(step_us: int, step_rows: int) -> None:
     codec = TreeCodec(SHAPE)
     words = codec.encode(TreeFrame(1, ())).clone()
@@ -209,7 +207,7 @@ def test_drafting_steps_that_cannot_be_do_not_pass(step_us: int, step_rows: int)
 
 def test_a_draft_that_was_stopped_in_a_step_is_not_taken_for_a_liar() -> None:
     codec = TreeCodec(SHAPE)
-    assert codec.decode(codec.encode(TreeFrame(1, (), 2**60, 3))).step_us == STEP_US.most
+    assert codec.decode(codec.encode(TreeFrame(1, (), 2**60, 3))).step_us == MOST_STEP_US
 
 
 def test_frames_of_a_size_that_nobody_means_are_refused_before_there_is_one() -> None:

@@ -150,7 +150,7 @@ def test_three_tokens_have_the_joint_distribution_of_the_chain():
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
         ({"presence_penalty": 2.5}, "presence_penalty must be between -2 and 2"),
         ({"frequency_penalty": math.nan}, "frequency_penalty"),
-        ({"logit_bias": ((1, 101.0),)}, "logit_bias of token 1 must be between -100 and 100"),
+        ({"logit_bias": ((1, 101.0),)}, r"logit_bias\[0\]\[1\] must be between -100 and 100"),
         ({"logit_bias": ((1, 1.0),) * (2**12 + 1)}, "logit_bias must have at most 4096 entries, not 4097"),
         ({"banned_tokens": (1,) * (2**16 + 1)}, "banned_tokens must have at most 65536 entries"),
         ({"min_tokens": -1}, "min_tokens"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ssd_runtime.bounds import AtMost, Within
-from ssd_runtime.comm.protocol import CoresByRole
+from msgspec import Meta
+
+from ssd_runtime.comm.protocol import CoresByRole, Name, Reason
 from ssd_runtime.config import Mode
 from ssd_runtime.metrics import MOST_SAMPLES
 from ssd_runtime.speculation.types import (
@@ -23,10 +24,10 @@ from ssd_runtime.stalls import Stall
 
 MOST_OUTPUTS = 128
 
-RequestId = Annotated[str, AtMost(256)]
-PromptText = Annotated[str, AtMost(5 * MOST_TOKENS)]  # as many bytes as the token ids take on the wire
-Seconds = Annotated[float, Within(0.0, 1e9)]
-Milliseconds = Annotated[float, Within(-1e12, 1e12)]  # what is left after others were subtracted may be below 0
+RequestId = Annotated[str, Meta(max_length=256)]
+PromptText = Annotated[str, Meta(max_length=5 * MOST_TOKENS)]  # as many bytes as the token ids take on the wire
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Milliseconds = Annotated[float, Meta(ge=-1e12, le=1e12)]  # what is left after others were subtracted may be below 0
 DraftState = Literal["none", "linked", "lost", "relinking"]
 
 
@@ -34,7 +35,7 @@ DraftState = Literal["none", "linked", "lost", "relinking"]
 class ChatMessage:
     """One turn of a conversation."""
 
-    role: Annotated[str, AtMost(64)]
+    role: Name
     content: PromptText
 
 
@@ -51,17 +52,17 @@ class Generate:
 
     request_id: RequestId
     prompt: PromptText | None = None
-    messages: Annotated[tuple[ChatMessage, ...], AtMost(2**12)] | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Meta(max_length=2**12)] | None = None
     token_ids: Tokens | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
-    max_tokens: Annotated[int, Within(1, 2**31 - 1)] = 128
-    stop: Annotated[tuple[Annotated[str, AtMost(2**16)], ...], AtMost(2**8)] = ()
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 128
+    stop: Annotated[tuple[Annotated[str, Meta(max_length=2**16)], ...], Meta(max_length=2**8)] = ()
     mode: Mode | None = None
     lookahead: Lookahead | None = None
     ignore_eos: bool = False
     stream: bool = True
-    logprobs: Annotated[int, Within(0, MOST_ALTERNATIVES)] | None = None
-    n: Annotated[int, Within(1, MOST_OUTPUTS)] = 1
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MOST_OUTPUTS)] = 1
     samples: bool = False
 
 
@@ -75,10 +76,10 @@ class Chunk:
     """
 
     request_id: RequestId
-    text: Annotated[str, AtMost(2**24)]
+    text: Annotated[str, Meta(max_length=2**24)]
     token_ids: Tokens
-    index: Annotated[int, Within(0, MOST_OUTPUTS - 1)] = 0
-    logprobs: Annotated[tuple[TokenLogprob, ...], AtMost(MOST_TOKENS)] = ()
+    index: Annotated[int, Meta(ge=0, le=MOST_OUTPUTS - 1)] = 0
+    logprobs: Annotated[tuple[TokenLogprob, ...], Meta(max_length=MOST_TOKENS)] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Series:
     p50: Milliseconds | None = None
     p95: Milliseconds | None = None
     most: Milliseconds | None = None
-    samples: Annotated[tuple[Milliseconds, ...], AtMost(MOST_SAMPLES)] = ()
+    samples: Annotated[tuple[Milliseconds, ...], Meta(max_length=MOST_SAMPLES)] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class RequestStatistics:
     num_tokens: Count = 0
     num_draft_tokens: Count = 0
     num_accepted_tokens: Count = 0
-    accepted_per_position: Annotated[tuple[Count, ...], AtMost(MOST_LOOKAHEAD)] = ()
+    accepted_per_position: Annotated[tuple[Count, ...], Meta(max_length=MOST_LOOKAHEAD)] = ()
     lookups: Count = 0
     hits: Count = 0
     prefill_seconds: Seconds = 0.0
@@ -149,7 +150,7 @@ class Finished:
     """
 
     request_id: RequestId
-    finish_reasons: Annotated[tuple[Literal["stop", "length", "abort"], ...], AtMost(MOST_OUTPUTS)]
+    finish_reasons: Annotated[tuple[Literal["stop", "length", "abort"], ...], Meta(max_length=MOST_OUTPUTS)]
     usage: Usage
     statistics: RequestStatistics
 
@@ -165,7 +166,7 @@ class Failed:
 
     request_id: RequestId
     kind: Literal["request", "engine", "busy"]
-    reason: Annotated[str, AtMost(2**16)]
+    reason: Reason
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ class Status:
 
     state: Literal["loading", "ready", "stopping"]
     draft: DraftState
-    target_model: Annotated[str, AtMost(2**13)]
-    draft_model: Annotated[str, AtMost(2**13)]
+    target_model: Annotated[str, Meta(max_length=2**13)]
+    draft_model: Annotated[str, Meta(max_length=2**13)]
     mode: Mode
     num_running: Count = 0
     num_waiting: Count = 0
@@ -203,4 +204,4 @@ class Status:
     num_drafts: Count = 0
     drafts_lost: Count = 0
     drafts_linked: Count = 0
-    stalls: Annotated[tuple[Stall, ...], AtMost(2**8)] = ()
+    stalls: Annotated[tuple[Stall, ...], Meta(max_length=2**8)] = ()

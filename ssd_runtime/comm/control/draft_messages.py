@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from ssd_runtime.bounds import AtMost, Within
+from msgspec import Meta
+
 from ssd_runtime.comm.protocol import FrameShape, Name, Rank, VocabularyDigest
 from ssd_runtime.config import Mode
 from ssd_runtime.host.cores import Role
@@ -26,13 +27,13 @@ class Hello:
         num_blocks: of its KV pool, for sequences.
     """
 
-    version: Annotated[int, Within(0, 2**31 - 1)]
+    version: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     role: Role
     rank: Rank
     config_digest: Name
     vocabulary: VocabularyDigest
     instance: Name = ""
-    num_blocks: Annotated[int, Within(0, 2**31 - 1)] = 0
+    num_blocks: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class LinkAddress:
         shape: sizes of the frames.
     """
 
-    host: Annotated[str, AtMost(256)]
-    port: Annotated[int, Within(0, 65535)]
+    host: Annotated[str, Meta(max_length=256)]
+    port: Annotated[int, Meta(ge=0, le=65535)]
     session: Name
     epoch: Count
     shape: FrameShape
@@ -81,7 +82,7 @@ class Admit:
     params: SamplingParams
     mode: Mode
     lookahead: Lookahead
-    max_tokens: Annotated[int, Within(0, 2**31 - 1)]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     end_tokens: NamedTokens = ()
     output_tokens: Tokens = ()
     turn: Turn = -1
@@ -104,5 +105,5 @@ class Portion:
     """
 
     sequence_id: Count
-    index: Annotated[int, Within(0, 2**10)]
-    count: Annotated[int, Within(1, 2**10)]
+    index: Annotated[int, Meta(ge=0, le=2**10)]
+    count: Annotated[int, Meta(ge=1, le=2**10)]

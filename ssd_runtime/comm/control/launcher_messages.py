@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ssd_runtime.bounds import AtMost, Within
-from ssd_runtime.comm.protocol import CoreNumbers, CoresByRole, Rank
+from msgspec import Meta
+
+from ssd_runtime.comm.protocol import CoreNumbers, CoresByRole, Name, Rank, Reason
 from ssd_runtime.host.cores import Role
 
 
@@ -16,8 +17,8 @@ class Progress:
 
     role: Role
     rank: Rank
-    phase: Annotated[str, AtMost(256)]
-    fraction: Annotated[float, Within(0.0, 1.0)]
+    phase: Annotated[str, Meta(max_length=256)]
+    fraction: Annotated[float, Meta(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Ready:
         key: a secret of this engine, to be repeated in `Shutdown`.
     """
 
-    address: Annotated[str, AtMost(512)]
+    address: Annotated[str, Meta(max_length=512)]
     cores: CoresByRole
-    key: Annotated[str, AtMost(64)] = ""
+    key: Name = ""
 
 
 @dataclass(frozen=True)
@@ -54,4 +55,4 @@ class WorkerFailed:
     role: Role
     rank: Rank
     kind: Literal["config", "runtime"]
-    reason: Annotated[str, AtMost(2**16)]
+    reason: Reason

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
-from typing import Annotated
 
-from ssd_runtime.bounds import AtMost
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.comm.control.draft_messages import Admit, Finish, Hello, Portion, Welcome
 from ssd_runtime.comm.control.launcher_messages import Joined, Progress, Ready, WorkerFailed
+from ssd_runtime.comm.protocol import Name, Reason
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Refused:
         again: the same Hello may be welcome later.
     """
 
-    reason: Annotated[str, AtMost(2**16)]
+    reason: Reason
     again: bool = False
 
 
@@ -41,8 +40,8 @@ class Shutdown:
         key: of the engine (`Ready.key`), which lets whoever started it end it from anywhere.
     """
 
-    reason: Annotated[str, AtMost(2**16)]
-    key: Annotated[str, AtMost(64)] = ""
+    reason: Reason
+    key: Name = ""
 
 
 Message = (

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from ssd_runtime.comm.protocol import FrameShape, ProtocolError
 from ssd_runtime.speculation.types import (
-    COUNT,
-    STEP_ROWS,
-    STEP_US,
-    TOKEN,
+    MOST_COUNT,
+    MOST_STEP_ROWS,
+    MOST_STEP_US,
+    MOST_TOKEN,
     Branch,
     Outcome,
     OutcomeFrame,
@@ -46,7 +46,6 @@ from ssd_runtime.speculation.types import (
 MAGIC = 0x5353_4431  # "SSD1"
 HEADER = 7  # words
 MOST_WORDS = 2**27  # of a frame: 1 GiB
-MOST_COUNT, MOST_TOKEN = int(COUNT.most), int(TOKEN.most)
 PLAN_BUDGET = 2**16  # a plan is one word: 1 + lookahead + budget * PLAN_BUDGET; 0 is no plan
 SHOWN_WORDS = 12  # of a row that is none
 SUM_TOLERANCE = 1e-5  # of a proposal's probabilities: each is rounded to one part in 10^7
@@ -208,7 +207,7 @@ class TreeCodec(FrameCodec[TreeFrame]):
             for proposal in branch.proposals:
                 body += self._proposal(proposal)
             body += [-1] * (self.shape.probabilities * (self.shape.lookahead - len(branch.proposals)))
-        step = min(frame.step_us, int(STEP_US.most)), frame.step_rows  # a draft that was stopped meanwhile says less
+        step = min(frame.step_us, MOST_STEP_US), frame.step_rows  # a draft that was stopped meanwhile says less
         return self._tensor(self.kind, frame.round, step, len(frame.branches), body)
 
     def _proposal(self, proposal: Proposal) -> list[int]:
@@ -221,7 +220,7 @@ class TreeCodec(FrameCodec[TreeFrame]):
 
     def decode(self, words: Tensor) -> TreeFrame:
         round, (step_us, step_rows), rows = self._rows(words)
-        if not (STEP_US.allows(step_us) and STEP_ROWS.allows(step_rows)):
+        if step_us > MOST_STEP_US or step_rows > MOST_STEP_ROWS:
             raise ProtocolError(f"a drafting step of {step_us} microseconds with {step_rows} rows")
         branches = tuple(map(self._branch, rows))
         if self.shape.probabilities and branches:
