@@ -1,4 +1,4 @@
-"""What every suite has: one torch thread, no deadline a pause could break, operators, the embedded model, fetched once."""
+"""What every suite has: one torch thread, no deadline a pause could break, operators, a real model, fetched once."""
 
 from __future__ import annotations
 
