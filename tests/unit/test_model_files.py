@@ -181,10 +181,11 @@ def test_unsupported_gguf_files(tmp_path: Path) -> None:
 # ---- files and numbers of strangers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", [10**12, 10**400, 1e9, float("inf")])
-def test_an_absurd_number_of_layers_is_refused_at_once(tmp_path: Path, layers: float) -> None:
+@pytest.mark.parametrize("key", ["num_hidden_layers", "rms_norm_eps"])
+@pytest.mark.parametrize("number", [10**12, 10**400, 1e9, float("inf")])
+def test_an_absurd_number_is_refused_at_once(tmp_path: Path, key: str, number: float) -> None:
     started = time.monotonic()
-    assert "num_hidden_layers is " in refusal(hf_directory(tmp_path / "hf", num_hidden_layers=layers))
+    assert f"{key} is " in refusal(hf_directory(tmp_path / "hf", **{key: number}))
     assert time.monotonic() - started < 2
 
 
