@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +195,22 @@ def test_a_template_that_is_no_text_is_refused_by_name(tmp_path: Path, template:
         Tokenizer.from_model(model_of(tmp_path, template, {}))
 
 
-def test_a_template_file_is_read_no_further_than_a_template_may_go(tmp_path: Path) -> None:
-    path = model_of(tmp_path, "x", {})
-    (tmp_path / "chat_template.jinja").symlink_to("/dev/zero")
+def test_a_template_file_is_a_regular_file_of_bounded_text(tmp_path: Path) -> None:
+    path, file = model_of(tmp_path, "x", {}), tmp_path / "chat_template.jinja"
+    file.write_text("x" * ((1 << 18) + 1))
     with pytest.raises(ConfigError, match="has a chat template of more than"):
         Tokenizer.from_model(path).chat(said(("user", "x")))
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         Tokenizer.from_model(path)
-    (tmp_path / "chat_template.jinja").unlink()
-    (tmp_path / "chat_template.jinja").mkdir()
-    with pytest.raises(ConfigError, match=r"cannot read .*Is a directory"):
+    os.truncate(file, 1 << 40)
+    with pytest.raises(ConfigError, match="at most"):
         Tokenizer.from_model(path)
+    for make in (os.mkfifo, os.mkdir, lambda name: os.symlink("/dev/zero", name)):
+        file.rmdir() if file.is_dir() else file.unlink()
+        make(file)
+        with pytest.raises(ConfigError, match="is no regular file"):
+            Tokenizer.from_model(path)
 
 
 LEAVES = """
