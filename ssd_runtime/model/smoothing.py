@@ -93,7 +93,7 @@ class Smoother:
         down_NE = functional.linear(gated_NI, layer.down_OI, layer.down_bias_E)
         self._hidden_NE = self._hidden_NE + self._group.sum(down_NE)
         mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_E, self._norm_scales(normed_NE, layer.gate_up_OI))
-        down_scales_I = _scales(gated_NI, layer.down_OI)
+        down_scales_I = _ratio(_largest(gated_NI), _largest(layer.down_OI))
         up_rows_O = torch.cat((torch.ones(arch.intermediate_size), down_scales_I))
 
         return replace(
@@ -135,10 +135,6 @@ class Smoother:
 
 def _largest(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(0), -rows.amin(0))  # no copy of the matrix
-
-
-def _scales(activations_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    return _ratio(_largest(activations_NI), _largest(weight_OI))
 
 
 def _ratio(activation: Tensor, weight: Tensor) -> Tensor:
