@@ -19,6 +19,11 @@ def render(template: str) -> str:
     return ChatTemplate({"default": template}, {}, "model m").render(said(("user", "hi")))
 
 
+def test_an_empty_conversation_is_refused() -> None:
+    with pytest.raises(RequestError, match="the conversation is empty: give at least one message"):
+        ChatTemplate({"default": "x"}, {}, "model m").render([])
+
+
 ENDLESS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
