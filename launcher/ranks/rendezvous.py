@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ssd_runtime.bounds import shown
 from ssd_runtime.comm.collective import TargetGroup, meet_target_gpus, meet_target_ranks
 from ssd_runtime.comm.hosts import address_of_host, bare, is_loopback, is_own, own_address, split
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
+from ssd_runtime.typed import shown
 
 CONTROL_KEY = "ssd/control"
 

@@ -32,37 +32,25 @@ class StopStrings:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._patterns = [_Pattern(one) for one in stop]
+        self._held = ""  # what the longest match so far may become
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that is now certain, and whether a stop string was met: what begins first in what was held, cuts."""
-        if not self._patterns:
-            return text, False
-        longest = self._longest()
-        held = longest.matched
         starts = [start for pattern in self._patterns if (start := pattern.push(text)) is not None]
+        held, whole = len(self._held), self._held + text
         if starts:
-            self._forget()
-            cut = held + min(starts)
-        else:
-            cut = held + len(text) - self._longest().matched
-        return longest.stop[: min(held, cut)] + text[: max(0, cut - held)], bool(starts)
+            self.flush()
+            return whole[: held + min(starts)], True
+        cut = len(whole) - max((pattern.matched for pattern in self._patterns), default=0)
+        self._held = whole[cut:]
+        return whole[:cut], False
 
     def flush(self) -> str:
         """The text held back, at the end."""
-        if not self._patterns:
-            return ""
-        longest = self._longest()
-        held = longest.stop[: longest.matched]
-        self._forget()
-        return held
-
-    def _longest(self) -> _Pattern:
-        """The one that most of the text's end may become; that much is held back."""
-        return max(self._patterns, key=lambda pattern: pattern.matched)
-
-    def _forget(self) -> None:
+        held, self._held = self._held, ""
         for pattern in self._patterns:
             pattern.matched = 0
+        return held
 
 
 class _Pattern:

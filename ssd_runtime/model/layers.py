@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,20 +16,24 @@ from torch import Tensor
 from ssd_runtime.model.architecture import RopeScaling
 
 Linear = Callable[[Tensor], Tensor]  # NI -> NO, in the dtype of its input; made by `quantize.make_linear`
+L = TypeVar("L", bound=Linear, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """One decoder layer. `qkv` and `gate_up` are fused along their outputs."""
+class Layer(Generic[L]):
+    """One decoder layer, as it computes or, of plain linear layers, as it was read.
+
+    `qkv` and `gate_up` are fused along their outputs.
+    """
 
     input_norm_I: Tensor
-    qkv: Linear
+    qkv: L
     q_norm_D: Tensor | None
     k_norm_D: Tensor | None
-    attention_out: Linear
+    attention_out: L
     mlp_norm_I: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: L
+    down: L
 
 
 def rope_frequencies(

@@ -15,11 +15,11 @@ from ssd_runtime.model.files.header import open_weights
 from ssd_runtime.model.files.source import WeightSource
 from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
-from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
+from ssd_runtime.model.quantize import PlainLinear, activation_dtype, check_dtype, make_head, make_linear
 from ssd_runtime.model.random.models import random_model
 from ssd_runtime.model.random.script import ScriptedDecoder
 from ssd_runtime.model.random.weights import RandomWeights
-from ssd_runtime.model.smoothing import CALIBRATION_TEXT, LayerWeights, Smoother
+from ssd_runtime.model.smoothing import CALIBRATION_TEXT, Smoother
 
 Progress = Callable[[float], None]
 
@@ -122,8 +122,8 @@ class _Loader:
         self.progress(2 / steps)
         layers = []
         for index in range(arch.num_layers):
-            weights = self._layer_weights(f"layers.{index}.")
-            layers.append(self._layer(smoother.smooth(weights) if smoother else weights))
+            layer = self._read_layer(f"layers.{index}.")
+            layers.append(self._as_computed(smoother.smooth(layer) if smoother else layer))
             self.progress((index + 3) / steps)
         norm_E = self._vector(self._read("norm.weight"))
         return make(arch, embedding_VE, layers, norm_E, lm_head, frequencies_P, self.shard)
@@ -134,35 +134,29 @@ class _Loader:
             return Smoother(arch, table_VE[tokens], frequencies_P)
         return Smoother(arch, self.shard.embed(table_VE, torch.tensor(tokens)), frequencies_P, self.shard.group)
 
-    def _layer_weights(self, prefix: str) -> LayerWeights:
+    def _read_layer(self, prefix: str) -> Layer[PlainLinear]:
         attention, mlp, arch = f"{prefix}self_attn.", f"{prefix}mlp.", self.source.architecture
-        qkv = [f"{attention}{name}_proj" for name in "qkv"]
-        gate_up = [f"{mlp}{name}_proj" for name in ("gate", "up")]
-        return LayerWeights(
-            input_norm_E=self._read(f"{prefix}input_layernorm.weight"),
-            qkv_OI=torch.cat([self._matrix(f"{name}.weight") for name in qkv]),
-            qkv_bias_O=self._bias(qkv, arch.qkv_bias),
+        return Layer(
+            input_norm_I=self._read(f"{prefix}input_layernorm.weight"),
+            qkv=self._fused([f"{attention}{name}_proj" for name in "qkv"], arch.qkv_bias),
             q_norm_D=self._read(f"{attention}q_norm.weight") if arch.qk_norm else None,
             k_norm_D=self._read(f"{attention}k_norm.weight") if arch.qk_norm else None,
-            attention_out_OI=self._matrix(f"{attention}o_proj.weight"),
-            attention_out_bias_E=self._bias([f"{attention}o_proj"], arch.attention_out_bias),
-            mlp_norm_E=self._read(f"{prefix}post_attention_layernorm.weight"),
-            gate_up_OI=torch.cat([self._matrix(f"{name}.weight") for name in gate_up]),
-            gate_up_bias_O=self._bias(gate_up, arch.mlp_bias),
-            down_OI=self._matrix(f"{mlp}down_proj.weight"),
-            down_bias_E=self._bias([f"{mlp}down_proj"], arch.mlp_bias),
+            attention_out=self._fused([f"{attention}o_proj"], arch.attention_out_bias),
+            mlp_norm_I=self._read(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self._fused([f"{mlp}{name}_proj" for name in ("gate", "up")], arch.mlp_bias),
+            down=self._fused([f"{mlp}down_proj"], arch.mlp_bias),
         )
 
-    def _layer(self, weights: LayerWeights) -> Layer:
+    def _as_computed(self, read: Layer[PlainLinear]) -> Layer[Linear]:
         return Layer(
-            input_norm_I=self._vector(weights.input_norm_E),
-            qkv=self._linear(weights.qkv_OI, weights.qkv_bias_O),
-            q_norm_D=None if weights.q_norm_D is None else self._vector(weights.q_norm_D),
-            k_norm_D=None if weights.k_norm_D is None else self._vector(weights.k_norm_D),
-            attention_out=self._linear(weights.attention_out_OI, weights.attention_out_bias_E),
-            mlp_norm_I=self._vector(weights.mlp_norm_E),
-            gate_up=self._linear(weights.gate_up_OI, weights.gate_up_bias_O),
-            down=self._linear(weights.down_OI, weights.down_bias_E),
+            input_norm_I=self._vector(read.input_norm_I),
+            qkv=self._linear(read.qkv),
+            q_norm_D=None if read.q_norm_D is None else self._vector(read.q_norm_D),
+            k_norm_D=None if read.k_norm_D is None else self._vector(read.k_norm_D),
+            attention_out=self._linear(read.attention_out),
+            mlp_norm_I=self._vector(read.mlp_norm_I),
+            gate_up=self._linear(read.gate_up),
+            down=self._linear(read.down),
         )
 
     def _matrix(self, name: str) -> torch.Tensor:
@@ -173,8 +167,11 @@ class _Loader:
         """
         return self._read(name, torch.bfloat16 if self.dtype == "bf16" else torch.float32).to(self.device)
 
-    def _bias(self, linears: Sequence[str], present: bool) -> torch.Tensor | None:
-        return torch.cat([self._read(f"{name}.bias") for name in linears]) if present else None
+    def _fused(self, names: Sequence[str], has_bias: bool) -> PlainLinear:
+        """Linear layers of one input as one."""
+        weights = [self._matrix(f"{name}.weight") for name in names]
+        bias_O = torch.cat([self._read(f"{name}.bias") for name in names]) if has_bias else None
+        return PlainLinear(torch.cat(weights) if len(weights) > 1 else weights[0], bias_O)
 
     def _read(self, name: str, kind: torch.dtype = torch.float32) -> torch.Tensor:
         """A tensor as `kind`. Raises ConfigError when that leaves something in it that is no number."""
@@ -186,8 +183,8 @@ class _Loader:
     def _vector(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self.device, self.kind)
 
-    def _linear(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> Linear:
-        return make_linear(weight_OI, bias_O, self.dtype, self.device)
+    def _linear(self, plain: PlainLinear) -> Linear:
+        return make_linear(plain.weight_OI, plain.bias_O, self.dtype, self.device)
 
 
 def check_finite(tensor: torch.Tensor, who: str) -> None:

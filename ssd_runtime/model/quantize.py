@@ -35,7 +35,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class PlainLinear:
-    """A linear layer in plain torch, as GPUs have it."""
+    """A linear layer in plain torch, as GPUs have it and as all are read."""
 
     weight_OI: Tensor
     bias_O: Tensor | None

@@ -13,14 +13,16 @@ heads, D features of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.layers import Layer
 from ssd_runtime.model.parallel import ALONE, Collective
+from ssd_runtime.model.quantize import PlainLinear
 
 CALIBRATION_TEXT = """The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs to \
 light the lamp. In 1912 a storm carried away the lower landing.
@@ -33,24 +35,6 @@ def fibonacci(n):
 
 The capital of France is Paris."""
 _LEAST = 1e-5  # of a range, so that features that never speak are left alone
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer before packing; matrices fused along their outputs as in `layers.Layer`."""
-
-    input_norm_E: Tensor
-    qkv_OI: Tensor
-    qkv_bias_O: Tensor | None
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
-    attention_out_OI: Tensor
-    attention_out_bias_E: Tensor | None
-    mlp_norm_E: Tensor
-    gate_up_OI: Tensor
-    gate_up_bias_O: Tensor | None
-    down_OI: Tensor
-    down_bias_E: Tensor | None
 
 
 class Smoother:
@@ -69,43 +53,39 @@ class Smoother:
         angles_ND = torch.arange(len(hidden_NE)).float()[:, None] * torch.cat((frequencies_P, frequencies_P))
         self._cos_N1D, self._sin_N1D = angles_ND.cos()[:, None], angles_ND.sin()[:, None]
 
-    def smooth(self, layer: LayerWeights) -> LayerWeights:
+    def smooth(self, layer: Layer[PlainLinear]) -> Layer[PlainLinear]:
         """The next layer with its features resized: the same function, easier to round."""
         arch = self._arch
         q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
 
-        normed_NE = self._norm(self._hidden_NE, layer.input_norm_E)
+        normed_NE = self._norm(self._hidden_NE, layer.input_norm_I)
         attended_NI = self._attend(normed_NE, layer)
-        out_NE = functional.linear(attended_NI, layer.attention_out_OI, layer.attention_out_bias_E)
-        self._hidden_NE = self._hidden_NE + self._group.sum(out_NE)
-        input_norm_E, scales_E = _into_norm(layer.input_norm_E, self._norm_scales(normed_NE, layer.qkv_OI))
-        qkv_OI = layer.qkv_OI * scales_E
+        self._hidden_NE = self._hidden_NE + self._group.sum(layer.attention_out(attended_NI))
+        input_norm_E, scales_E = _into_norm(layer.input_norm_I, self._norm_scales(normed_NE, layer.qkv.weight_OI))
+        qkv_OI = layer.qkv.weight_OI * scales_E
         groups = (arch.num_kv_heads, arch.num_heads // arch.num_kv_heads, arch.head_dim)
         v_scales_GD = _ratio(
-            _largest(attended_NI).view(groups).amax(1), _largest(layer.attention_out_OI).view(groups).amax(1)
+            _largest(attended_NI).view(groups).amax(1), _largest(layer.attention_out.weight_OI).view(groups).amax(1)
         )
         row_scales_O = torch.cat((torch.ones(q_size + kv_size), v_scales_GD.flatten()))
         out_scales_I = v_scales_GD[:, None].expand(groups).flatten()
 
-        normed_NE = self._norm(self._hidden_NE, layer.mlp_norm_E)
-        gate_NI, up_NI = functional.linear(normed_NE, layer.gate_up_OI, layer.gate_up_bias_O).chunk(2, -1)
+        normed_NE = self._norm(self._hidden_NE, layer.mlp_norm_I)
+        gate_NI, up_NI = layer.gate_up(normed_NE).chunk(2, -1)
         gated_NI = functional.silu(gate_NI) * up_NI
-        down_NE = functional.linear(gated_NI, layer.down_OI, layer.down_bias_E)
-        self._hidden_NE = self._hidden_NE + self._group.sum(down_NE)
-        mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_E, self._norm_scales(normed_NE, layer.gate_up_OI))
-        down_scales_I = _scales(gated_NI, layer.down_OI)
+        self._hidden_NE = self._hidden_NE + self._group.sum(layer.down(gated_NI))
+        mlp_norm_E, scales_E = _into_norm(layer.mlp_norm_I, self._norm_scales(normed_NE, layer.gate_up.weight_OI))
+        down_scales_I = _ratio(_largest(gated_NI), _largest(layer.down.weight_OI))
         up_rows_O = torch.cat((torch.ones(arch.intermediate_size), down_scales_I))
 
         return replace(
             layer,
-            input_norm_E=input_norm_E,
-            qkv_OI=qkv_OI.div_(row_scales_O[:, None]),
-            qkv_bias_O=None if layer.qkv_bias_O is None else layer.qkv_bias_O / row_scales_O,
-            attention_out_OI=layer.attention_out_OI * out_scales_I,
-            mlp_norm_E=mlp_norm_E,
-            gate_up_OI=(layer.gate_up_OI * scales_E).div_(up_rows_O[:, None]),
-            gate_up_bias_O=None if layer.gate_up_bias_O is None else layer.gate_up_bias_O / up_rows_O,
-            down_OI=layer.down_OI * down_scales_I,
+            input_norm_I=input_norm_E,
+            qkv=_divide_rows(qkv_OI, layer.qkv.bias_O, row_scales_O),
+            attention_out=replace(layer.attention_out, weight_OI=layer.attention_out.weight_OI * out_scales_I),
+            mlp_norm_I=mlp_norm_E,
+            gate_up=_divide_rows(layer.gate_up.weight_OI * scales_E, layer.gate_up.bias_O, up_rows_O),
+            down=replace(layer.down, weight_OI=layer.down.weight_OI * down_scales_I),
         )
 
     def _norm_scales(self, normed_NE: Tensor, weight_OI: Tensor) -> Tensor:
@@ -115,11 +95,10 @@ class Smoother:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, (x.shape[-1],), weight.float(), self._arch.rms_norm_eps)
 
-    def _attend(self, normed_NE: Tensor, layer: LayerWeights) -> Tensor:
+    def _attend(self, normed_NE: Tensor, layer: Layer[PlainLinear]) -> Tensor:
         arch = self._arch
         heads = (arch.num_heads, arch.num_kv_heads, arch.num_kv_heads)
-        qkv_NO = functional.linear(normed_NE, layer.qkv_OI, layer.qkv_bias_O)
-        q_NHD, k_NGD, v_NGD = qkv_NO.view(len(normed_NE), sum(heads), arch.head_dim).split(heads, 1)
+        q_NHD, k_NGD, v_NGD = layer.qkv(normed_NE).view(len(normed_NE), sum(heads), arch.head_dim).split(heads, 1)
         if layer.q_norm_D is not None and layer.k_norm_D is not None:
             q_NHD, k_NGD = self._norm(q_NHD, layer.q_norm_D), self._norm(k_NGD, layer.k_norm_D)
         q_HND, k_GND = self._rotate(q_NHD).transpose(0, 1), self._rotate(k_NGD).transpose(0, 1)
@@ -133,12 +112,13 @@ class Smoother:
         return heads * self._cos_N1D + torch.cat((-second, first), -1) * self._sin_N1D
 
 
+def _divide_rows(weight_OI: Tensor, bias_O: Tensor | None, scales_O: Tensor) -> PlainLinear:
+    """With the weights changed in place."""
+    return PlainLinear(weight_OI.div_(scales_O[:, None]), None if bias_O is None else bias_O / scales_O)
+
+
 def _largest(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(0), -rows.amin(0))  # no copy of the matrix
-
-
-def _scales(activations_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    return _ratio(_largest(activations_NI), _largest(weight_OI))
 
 
 def _ratio(activation: Tensor, weight: Tensor) -> Tensor:

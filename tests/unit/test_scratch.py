@@ -27,7 +27,6 @@ from ssd_runtime.speculation.sampling.processors import process_rows, processors
 from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
-from tests.operators import use_operators
 
 META = torch.device("meta")
 MIB = 2**20
@@ -73,10 +72,7 @@ def forward_peak(arch: Architecture, sequences: int, context: int, add: Callable
     return peak_bytes(lambda: decoder.forward(batch, kv))
 
 
-@pytest.fixture(autouse=True)
-def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose every tensor is seen."""
-    use_operators(monkeypatch)
+pytestmark = pytest.mark.usefixtures("plain_operators")  # whose every tensor is seen
 
 
 @pytest.mark.parametrize(

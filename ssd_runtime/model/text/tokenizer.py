@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from ssd_runtime.errors import ConfigError, RequestError
 from ssd_runtime.model.architecture import LARGEST_VOCABULARY
 from ssd_runtime.model.files.fields import brief_error
-from ssd_runtime.model.files.opening import file_size, read_json
+from ssd_runtime.model.files.opening import file_size, read_json, read_text
 from ssd_runtime.model.random.models import random_model
 from ssd_runtime.model.random.tokenizer import CHAT_TEMPLATE, random_tokenizer
-from ssd_runtime.model.text.chat_template import LONGEST_TEMPLATE, ChatTemplate
+from ssd_runtime.model.text.chat_template import ChatTemplate
 from ssd_runtime.model.text.special_tokens import gguf_token_id, special_ids_gguf, special_tokens_hf
 from ssd_runtime.model.text.vocabulary import Vocabulary
 
@@ -127,9 +128,8 @@ class Tokenizer:
             return b""
         token = self._tokens[token_id]
         if self._kind == "byte-level":
-            if all(character in _BYTE_OF for character in token):
-                return bytes(_BYTE_OF[character] for character in token)
-            return token.encode()
+            known = all(character in _BYTE_OF for character in token)
+            return bytes(_BYTE_OF[character] for character in token) if known else token.encode()
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes((int(token[3:5], 16),))
         return token.replace("▁", " ").encode()
@@ -223,7 +223,7 @@ def _hf_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict[
     if (directory / "chat_template.jinja").exists():
         files.setdefault("default", directory / "chat_template.jinja")
     if files:
-        return {name: _read_template(path) for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {entry.get("name"): entry.get("template") for entry in template}
@@ -231,16 +231,6 @@ def _hf_templates(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict[
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
         raise ConfigError(f"model {directory}: chat_template in tokenizer_config.json is not text; fetch it again")
     return templates
-
-
-def _read_template(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(LONGEST_TEMPLATE + 1)  # what is longer is refused
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; fetch the model again") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error}); fetch the model again") from None
 
 
 def _end_ids(tokenizer: tokenizers.Tokenizer, ids: Iterable[int | None]) -> tuple[int, ...]:
@@ -266,12 +256,6 @@ def _decoder_kind(tokenizer: tokenizers.Tokenizer, path: str) -> Literal["byte-l
     raise ConfigError(f"model {path}: this kind of tokenizer is not supported (neither byte-level nor SentencePiece)")
 
 
-def _byte_table() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted (openai/gpt-2, src/encoder.py)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_table()
+# GPT-2's character for each byte: its own where that is printable; the others have those from 256 on, in order.
+_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_BYTE_OF = dict(zip(_LETTERS, sorted(range(256), key=lambda byte: chr(byte) not in _LETTERS), strict=True))
