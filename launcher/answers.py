@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+import json
+
+import msgspec
+from msgspec import Struct
 
 from launcher import screen
-from launcher.bench.report import Generation, Output, summarise
+from launcher.generation import Generation
+from launcher.summary import Summary, summarise
+from ssd_runtime.comm.control.client_messages import Usage
+from ssd_runtime.config import Mode
+from ssd_runtime.speculation.types import TokenLogprob
+
+
+class Alternative(Struct, frozen=True):
+    """One of the likeliest tokens at a place."""
+
+    token: int
+    logprob: float
+
+
+class Logprob(Struct, frozen=True):
+    """An emitted token, and the likeliest there."""
+
+    token: int
+    logprob: float
+    top: tuple[Alternative, ...]
+
+    @classmethod
+    def of(cls, one: TokenLogprob) -> Logprob:
+        return cls(one.token, one.logprob, tuple(Alternative(*each) for each in one.top))
+
+
+class Answer(Struct, frozen=True, omit_defaults=True):
+    """One output; `logprobs` is left out if nobody asked."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[Logprob, ...] = ()
+
+
+class Statistics(Summary, frozen=True, kw_only=True):
+    """Of one request."""
+
+    mode: Mode
+
+
+class Told(Struct, frozen=True, omit_defaults=True):
+    """What stands beside the answers.
+
+    Attributes:
+        outputs: several answers; one alone stands at the top level instead.
+        label: the session's, if it has one.
+    """
+
+    usage: Usage
+    statistics: Statistics
+    outputs: tuple[Answer, ...] = ()
+    label: str | None = None
 
 
 def as_text(generation: Generation) -> str:
@@ -18,32 +72,17 @@ def as_text(generation: Generation) -> str:
     )
 
 
-def as_json(generation: Generation, label: str | None = None) -> dict[str, Any]:
+def as_json(generation: Generation, label: str | None = None) -> str:
     """One answer at the top level; several as a list `outputs`. `label` is the session's."""
     finished = generation.finished
-    outputs = [
-        _output(output, reason) for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
+    answers = [
+        Answer(output.text, output.token_ids, reason, tuple(map(Logprob.of, output.logprobs)))
+        for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
     ]
-    return {
-        **({} if label is None else {"label": label}),
-        **(outputs[0] if len(outputs) == 1 else {"outputs": outputs}),
-        "usage": asdict(finished.usage),
-        "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
-    }
-
-
-def _output(output: Output, reason: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {"text": output.text, "token_ids": output.token_ids, "finish_reason": reason}
-    if output.logprobs:
-        answer["logprobs"] = [
-            {
-                "token": one.token,
-                "logprob": one.logprob,
-                "top": [{"token": token, "logprob": logprob} for token, logprob in one.top],
-            }
-            for one in output.logprobs
-        ]
-    return answer
+    found = Statistics(mode=finished.statistics.mode, **msgspec.structs.asdict(summarise([finished])))
+    several = tuple(answers) if len(answers) > 1 else ()
+    told = msgspec.to_builtins(Told(finished.usage, found, several, label))
+    return json.dumps(told if several else msgspec.to_builtins(answers[0]) | told)
 
 
 def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], label: str | None = None) -> str:
@@ -51,11 +90,11 @@ def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], labe
     finished = generation.finished
     found = summarise([finished])
     parts = [
-        f"{finished.statistics.mode}: {found['tokens']} tokens ({', '.join(finished.finish_reasons)})",
-        f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
-        f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
-        f"hit rate {screen.percent(found['hit_rate'])}",
-        f"acceptance {screen.percent(found['acceptance'])}",
+        f"{finished.statistics.mode}: {found.tokens} tokens ({', '.join(finished.finish_reasons)})",
+        f"{screen.number(found.tokens_per_second, 1)} tokens/s",
+        f"{screen.number(found.tokens_per_round, 2)} tokens a round",
+        f"hit rate {screen.percent(found.hit_rate)}",
+        f"acceptance {screen.percent(found.acceptance)}",
     ]
     rates = ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
     return rates if label is None else f"{label}\n{rates}"

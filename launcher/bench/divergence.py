@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+
+from msgspec import Struct
 
 from launcher.bench.prompts import Prompt
-from launcher.bench.report import Generation
+from launcher.generation import Generation
 
 
-def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> dict[str, Any]:
+class Divergence(Struct, frozen=True, kw_only=True):
+    """Where two runs part.
+
+    Attributes:
+        position: of the first token that differs.
+        prompt, prompt_index: of which output; its id, and its place in the set.
+        runs, tokens: their names, and what each has there; None for an output that had ended.
+        before: the tokens that both have.
+        logit_gap: how much higher the first token's score was than the second's; None if not known.
+    """
+
+    position: int
+    prompt: str
+    prompt_index: int
+    runs: tuple[str, str]
+    tokens: tuple[int | None, int | None]
+    before: tuple[int, ...]
+    logit_gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many outputs were compared, how many differed, and which of them first."""
+
+    compared: int
+    differing: int
+    first: Divergence | None
+
+
+def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> Comparison:
     """Whether every run gave the tokens of the first run, and else where they part first.
 
     They must with the compiled operators, and with `engine.numerics = "invariant"`. In bf16 and int8 plain torch rounds
@@ -19,30 +50,23 @@ def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Promp
         results: of each run, the generations of prompt 0, 1, ..., once a repeat.
     """
     (reference, expected), *others = results.items()
-    first: dict[str, Any] | None = None
-    differing = 0
+    found: list[Divergence] = []
     for name, generations in others:
         for turn, (mine, theirs) in enumerate(zip(generations, expected, strict=True)):
             position = divergence(mine.token_ids, theirs.token_ids)
-            if position is None:
-                continue
-            differing += 1
-            if first is None or position < first["position"]:
-                first = {
-                    "position": position,
-                    "prompt": prompts[turn % len(prompts)].id,
-                    "prompt_index": turn % len(prompts),
-                    "runs": [reference, name],
-                    "tokens": [_token(theirs.token_ids, position), _token(mine.token_ids, position)],
-                    "before": list(theirs.token_ids[:position]),
-                }
-    comparisons = sum(len(generations) for _, generations in others)
-    return {
-        "identical_tokens": differing == 0,
-        "first_divergence": first,
-        "differing_outputs": differing,
-        "compared_outputs": comparisons,
-    }
+            if position is not None:
+                place = turn % len(prompts)
+                where = Divergence(
+                    position=position,
+                    prompt=prompts[place].id,
+                    prompt_index=place,
+                    runs=(reference, name),
+                    tokens=(_token(theirs.token_ids, position), _token(mine.token_ids, position)),
+                    before=theirs.token_ids[:position],
+                )
+                found.append(where)
+    compared = sum(len(generations) for _, generations in others)
+    return Comparison(compared, len(found), min(found, key=lambda one: one.position, default=None))
 
 
 def divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -88,10 +90,17 @@ _OPTIONS = (
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command; it gets them as keywords that fit `SamplingParams`."""
+    """Add the options to a command that has --max-tokens too; it gets them together, as `params`."""
+    names = [spec.name for spec in dataclasses.fields(SamplingParams)]
+
+    @functools.wraps(function)
+    def command(max_tokens: int, **options: Any) -> Any:
+        params = sampling_params({name: options.pop(name) for name in names}, max_tokens)
+        return function(max_tokens=max_tokens, params=params, **options)
+
     for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+        command = option(command)
+    return command
 
 
 def sampling_params(sampling: dict[str, Any], max_tokens: int) -> SamplingParams:

@@ -18,8 +18,8 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.random.models import random_model
 
 if TYPE_CHECKING:
-    from launcher.bench.benchmark import Generates
     from launcher.bench.prompts import Prompt
+    from launcher.generation import Generates
     from launcher.study.figures import Point
     from launcher.study.folder import Folder, Run
     from launcher.study.recording import Record
@@ -72,7 +72,7 @@ def study(
     A directory is one study, which grows run by run: figures of the same pair, K and B join those that are there. Write
     remarks into REMARKS.md beside them; the page has them too.
     """
-    from launcher.bench import benchmark as bench
+    from launcher.bench.plan import parse_numbers
     from launcher.bench.prompts import read_prompts
 
     if redraw or merge:
@@ -81,7 +81,7 @@ def study(
     config = load_config(config_file, overrides)
     wanted = _figures(figures, offline, live)
     heats = _temperatures(temperatures)
-    sizes = bench.parse_batches(batches)
+    sizes = parse_numbers("--batch", batches)
     texts = [prompt for path in prompts or (None,) for prompt in read_prompts(path, limit)]
     if max_tokens < config.speculation.lookahead + 3:
         least = config.speculation.lookahead + 3

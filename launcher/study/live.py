@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import statistics
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
-from launcher.bench import benchmark as bench
+from launcher.bench.benchmark import Workload, measure
+from launcher.bench.plan import Run, plan_runs
 from launcher.bench.prompts import Prompt
+from launcher.bench.report import Row, results_of
+from launcher.generation import Generates
 from launcher.study.figures import POLICIES, Point
 from ssd_runtime.config import SpeculationConfig
 from ssd_runtime.speculation.types import SamplingParams
 
-Engines = Callable[[tuple[str, ...]], AbstractContextManager[bench.Generates]]
+Engines = Callable[[tuple[str, ...]], AbstractContextManager[Generates]]
 Advance = Callable[[str], None]
-SPEED = {"4 speed": "tokens_per_second", "6": "tokens_per_second_per_sequence"}  # keys of launcher/bench/report.py
+SPEED = {"4 speed": "tokens_per_second", "6": "tokens_per_second_per_sequence"}  # names of launcher/bench/report.py
 
 
 def backups() -> tuple[str, ...]:
@@ -42,10 +44,10 @@ def figure4_speed(
     """
     found: list[Point] = []
     for policy in POLICIES:
-        runs = bench.plan_runs(_modes(policy == POLICIES[0]), (), lookahead)
+        runs = plan_runs(_modes(policy == POLICIES[0]), (), lookahead)
         with engines((f"speculation.fan_out={policy}", "speculation.mode=ssd")) as client:
             for temperature in temperatures:
-                workload = bench.Workload(tuple(prompts), SamplingParams(temperature=temperature), max_tokens)
+                workload = Workload(tuple(prompts), SamplingParams(temperature=temperature), max_tokens)
                 rows = _rows(client, runs, workload, advance)
                 found += _points("4 speed", f"ssd, {policy}", temperature, [(temperature, row) for row in rows])
     return _joined(found)
@@ -72,21 +74,17 @@ def figure6(
     """tokens/s of one sequence over requests at once, at T = 0: AR, SD, and SSD with each backup; note: hit rate."""
     found: list[Point] = []
     for backup in backups():
-        runs = bench.plan_runs(_modes(backup == backups()[0]), (), lookahead, batches)
+        runs = plan_runs(_modes(backup == backups()[0]), (), lookahead, batches)
         overrides = (f"speculation.backup={backup}", "speculation.mode=ssd", f"engine.max_num_seqs={max(batches)}")
         with engines(overrides) as client:
-            workload = bench.Workload(tuple(prompts), SamplingParams(), max_tokens, ignore_eos=True)
+            workload = Workload(tuple(prompts), SamplingParams(), max_tokens, ignore_eos=True)
             rows = _rows(client, runs, workload, advance)
-            found += _points("6", f"ssd, backup {backup}", 0.0, [(row["batch"], row) for row in rows])
+            found += _points("6", f"ssd, backup {backup}", 0.0, [(row.batch, row) for row in rows])
     return _joined(found)
 
 
-def _rows(
-    client: bench.Generates, runs: Sequence[bench.Run], workload: bench.Workload, advance: Advance
-) -> list[dict[str, Any]]:
-    measured = bench.measure(client, runs, workload, advance)
-    rows: list[dict[str, Any]] = bench.report_on(measured, workload.prompts)["runs"]
-    return rows
+def _rows(client: Generates, runs: Sequence[Run], workload: Workload, advance: Advance) -> Sequence[Row]:
+    return results_of(measure(client, runs, workload, advance), workload.prompts).runs
 
 
 def _modes(first: bool) -> tuple[str, ...]:
@@ -94,15 +92,15 @@ def _modes(first: bool) -> tuple[str, ...]:
     return ("ar", "sd", "ssd") if first else ("sd", "ssd")
 
 
-def _points(figure: str, ssd: str, temperature: float, rows: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Point]:
+def _points(figure: str, ssd: str, temperature: float, rows: Sequence[tuple[float, Row]]) -> list[Point]:
     """Of one engine: (x, row of the benchmark) of each run; `ssd` is the name of SSD in this engine."""
-    anchors = {x: row[SPEED[figure]] for x, row in rows if row["mode"] == "sd"}
+    anchors = {x: getattr(row, SPEED[figure]) for x, row in rows if row.mode == "sd"}
     found = []
     for x, row in rows:
-        name = ssd if row["mode"] == "ssd" else row["mode"]
-        speed, anchor = row[SPEED[figure]], anchors.get(x) if row["mode"] != "sd" else None
+        name = ssd if row.mode == "ssd" else row.mode
+        speed, anchor = getattr(row, SPEED[figure]), anchors.get(x) if row.mode != "sd" else None
         over_sd = speed / anchor if speed and anchor else None
-        found.append(Point(figure, name, temperature, x, speed, None, row["rounds"], row["hit_rate"], over_sd))
+        found.append(Point(figure, name, temperature, x, speed, None, row.rounds, row.hit_rate, over_sd))
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, preflight
-from launcher.commands.bench import overrides_for
+from launcher.bench.plan import overrides_for, plan_runs
 from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate, RequestStatistics, Usage
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError, Overloaded, PeerLost, RequestError
@@ -342,8 +342,6 @@ def test_what_breaks_while_running_is_one_line(
 
 
 def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
-    from launcher.bench.benchmark import plan_runs
-
     runs = plan_runs(["ar", "sd", "ssd"], ["ssd=3,7"], 4)
     assert overrides_for(runs, Config()) == ["speculation.lookahead=7"]
     assert overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]
