@@ -49,18 +49,18 @@ class Statistics(Summary, frozen=True, kw_only=True):
     mode: Mode
 
 
-class Told(Struct, frozen=True, omit_defaults=True):
-    """What stands beside the answers.
+class Told(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What stands beside an answer, or several and what stands beside them.
 
     Attributes:
         outputs: several answers; one alone stands at the top level instead.
         label: the session's, if it has one.
     """
 
+    label: str | None = None
+    outputs: tuple[Answer, ...] = ()
     usage: Usage
     statistics: Statistics
-    outputs: tuple[Answer, ...] = ()
-    label: str | None = None
 
 
 def as_text(generation: Generation) -> str:
@@ -81,7 +81,7 @@ def as_json(generation: Generation, label: str | None = None) -> str:
     ]
     found = Statistics(mode=finished.statistics.mode, **msgspec.structs.asdict(summarise([finished])))
     several = tuple(answers) if len(answers) > 1 else ()
-    told = msgspec.to_builtins(Told(finished.usage, found, several, label))
+    told = msgspec.to_builtins(Told(label=label, outputs=several, usage=finished.usage, statistics=found))
     return json.dumps(told if several else msgspec.to_builtins(answers[0]) | told)
 
 

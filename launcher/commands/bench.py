@@ -21,8 +21,9 @@ from launcher.bench.plan import (
     setups_of,
 )
 from launcher.commands import engine
-from launcher.commands.options import check_writable, config_options, connect_option, trace_option, writing
+from launcher.commands.options import config_options, connect_option, trace_option
 from launcher.commands.sampling import sampling_options
+from launcher.files import check_writable, writing
 from ssd_runtime.config import MODES, Config, ConfigFile, load_config
 from ssd_runtime.model.random.models import pair_overrides
 from ssd_runtime.speculation.types import SamplingParams

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from launcher.study.coupling import Rule
 from launcher.study.recording import Record
@@ -17,8 +17,7 @@ POLICIES: tuple[FanOutName, ...] = ("uniform", "geometric", "confidence")
 CS = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.02, 0.0)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Struct, frozen=True, forbid_unknown_fields=True):
     """One point of a figure, and one line of its CSV.
 
     Attributes:
@@ -124,11 +123,6 @@ def tokens_per_round(walks: Sequence[Sequence[WalkedRound]]) -> float | None:
     """Accepted tokens and the bonus token."""
     rounds = [one for some in walks for one in some]
     return sum(one.num_accepted + 1 for one in rounds) / len(rounds) if rounds else None
-
-
-def as_rows(points: Sequence[Point]) -> list[dict[str, object]]:
-    """For a CSV file."""
-    return [dataclasses.asdict(point) for point in points]
 
 
 def _expected(records: Sequence[Record], c: float, counts: Sequence[int]) -> list[Expected]:
