@@ -3,64 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-import msgspec
-from msgspec import Struct
+from msgspec import to_builtins
 
 from launcher import screen
-from launcher.generation import Generation
-from launcher.summary import Summary, summarise
-from ssd_runtime.comm.control.client_messages import Usage
-from ssd_runtime.config import Mode
-from ssd_runtime.speculation.types import TokenLogprob
-
-
-class Alternative(Struct, frozen=True):
-    """One of the likeliest tokens at a place."""
-
-    token: int
-    logprob: float
-
-
-class Logprob(Struct, frozen=True):
-    """An emitted token, and the likeliest there."""
-
-    token: int
-    logprob: float
-    top: tuple[Alternative, ...]
-
-    @classmethod
-    def of(cls, one: TokenLogprob) -> Logprob:
-        return cls(one.token, one.logprob, tuple(Alternative(*each) for each in one.top))
-
-
-class Answer(Struct, frozen=True, omit_defaults=True):
-    """One output; `logprobs` is left out if nobody asked."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    logprobs: tuple[Logprob, ...] = ()
-
-
-class Statistics(Summary, frozen=True, kw_only=True):
-    """Of one request."""
-
-    mode: Mode
-
-
-class Told(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What stands beside an answer, or several and what stands beside them.
-
-    Attributes:
-        outputs: several answers; one alone stands at the top level instead.
-        label: the session's, if it has one.
-    """
-
-    label: str | None = None
-    outputs: tuple[Answer, ...] = ()
-    usage: Usage
-    statistics: Statistics
+from launcher.generation import Generation, Output
+from launcher.summary import summarise
 
 
 def as_text(generation: Generation) -> str:
@@ -75,14 +24,30 @@ def as_text(generation: Generation) -> str:
 def as_json(generation: Generation, label: str | None = None) -> str:
     """One answer at the top level; several as a list `outputs`. `label` is the session's."""
     finished = generation.finished
-    answers = [
-        Answer(output.text, output.token_ids, reason, tuple(map(Logprob.of, output.logprobs)))
-        for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
+    outputs = [
+        _output(output, reason) for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
     ]
-    found = Statistics(mode=finished.statistics.mode, **msgspec.structs.asdict(summarise([finished])))
-    several = tuple(answers) if len(answers) > 1 else ()
-    told = msgspec.to_builtins(Told(label=label, outputs=several, usage=finished.usage, statistics=found))
-    return json.dumps(told if several else msgspec.to_builtins(answers[0]) | told)
+    told = {
+        **({} if label is None else {"label": label}),
+        **(outputs[0] if len(outputs) == 1 else {"outputs": outputs}),
+        "usage": to_builtins(finished.usage),
+        "statistics": {"mode": finished.statistics.mode, **to_builtins(summarise([finished]))},
+    }
+    return json.dumps(told)
+
+
+def _output(output: Output, reason: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"text": output.text, "token_ids": output.token_ids, "finish_reason": reason}
+    if output.logprobs:
+        answer["logprobs"] = [
+            {
+                "token": one.token,
+                "logprob": one.logprob,
+                "top": [{"token": token, "logprob": logprob} for token, logprob in one.top],
+            }
+            for one in output.logprobs
+        ]
+    return answer
 
 
 def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], label: str | None = None) -> str:

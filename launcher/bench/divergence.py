@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from msgspec import Struct
 
@@ -11,7 +10,7 @@ from launcher.bench.prompts import Prompt
 from launcher.generation import Generation
 
 
-class Divergence(Struct, frozen=True, kw_only=True):
+class Divergence(Struct, frozen=True):
     """Where two runs part.
 
     Attributes:
@@ -31,20 +30,11 @@ class Divergence(Struct, frozen=True, kw_only=True):
     logit_gap: float | None = None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How many outputs were compared, how many differed, and which of them first."""
+def divergences(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> list[Divergence]:
+    """Every output that is not that of the first run.
 
-    compared: int
-    differing: int
-    first: Divergence | None
-
-
-def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> Comparison:
-    """Whether every run gave the tokens of the first run, and else where they part first.
-
-    They must with the compiled operators, and with `engine.numerics = "invariant"`. In bf16 and int8 plain torch rounds
-    a forward over several rows differently from a forward over one, so near-ties may fall the other way.
+    There must be none with the compiled operators, and with `engine.numerics = "invariant"`. In bf16 and int8 plain
+    torch rounds a forward over several rows differently from one over one, so near-ties may fall the other way.
 
     Args:
         results: of each run, the generations of prompt 0, 1, ..., once a repeat.
@@ -55,18 +45,11 @@ def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Promp
         for turn, (mine, theirs) in enumerate(zip(generations, expected, strict=True)):
             position = divergence(mine.token_ids, theirs.token_ids)
             if position is not None:
-                place = turn % len(prompts)
-                where = Divergence(
-                    position=position,
-                    prompt=prompts[place].id,
-                    prompt_index=place,
-                    runs=(reference, name),
-                    tokens=(_token(theirs.token_ids, position), _token(mine.token_ids, position)),
-                    before=theirs.token_ids[:position],
-                )
-                found.append(where)
-    compared = sum(len(generations) for _, generations in others)
-    return Comparison(compared, len(found), min(found, key=lambda one: one.position, default=None))
+                index = turn % len(prompts)
+                tokens = _token(theirs.token_ids, position), _token(mine.token_ids, position)
+                where = prompts[index].id, index, (reference, name)
+                found.append(Divergence(position, *where, tokens, theirs.token_ids[:position]))
+    return found
 
 
 def divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ssd_runtime.config import MODES, NUMERICS, Config, Mode, Numerics
+from ssd_runtime.config import MODES, NUMERICS, Config, Mode
 from ssd_runtime.errors import ConfigError
 
 DRAFTED = ("sd", "ssd")  # modes that use the drafts' ranks
@@ -59,11 +59,13 @@ class Engine:
         name: tells it from the others; "" where there are none.
         overrides: what it has beside the configuration that all have.
         runs: in this engine.
+        setup: its drafts, where these are compared.
     """
 
     name: str
     overrides: tuple[str, ...]
     runs: tuple[Run, ...]
+    setup: DraftSetup | None = None
 
 
 def plan_runs(
@@ -91,17 +93,13 @@ def plan_runs(
             known = ", ".join(mode for mode in chosen if mode != "ar") or "none that speculates"
             raise ConfigError(f"--lookahead {text!r}: {mode} is not among the modes to run ({known})")
         chosen[mode] = numbers
-    return [
-        Run(
-            (f"{mode}@{lookahead}" if len(several) > 1 else mode) + (f" x{batch}" if batch > 1 else ""),
-            mode,
-            lookahead,
-            batch,
-        )
-        for batch in sorted(set(batches))
-        for mode, several in chosen.items()
-        for lookahead in several
-    ]
+    runs = []
+    for batch in sorted(set(batches)):
+        for mode, several in chosen.items():
+            for lookahead in several:
+                name = (f"{mode}@{lookahead}" if len(several) > 1 else mode) + (f" x{batch}" if batch > 1 else "")
+                runs.append(Run(name, mode, lookahead, batch))
+    return runs
 
 
 def parse_numbers(option: str, text: str, kind: str = "requests") -> list[int]:
@@ -115,16 +113,6 @@ def _numbers(text: str) -> list[int]:
     """Ascending, each once; none where one of them is no number above 0."""
     values = [value.strip() for value in text.split(",")]
     return sorted({int(value) for value in values}) if all(v.isdecimal() and int(v) > 0 for v in values) else []
-
-
-def parse_numerics(text: str) -> list[Numerics]:
-    """The settings of `--numerics`; raises ConfigError for one that is unknown."""
-    found: list[Numerics] = []
-    for value in map(str.strip, text.split(",")):
-        if value not in NUMERICS:
-            raise ConfigError(f"--numerics: unknown {value!r}; known: {', '.join(NUMERICS)}")
-        found.append(value)
-    return list(dict.fromkeys(found))
 
 
 def setups_of(text: str, budget: int, *, divide: bool) -> list[DraftSetup]:
@@ -156,15 +144,19 @@ def engines_by_setup(setups: Sequence[DraftSetup], runs: Sequence[Run]) -> list[
         own = [replace(run, name=f"{run.name} {setup.name}", **vars(setup)) for run in drafted]
         others = [] if engines else [run for run in runs if run not in drafted]
         overrides = f"deployment.drafts={setup.drafts}", f"speculation.budget={setup.budget}"
-        engines.append(Engine(setup.name, overrides, (*others, *own)))
+        engines.append(Engine(setup.name, overrides, (*others, *own), setup))
     return engines
 
 
 def engines_by_numerics(numerics: str | None, runs: Sequence[Run]) -> list[Engine]:
-    """An engine for each setting of `--numerics`; one without the option."""
+    """An engine for each setting of `--numerics`, one without the option; raises ConfigError for what is no setting."""
     if numerics is None:
         return [Engine("", (), tuple(runs))]
-    return [Engine(one, (f"engine.numerics={one}",), tuple(runs)) for one in parse_numerics(numerics)]
+    found = list(dict.fromkeys(value.strip() for value in numerics.split(",")))
+    for value in found:
+        if value not in NUMERICS:
+            raise ConfigError(f"--numerics: unknown {value!r}; known: {', '.join(NUMERICS)}")
+    return [Engine(one, (f"engine.numerics={one}",), tuple(runs)) for one in found]
 
 
 def overrides_for(runs: Sequence[Run], config: Config) -> list[str]:

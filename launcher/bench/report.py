@@ -13,12 +13,10 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from launcher.bench.benchmark import Batch, Measured
-from launcher.bench.divergence import Divergence, compare
-from launcher.bench.plan import Run
+from launcher.bench.divergence import Divergence, divergences
 from launcher.bench.prompts import Prompt
 from launcher.summary import Summary, summarise
 from ssd_runtime.config import Config, Mode, Numerics
-from ssd_runtime.host.cores import crowding
 from ssd_runtime.metrics import ratio
 from ssd_runtime.speculation.types import SamplingParams
 
@@ -48,11 +46,6 @@ class Row(Summary, frozen=True, kw_only=True, omit_defaults=True):
     devices: int
     best: bool
     speedup: float | None
-
-    @property
-    def kind(self) -> tuple[Mode, int | None, int]:
-        """What it shares with runs that differ in lookahead alone."""
-        return self.mode, self.drafts, self.batch
 
 
 class Results(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -122,13 +115,13 @@ class Report(Results, frozen=True, kw_only=True, omit_defaults=True):
 def results_of(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> Results:
     """Runs of one workload, compared with the first of them."""
     outputs = {one.run.name: [each for batch in one.batches for each in batch.generations] for one in measured}
-    tokens = compare(outputs, prompts)
+    differing = divergences(outputs, prompts)
     return Results(
         runs=ranked([row_of(one) for one in measured]),
-        identical_tokens=not tokens.differing,
-        first_divergence=tokens.first,
-        differing_outputs=tokens.differing,
-        compared_outputs=tokens.compared,
+        identical_tokens=not differing,
+        first_divergence=min(differing, key=lambda one: one.position, default=None),
+        differing_outputs=len(differing),
+        compared_outputs=sum(len(some) for some in list(outputs.values())[1:]),
     )
 
 
@@ -157,14 +150,13 @@ def _speed(batches: Sequence[Batch]) -> float | None:
 def ranked(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows with `best` and `speedup`."""
     best: dict[tuple[Mode, int | None, int], Row] = {}
-    for row in rows:
-        if row.kind not in best or (row.tokens_per_second or 0.0) > (best[row.kind].tokens_per_second or 0.0):
-            best[row.kind] = row
+    for row in sorted(rows, key=lambda row: -(row.tokens_per_second or 0.0)):
+        best.setdefault((row.mode, row.drafts, row.batch), row)
     found = []
     for row in rows:
         plain = best.get(("ar", None, row.batch))
-        over = ratio(row.tokens_per_second or 0.0, (plain and plain.tokens_per_second) or 0.0)
-        found.append(replace(row, best=row is best[row.kind], speedup=over or None))
+        over = ratio(row.tokens_per_second or 0.0, plain.tokens_per_second or 0.0) if plain else None
+        found.append(replace(row, best=row is best[row.mode, row.drafts, row.batch], speedup=over or None))
     return tuple(found)
 
 
@@ -189,14 +181,6 @@ def join_numerics(results: Mapping[str, Results]) -> Results:
         identical_tokens_by_numerics={name: found.identical_tokens for name, found in results.items()},
         invariant_over_fast={name: ratio(speed, fast[name]) for name, speed in invariant.items()},
     )
-
-
-def setup_of(run: Run, cores: Mapping[str, Sequence[int]]) -> Setup:
-    """The drafts that a run had, and the cores of its engine."""
-    assert run.drafts is not None
-    assert run.budget is not None
-    own = {role: tuple(numbers) for role, numbers in cores.items()}
-    return Setup(run.drafts, run.budget, own, crowding(own) is not None)
 
 
 def this_machine(cores: Mapping[str, tuple[int, ...]]) -> Machine:

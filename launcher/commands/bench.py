@@ -172,7 +172,8 @@ def _measure(one: Engine, config: Config, workload: Workload, asked: Asked) -> F
 
 def _report(asked: Asked, config: Config, workload: Workload, found: list[Found]) -> Report:
     """One report on all engines: with several setups of drafts the tokens of all runs are compared."""
-    from launcher.bench.report import Report, Task, join_numerics, results_of, setup_of
+    from launcher.bench.report import Report, Setup, Task, join_numerics, results_of
+    from ssd_runtime.host.cores import crowding
 
     task = Task(
         prompts=str(asked.prompts_path or "embedded"),
@@ -197,6 +198,10 @@ def _report(asked: Asked, config: Config, workload: Workload, found: list[Found]
         label=found[-1].label,
         machine=found[0].machine,
         workload=task,
-        setups=tuple(setup_of(one.runs[-1].run, one.machine.cores) for one in found) if compared else (),
+        setups=tuple(
+            Setup(setup.drafts, setup.budget, one.machine.cores, crowding(one.machine.cores) is not None)
+            for one in found
+            if (setup := one.engine.setup) is not None
+        ),
         budget_divided=asked.divide_budget if compared else None,
     )

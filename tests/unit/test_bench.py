@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from launcher.bench.benchmark import Workload, count_steps, devices_by_mode, measure
 from launcher.bench.divergence import Divergence, divergence
-from launcher.bench.plan import Run, parse_numbers, parse_numerics, plan_runs
+from launcher.bench.plan import Run, engines_by_numerics, parse_numbers, plan_runs
 from launcher.bench.prompts import Prompt
 from launcher.bench.report import Results, join_numerics, results_of
 from launcher.bench.scoring import Scorer, logit_gap
@@ -108,9 +108,7 @@ def test_the_first_divergence_is_named() -> None:
     report = measured(Player(broken="ssd"), plan_runs(["ar", "sd", "ssd"], [], 4))
     assert report.identical_tokens is False
     assert report.differing_outputs == 1
-    assert report.first_divergence == Divergence(
-        prompt="b", prompt_index=1, position=3, runs=("ar", "ssd"), tokens=(11, -1), before=(8, 9, 10)
-    )
+    assert report.first_divergence == Divergence(3, "b", 1, ("ar", "ssd"), (11, -1), (8, 9, 10))
 
 
 def test_a_divergence_is_reported_with_both_tokens_and_the_gap() -> None:
@@ -188,7 +186,7 @@ def test_both_numerics_make_one_report_with_their_cost() -> None:
     assert (report.differing_outputs, report.compared_outputs) == (1, 4)
     assert join_numerics({"fast": fast}) is fast
     with pytest.raises(ConfigError, match="--numerics: unknown 'exact'"):
-        parse_numerics("fast,exact")
+        engines_by_numerics("fast,exact", [])
 
 
 def test_several_lookaheads_of_a_mode_are_several_runs_and_one_is_best() -> None:

@@ -6,11 +6,12 @@ from io import StringIO
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from launcher.bench.benchmark import Measured, Workload, measure
 from launcher.bench.plan import DraftSetup, engines_by_setup, plan_runs, setups_of
-from launcher.bench.report import Results, Setup, results_of, setup_of
+from launcher.bench.report import Results, Setup, results_of
 from launcher.bench.tables import runs_table, series_lines, setup_lines, verdict
 from launcher.screen import WIDTH_OF_A_FILE
 from ssd_runtime.config import SpeculationConfig
@@ -29,11 +30,10 @@ def results(broken: str | None = None, batches: tuple[int, ...] = (1,)) -> Resul
     return results_of(measured, PROMPTS)
 
 
-def setups(last: int) -> list[Setup]:
-    """As they ran: one and two drafts, one of them on core `last`."""
-    cores = [{"target": [0], "draft": [1]}, {"target": [0], "draft 1": [1], "draft 2": [last]}]
-    engines = engines_by_setup(setups_of("1,2", 8, divide=False), plan_runs(["ssd"], [], 4))
-    return [setup_of(engine.runs[-1], own) for engine, own in zip(engines, cores, strict=True)]
+SETUPS = [
+    Setup(1, 8, {"target": (0,), "draft": (1,)}, shares_cores=False),
+    Setup(2, 8, {"target": (0,), "draft 1": (1,), "draft 2": (2,)}, shares_cores=False),
+]
 
 
 def test_modes_without_drafts_run_once_and_the_others_in_every_engine() -> None:
@@ -81,13 +81,13 @@ def test_the_page_says_budgets_hit_rates_and_speeds() -> None:
         "tokens/s of ssd x2: 800.0 with 1 draft, 800.0 with 2 drafts",
     ]
     most = "; these are the most, speculation.adapt plans each round"
-    assert setup_lines(setups(last=2), False, SpeculationConfig(adapt=True)) == [
+    assert setup_lines(SETUPS, False, SpeculationConfig(adapt=True)) == [
         f"budgets the same for each draft: 1 x 8 = 8, 2 x 8 = 16{most}",
         "d1: target on core 0, draft on core 1",
         "d2: target on core 0, draft 1 on core 1, draft 2 on core 2",
     ]
     assert (
-        setup_lines(setups(last=1), False, SpeculationConfig())[-1]
+        setup_lines([replace(SETUPS[1], shares_cores=True)], False, SpeculationConfig())[-1]
         == "ranks of d2 share cores: their drafts hit less often than on cores of their own"
     )
     page = StringIO()

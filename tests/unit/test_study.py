@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from launcher.bench.prompts import Prompt
 from launcher.cli import main
@@ -134,18 +135,17 @@ def test_expected_rounds_are_the_mean_of_random_ones() -> None:
     variant = Variant(torch.ones(24), torch.tensor(accepted).double(), torch.tensor(above).double())
     counts = [1, 2, 1, 2]
     expected = expect(Rejection(torch.tensor(ranks), {}), [variant] * 3, counts)
-    rounds, hits, tokens, times = 0, 0, 0, 4000
+    rounds, hits, times = 0, 0, 4000
     for _ in range(times):
         start = 1
         while start + 3 < 24:
             k = next((k for k in range(3) if generator.random() >= accepted[start + k]), 3)
             place = start + k
             passed = k < 3 and generator.random() < above[place]  # the rejected token stood before it
-            rounds, tokens, hits = rounds + 1, tokens + k + 1, hits + (ranks[place] - passed < counts[k])
+            rounds, hits = rounds + 1, hits + (ranks[place] - passed < counts[k])
             start = place + 1
     assert expected.rounds == pytest.approx(rounds / times, rel=0.02)
     assert expected.hits == pytest.approx(hits / times, rel=0.03)
-    assert expected.tokens == pytest.approx(tokens / times, rel=0.02)
 
 
 def test_a_rate_has_the_error_of_its_texts() -> None:
