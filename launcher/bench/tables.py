@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
 from launcher.bench.report import Report, Results, Row, Setup
 from launcher.screen import console, cores_line, number, percent
 from ssd_runtime.config import SpeculationConfig
+
+Cell = Callable[[Row], str]
 
 
 def show(report: Report) -> None:
@@ -33,55 +35,58 @@ def show(report: Report) -> None:
 def runs_table(results: Results) -> Table:
     """The runs of a benchmark, one a row; the best lookahead of each mode is marked."""
     several = any("@" in row.name for row in results.runs)
-    batched = any(row.batch > 1 for row in results.runs)
     setups = any(row.drafts is not None for row in results.runs)
-    table = Table(caption="* the best lookahead of its mode" if several else None)
-    table.add_column("mode", no_wrap=True)
+
+    def name(row: Row) -> str:
+        numerics = " invariant" if row.numerics == "invariant" else ""
+        return (row.name if setups else row.mode) + numerics + (" *" if _marked(row) else "")
+
+    columns: dict[str, Cell] = {"mode": name}
     if setups:
-        table.add_column("drafts x B", justify="right", no_wrap=True)
-    heads = ("K", "tokens/s", "vs AR", "tokens/round", "hit rate", "acceptance", "round ms", "verify ms", "prefill s")
-    for name in ("batch", *heads) if batched else heads:
-        table.add_column(name, justify="right")
-    for row in results.runs:
-        marked = row.best and "@" in row.name
-        table.add_row(
-            (row.name if setups else row.mode)
-            + (" invariant" if row.numerics == "invariant" else "")
-            + (" *" if marked else ""),
-            *([_setup(row)] if setups else []),
-            *([str(row.batch)] if batched else []),
-            str(row.lookahead or "-"),
-            number(row.tokens_per_second, 1),
-            number(row.speedup, 2, "x"),
-            number(row.tokens_per_round, 2),
-            percent(row.hit_rate),
-            percent(row.acceptance),
-            number(row.round_ms.p50, 1),
-            number(row.verify_ms.p50, 1),
-            number(row.prefill_seconds, 1),
-            style="bold" if marked else None,
-        )
-    return table
+        columns["drafts x B"] = _setup
+    if any(row.batch > 1 for row in results.runs):
+        columns["batch"] = lambda row: str(row.batch)
+    columns |= {
+        "K": lambda row: str(row.lookahead or "-"),
+        "tokens/s": lambda row: number(row.tokens_per_second, 1),
+        "vs AR": lambda row: number(row.speedup, 2, "x"),
+        "tokens/round": lambda row: number(row.tokens_per_round, 2),
+        "hit rate": lambda row: percent(row.hit_rate),
+        "acceptance": lambda row: percent(row.acceptance),
+        "round ms": lambda row: number(row.round_ms.p50, 1),
+        "verify ms": lambda row: number(row.verify_ms.p50, 1),
+        "prefill s": lambda row: number(row.prefill_seconds, 1),
+    }
+    return _table(columns, results.runs, "* the best lookahead of its mode" if several else None)
 
 
 def serving_table(results: Results) -> Table:
     """What a user and an owner of the machine see of the same runs."""
-    table = Table(caption="TTFT with waiting and prefill; TPOT = (end to end - TTFT) / (tokens - 1)")
-    table.add_column("run")
-    for name in ("tokens/s", "a sequence", "a device", "TTFT ms p50", "p95", "TPOT ms p50", "p95"):
-        table.add_column(name, justify="right")
-    for row in results.runs:
-        table.add_row(
-            row.name,
-            number(row.tokens_per_second, 1),
-            number(row.tokens_per_second_per_sequence, 1),
-            number(row.tokens_per_second_per_device, 1),
-            number(row.ttft_ms.p50, 0),
-            number(row.ttft_ms.p95, 0),
-            number(row.tpot_ms.p50, 1),
-            number(row.tpot_ms.p95, 1),
-        )
+    columns: dict[str, Cell] = {
+        "run": lambda row: row.name,
+        "tokens/s": lambda row: number(row.tokens_per_second, 1),
+        "a sequence": lambda row: number(row.tokens_per_second_per_sequence, 1),
+        "a device": lambda row: number(row.tokens_per_second_per_device, 1),
+        "TTFT ms p50": lambda row: number(row.ttft_ms.p50, 0),
+        "TTFT p95": lambda row: number(row.ttft_ms.p95, 0),
+        "TPOT ms p50": lambda row: number(row.tpot_ms.p50, 1),
+        "TPOT p95": lambda row: number(row.tpot_ms.p95, 1),
+    }
+    caption = "TTFT with waiting and prefill; TPOT = (end to end - TTFT) / (tokens - 1)"
+    return _table(columns, results.runs, caption)
+
+
+def _table(columns: Mapping[str, Cell], rows: Sequence[Row], caption: str | None) -> Table:
+    table = Table(caption=caption)
+    for place, head in enumerate(columns):
+        table.add_column(head, justify="right" if place else "left", no_wrap=place == 0 or head == "drafts x B")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()), style="bold" if _marked(row) else None)
     return table
+
+
+def _marked(row: Row) -> bool:
+    return row.best and "@" in row.name
 
 
 def verdict(results: Results) -> str:

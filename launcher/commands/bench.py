@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from launcher.bench.plan import (
-    Engine,
-    engines_by_numerics,
-    engines_by_setup,
-    overrides_for,
-    parse_numbers,
-    plan_runs,
-    setups_of,
-)
+from launcher.bench import plan
 from launcher.commands import engine
 from launcher.commands.options import config_options, connect_option, trace_option
 from launcher.commands.sampling import sampling_options
@@ -75,7 +67,7 @@ class Asked:
 class Found:
     """What was measured in one engine, and where it ran; `label` is the session's."""
 
-    engine: Engine
+    engine: plan.Engine
     runs: list[Measured]
     machine: Machine
     label: str | None
@@ -135,7 +127,7 @@ def bench_command(**options: Any) -> None:
             asked.out.write_text(json.dumps(msgspec.to_builtins(report), indent=1) + "\n")
 
 
-def _plan(asked: Asked) -> tuple[Config, list[tuple[Engine, Config]]]:
+def _plan(asked: Asked) -> tuple[Config, list[tuple[plan.Engine, Config]]]:
     """The configuration that the report tells of, and the engines to start one after the other, with theirs."""
     overrides = asked.overrides
     if asked.shapes is not None:
@@ -143,19 +135,20 @@ def _plan(asked: Asked) -> tuple[Config, list[tuple[Engine, Config]]]:
         overrides = (*pair_overrides(asked.shapes, agreement), *overrides)
     config = load_config(asked.config_file, overrides)
     modes = [mode.strip() for mode in asked.modes.split(",")]
-    batches = parse_numbers("--batch", asked.batches)
-    runs = plan_runs(modes, asked.lookaheads, config.speculation.lookahead, batches)
+    batches = plan.parse_numbers("--batch", asked.batches)
+    runs = plan.plan_runs(modes, asked.lookaheads, config.speculation.lookahead, batches)
     if asked.drafts is None:
-        engines = engines_by_numerics(asked.numerics, runs)
+        engines = plan.engines_by_numerics(asked.numerics, runs)
     else:
-        engines = engines_by_setup(setups_of(asked.drafts, config.speculation.budget, divide=asked.divide_budget), runs)
-    overrides = (*overrides, *overrides_for(runs, config))
+        setups = plan.setups_of(asked.drafts, config.speculation.budget, divide=asked.divide_budget)
+        engines = plan.engines_by_setup(setups, runs)
+    overrides = (*overrides, *plan.overrides_for(runs, config))
     found = [(one, load_config(asked.config_file, (*overrides, *one.overrides))) for one in engines]
     # Of several setups of drafts what all have in common; their rows say in what they differ.
     return found[-1][1] if asked.drafts is None else load_config(asked.config_file, overrides), found
 
 
-def _measure(one: Engine, config: Config, workload: Workload, asked: Asked) -> Found:
+def _measure(one: plan.Engine, config: Config, workload: Workload, asked: Asked) -> Found:
     """Start an engine, or take the one that runs already, and run the workload in every mode of it."""
     from launcher import screen
     from launcher.bench.benchmark import count_steps, devices_by_mode, measure

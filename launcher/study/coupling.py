@@ -59,14 +59,10 @@ class Rejection:
     @classmethod
     def joined(cls, parts: Sequence[Rejection]) -> Rejection:
         """Several runs of positions as one."""
-        variants = {
-            rule: Variant(
-                torch.cat([part.variants[rule].acceptance_R for part in parts]),
-                torch.cat([part.variants[rule].accepted_R for part in parts]),
-                torch.cat([part.variants[rule].above_R for part in parts]),
-            )
-            for rule in parts[0].variants
-        }
+        variants = {}
+        for rule in parts[0].variants:
+            columns = zip(*(vars(part.variants[rule]).values() for part in parts), strict=True)
+            variants[rule] = Variant(*map(torch.cat, columns))
         return cls(torch.cat([part.rank_R for part in parts]), variants)
 
 

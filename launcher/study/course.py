@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from launcher import screen
@@ -16,7 +17,7 @@ from launcher.study import figures, folder, page, pictures, store
 from launcher.study.figures import Point
 from launcher.study.folder import Figure, Folder, Run, Subject
 from launcher.study.live import figure4_speed, figure6
-from launcher.study.recording import Limits, Pass, Record, load_pair, write_texts
+from launcher.study.recording import Pass, Record, load_pair, write_texts
 from launcher.torchrun import Launch
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
@@ -56,10 +57,9 @@ def measure(plan: Plan, run: Run, out: Path) -> None:
     target, draft = (f"{Path(model.model).stem} {model.dtype}" for model in (plan.config.target, plan.config.draft))
     subject = Subject(target, draft, plan.config.speculation.lookahead, plan.config.speculation.budget)
     study = (folder.load(out) or folder.start(out, subject)).grown(subject, {})
-    for found in (_from_text, _from_engines):
-        for points in found(plan):
-            study = study.grown(subject, {name: Figure(run, tuple(some)) for name, some in points.items()})
-            _write(study, list(points), list(points))
+    for points in chain(_from_text(plan), _from_engines(plan)):
+        study = study.grown(subject, {name: Figure(run, tuple(some)) for name, some in points.items()})
+        _write(study, list(points), list(points))
 
 
 def redraw(out: Path, others: Sequence[Path]) -> list[str]:
@@ -161,13 +161,14 @@ def _record(plan: Plan) -> list[Record]:
     with screen.loading_here() as progress:
         pair = load_pair(plan.config, progress)
     asked = [pair.prompt_tokens(prompt.prompt) for prompt in plan.prompts]
-    limits = Limits(plan.max_tokens, lookahead, pair.eos_token_ids)
+    eos, tokens = pair.tokenizer.eos_token_ids, plan.max_tokens
     rules = figures.rules_for(lookahead, budget)
     both = Pass(pair.target, pair.draft, pair.vocab_size, lookahead, budget + 2, rules)
     records = []
     with screen.counting("recording", 2 * len(asked) * len(plan.temperatures)) as advance:
         for temperature in plan.temperatures:
-            for text in write_texts(pair.target, asked, SamplingParams(temperature=temperature), limits, advance):
+            params = SamplingParams(temperature=temperature)
+            for text in write_texts(pair.target, asked, params, tokens, eos, advance):
                 records.append(both.record(text))
                 advance(f"T={temperature:g}")
     return records

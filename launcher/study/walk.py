@@ -104,20 +104,14 @@ def miss_rates(walks: Sequence[Sequence[WalkedRound]], fan_out: int) -> tuple[Ra
 
 @dataclass(frozen=True)
 class Expected:
-    """Expected rounds of one text, how many of them hit, apart by what came before."""
+    """Expected rounds of one text and how many of them hit: first those after a miss, then those after a hit."""
 
-    hits_after_hit: float
-    rounds_after_hit: float
-    hits_after_miss: float
-    rounds_after_miss: float
+    hits: tuple[float, float]
+    rounds: tuple[float, float]
 
-    @property
-    def hits(self) -> float:
-        return self.hits_after_hit + self.hits_after_miss
-
-    @property
-    def rounds(self) -> float:
-        return self.rounds_after_hit + self.rounds_after_miss
+    def misses(self, after_hit: bool) -> tuple[float, float]:
+        """(misses, rounds); sums of chances may be a rounding error apart where all are hits."""
+        return max(0.0, self.rounds[after_hit] - self.hits[after_hit]), self.rounds[after_hit]
 
 
 def expect(rejection: Rejection, variants: Sequence[Variant], counts: Sequence[int]) -> Expected:
@@ -150,4 +144,4 @@ def expect(rejection: Rejection, variants: Sequence[Variant], counts: Sequence[i
                 reached[place + 1][1] += ends * found
                 reached[place + 1][0] += ends * (1.0 - found)
                 chance -= ends
-    return Expected(hits[1], rounds[1], hits[0], rounds[0])
+    return Expected((hits[0], hits[1]), (rounds[0], rounds[1]))
