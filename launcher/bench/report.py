@@ -52,9 +52,11 @@ class Results(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What runs of one workload came to.
 
     Attributes:
+        label: what must be said beside them (model/random/models.py); None of real models.
         identical_tokens_by_numerics, invariant_over_fast: where both numerics ran; the latter in tokens/s, by run.
     """
 
+    label: str | None = None
     runs: tuple[Row, ...]
     identical_tokens: bool
     first_divergence: Divergence | None
@@ -101,11 +103,9 @@ class Report(Results, frozen=True, kw_only=True, omit_defaults=True):
     """Results, and how they were measured.
 
     Attributes:
-        label: what must be said beside them (model/random/models.py); None of real models.
         setups, budget_divided: where setups of drafts were compared.
     """
 
-    label: str | None = None
     machine: Machine
     setups: tuple[Setup, ...] = ()
     budget_divided: bool | None = None

@@ -187,8 +187,7 @@ def _report(asked: Asked, config: Config, workload: Workload, found: list[Found]
         gap = gap_of_divergence(where, config, workload.prompts, workload.params)
         results = msgspec.structs.replace(results, first_divergence=msgspec.structs.replace(where, logit_gap=gap))
     return Report(
-        **msgspec.structs.asdict(results),
-        label=found[-1].label,
+        **msgspec.structs.asdict(msgspec.structs.replace(results, label=found[-1].label)),
         machine=found[0].machine,
         workload=task,
         setups=tuple(
