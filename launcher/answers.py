@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
 from typing import Any
 
+from msgspec import to_builtins
+
 from launcher import screen
-from launcher.bench.report import Generation, Output, summarise
+from launcher.generation import Generation, Output
+from launcher.summary import summarise
 
 
 def as_text(generation: Generation) -> str:
@@ -18,18 +21,19 @@ def as_text(generation: Generation) -> str:
     )
 
 
-def as_json(generation: Generation, label: str | None = None) -> dict[str, Any]:
+def as_json(generation: Generation, label: str | None = None) -> str:
     """One answer at the top level; several as a list `outputs`. `label` is the session's."""
     finished = generation.finished
     outputs = [
         _output(output, reason) for output, reason in zip(generation.outputs, finished.finish_reasons, strict=True)
     ]
-    return {
+    told = {
         **({} if label is None else {"label": label}),
         **(outputs[0] if len(outputs) == 1 else {"outputs": outputs}),
-        "usage": asdict(finished.usage),
-        "statistics": {"mode": finished.statistics.mode, **summarise([finished])},
+        "usage": to_builtins(finished.usage),
+        "statistics": {"mode": finished.statistics.mode, **to_builtins(summarise([finished]))},
     }
+    return json.dumps(told)
 
 
 def _output(output: Output, reason: str) -> dict[str, Any]:
@@ -51,11 +55,11 @@ def summary_line(generation: Generation, cores: dict[str, tuple[int, ...]], labe
     finished = generation.finished
     found = summarise([finished])
     parts = [
-        f"{finished.statistics.mode}: {found['tokens']} tokens ({', '.join(finished.finish_reasons)})",
-        f"{screen.number(found['tokens_per_second'], 1)} tokens/s",
-        f"{screen.number(found['tokens_per_round'], 2)} tokens a round",
-        f"hit rate {screen.percent(found['hit_rate'])}",
-        f"acceptance {screen.percent(found['acceptance'])}",
+        f"{finished.statistics.mode}: {found.tokens} tokens ({', '.join(finished.finish_reasons)})",
+        f"{screen.number(found.tokens_per_second, 1)} tokens/s",
+        f"{screen.number(found.tokens_per_round, 2)} tokens a round",
+        f"hit rate {screen.percent(found.hit_rate)}",
+        f"acceptance {screen.percent(found.acceptance)}",
     ]
     rates = ", ".join(parts) + (f"; {screen.cores_line(cores)}" if cores else "")
     return rates if label is None else f"{label}\n{rates}"

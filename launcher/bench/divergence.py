@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from msgspec import Struct
 
 from launcher.bench.prompts import Prompt
-from launcher.bench.report import Generation
+from launcher.generation import Generation
 
 
-def compare(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Whether every run gave the tokens of the first run, and else where they part first.
+class Divergence(Struct, frozen=True):
+    """Where two runs part.
 
-    They must with the compiled operators, and with `engine.numerics = "invariant"`. In bf16 and int8 plain torch rounds
-    a forward over several rows differently from a forward over one, so near-ties may fall the other way.
+    Attributes:
+        position: of the first token that differs.
+        prompt, prompt_index: of which output; its id, and its place in the set.
+        runs, tokens: their names, and what each has there; None for an output that had ended.
+        before: the tokens that both have.
+        logit_gap: how much higher the first token's score was than the second's; None if not known.
+    """
+
+    position: int
+    prompt: str
+    prompt_index: int
+    runs: tuple[str, str]
+    tokens: tuple[int | None, int | None]
+    before: tuple[int, ...]
+    logit_gap: float | None = None
+
+
+def divergences(results: Mapping[str, Sequence[Generation]], prompts: Sequence[Prompt]) -> list[Divergence]:
+    """Every output that is not that of the first run.
+
+    There must be none with the compiled operators, and with `engine.numerics = "invariant"`. In bf16 and int8 plain
+    torch rounds a forward over several rows differently from one over one, so near-ties may fall the other way.
 
     Args:
         results: of each run, the generations of prompt 0, 1, ..., once a repeat.
     """
     (reference, expected), *others = results.items()
-    first: dict[str, Any] | None = None
-    differing = 0
+    found: list[Divergence] = []
     for name, generations in others:
         for turn, (mine, theirs) in enumerate(zip(generations, expected, strict=True)):
             position = divergence(mine.token_ids, theirs.token_ids)
-            if position is None:
-                continue
-            differing += 1
-            if first is None or position < first["position"]:
-                first = {
-                    "position": position,
-                    "prompt": prompts[turn % len(prompts)].id,
-                    "prompt_index": turn % len(prompts),
-                    "runs": [reference, name],
-                    "tokens": [_token(theirs.token_ids, position), _token(mine.token_ids, position)],
-                    "before": list(theirs.token_ids[:position]),
-                }
-    comparisons = sum(len(generations) for _, generations in others)
-    return {
-        "identical_tokens": differing == 0,
-        "first_divergence": first,
-        "differing_outputs": differing,
-        "compared_outputs": comparisons,
-    }
+            if position is not None:
+                index = turn % len(prompts)
+                tokens = _token(theirs.token_ids, position), _token(mine.token_ids, position)
+                where = prompts[index].id, index, (reference, name)
+                found.append(Divergence(position, *where, tokens, theirs.token_ids[:position]))
+    return found
 
 
 def divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+
+import msgspec
+from msgspec import Struct
 
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.reading import read_text
@@ -46,21 +48,20 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     return prompts[:limit]
 
 
+class _Line(Struct):
+    prompt: str
+    id: str | int | None = None
+    set: str | int = ""
+
+
 def _parse(line: str, number: int, name: str) -> Prompt:
     where = f"prompts {name}, line {number}"
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError):  # an integer of thousands of digits; nested beyond what Python follows
-        raise ConfigError(f"{where}: a number too long, or nested too deeply") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ConfigError(f'{where}: expected {{"id": ..., "set": ..., "prompt": "some text"}}')
-    names = entry.get("id", number), entry.get("set", "")
-    if not all(isinstance(one, str | int) for one in names):
-        raise ConfigError(f"{where}: id and set must be text or a number")
-    try:
-        entry["prompt"].encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: the prompt has half of a surrogate pair, which is no text") from None
-    return Prompt(str(names[0]), str(names[1]), entry["prompt"])
+        entry = msgspec.json.decode(line, type=_Line)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f'{where}: expected {{"id": ..., "set": ..., "prompt": "some text"}} ({error})') from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON ({error})") from None
+    if not entry.prompt.strip():
+        raise ConfigError(f"{where}: the prompt is empty")
+    return Prompt(str(number if entry.id is None else entry.id), str(entry.set), entry.prompt)

@@ -1,160 +1,202 @@
-"""What is told of finished requests: rates and percentiles, as JSON values. Knows no engine and no terminal.
+"""The report of `ssd bench`, as it is written and read back: a row for each run, what their tokens say, where they ran.
 
-TTFT and TPOT are those of serving benchmarks: the time to the first token, which counts waiting and prefill, and the
-time per token after it, (end to end - TTFT) / (n - 1) of n tokens, which holds where tokens come several at once too.
+Knows no engine and no terminal.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain, zip_longest
-from typing import Any
+import platform
+import time
+from collections.abc import Mapping, Sequence
 
-from ssd_runtime.comm.control.client_messages import Chunk, Finished, Series
-from ssd_runtime.metrics import percentiles, ratio
-from ssd_runtime.speculation.types import TokenLogprob
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
-SERIES = ("round_ms", "verify_ms", "wait_ms", "other_ms", "draft_step_ms")
-
-
-@dataclass(frozen=True)
-class Output:
-    """One output of a request; `logprobs` has one entry a token if they were asked for."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-    def __add__(self, chunk: Chunk) -> Output:
-        return Output(self.text + chunk.text, self.token_ids + chunk.token_ids, self.logprobs + chunk.logprobs)
+from launcher.bench.benchmark import Batch, Measured
+from launcher.bench.divergence import Divergence, divergences
+from launcher.bench.prompts import Prompt
+from launcher.summary import Summary, summarise
+from ssd_runtime.config import Config, Mode, Numerics
+from ssd_runtime.metrics import ratio
+from ssd_runtime.speculation.types import SamplingParams
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A finished request and its n outputs."""
+class Row(Summary, frozen=True, kw_only=True, omit_defaults=True):
+    """One run. Speeds and seconds are of the engine as a whole where requests ran at once.
 
-    outputs: tuple[Output, ...]
-    finished: Finished
-
-    @property
-    def text(self) -> str:
-        """Of the first output."""
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """Of the first output."""
-        return self.outputs[0].token_ids
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests that ran at once, in one repetition of the benchmark."""
-
-    repeat: int
-    generations: Sequence[Generation]
-
-    @property
-    def decoded(self) -> int:
-        """Tokens after the first of each request."""
-        return sum(max(one.finished.usage.completion_tokens - 1, 0) for one in self.generations)
-
-    @property
-    def decode_seconds(self) -> float:
-        """From the first token to the last of one request; of several, from their arrival to the last token of all,
-        less the prefills, which the engine computes between the rounds of the others."""
-        statistics = [one.finished.statistics for one in self.generations]
-        if len(statistics) == 1:
-            return statistics[0].decode_seconds
-        end = max(one.ttft_seconds + one.decode_seconds for one in statistics)
-        return max(end - sum(one.prefill_seconds for one in statistics), 0.0)
-
-
-def summarise_batches(batches: Sequence[Batch], devices: int) -> dict[str, Any]:
-    """`summarise`, with speeds of the engine as a whole where requests ran at once.
-
-    Args:
-        batches: of one run.
-        devices: cores or GPUs that the run used.
+    Attributes:
+        name, mode, lookahead, batch: of the run.
+        drafts, budget: of its engine, where setups of drafts are compared.
+        numerics: of its engine, where these are compared.
+        best: whether it is the fastest of its mode, drafts and batch.
+        speedup: over AR at the same batch.
+        devices: cores or GPUs that it used.
     """
-    finished = [one.finished for batch in batches for one in batch.generations]
-    found = summarise(finished)
-    found["tokens_per_second_per_sequence"] = found["tokens_per_second"]
-    found["decode_seconds"] = sum(batch.decode_seconds for batch in batches)
-    found["tokens_per_second"] = _speed(batches)
-    found["devices"] = devices
-    found["tokens_per_second_per_device"] = ratio(found["tokens_per_second"] or 0.0, devices)
+
+    name: str
+    mode: Mode
+    lookahead: int
+    batch: int
+    drafts: int | None = None
+    budget: int | None = None
+    numerics: Numerics | None = None
+    tokens_per_second_per_sequence: float | None
+    tokens_per_second_per_device: float | None
+    tokens_per_second_by_repeat: tuple[float | None, ...]
+    devices: int
+    best: bool
+    speedup: float | None
+
+
+class Results(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What runs of one workload came to.
+
+    Attributes:
+        label: what must be said beside them (model/random/models.py); None of real models.
+        identical_tokens_by_numerics, invariant_over_fast: where both numerics ran; the latter in tokens/s, by run.
+    """
+
+    label: str | None = None
+    runs: tuple[Row, ...]
+    identical_tokens: bool
+    first_divergence: Divergence | None
+    differing_outputs: int
+    compared_outputs: int
+    identical_tokens_by_numerics: dict[str, bool] | None = None
+    invariant_over_fast: dict[str, float | None] | None = None
+
+
+class Machine(Struct, frozen=True):
+    """Where an engine ran; `cores` of each rank."""
+
+    host: str
+    hardware: tuple[str, ...]
+    system: str
+    python: str
+    torch: str
+    operators: str
+    date: str
+    cores: dict[str, tuple[int, ...]]
+
+
+class Setup(Struct, frozen=True):
+    """The drafts of one engine, the budget of each, and the cores of its ranks, of which two may share one."""
+
+    drafts: int
+    budget: int
+    cores: dict[str, tuple[int, ...]]
+    shares_cores: bool
+
+
+class Task(Struct, frozen=True):
+    """What was asked for. `config` is what all engines have in common, or that of the last."""
+
+    prompts: str
+    num_prompts: int
+    max_tokens: int
+    repeat: int
+    sampling: SamplingParams
+    config: Config
+
+
+class Report(Results, frozen=True, kw_only=True, omit_defaults=True):
+    """Results, and how they were measured.
+
+    Attributes:
+        setups, budget_divided: where setups of drafts were compared.
+    """
+
+    machine: Machine
+    setups: tuple[Setup, ...] = ()
+    budget_divided: bool | None = None
+    workload: Task
+
+
+def results_of(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> Results:
+    """Runs of one workload, compared with the first of them."""
+    outputs = {one.run.name: [each for batch in one.batches for each in batch.generations] for one in measured}
+    differing = divergences(outputs, prompts)
+    return Results(
+        runs=ranked([row_of(one) for one in measured]),
+        identical_tokens=not differing,
+        first_divergence=min(differing, key=lambda one: one.position, default=None),
+        differing_outputs=len(differing),
+        compared_outputs=sum(len(some) for some in list(outputs.values())[1:]),
+    )
+
+
+def row_of(measured: Measured) -> Row:
+    """One run, before it is compared with others."""
+    run, batches = measured.run, measured.batches
+    found = summarise([one.finished for batch in batches for one in batch.generations])
+    speed, seconds = _speed(batches), sum(batch.decode_seconds for batch in batches)
     repeats = sorted({batch.repeat for batch in batches})
-    found["tokens_per_second_by_repeat"] = [_speed([b for b in batches if b.repeat == repeat]) for repeat in repeats]
-    return found
+    return Row(
+        **asdict(replace(found, tokens_per_second=speed, decode_seconds=seconds)),
+        **vars(run),
+        tokens_per_second_per_sequence=found.tokens_per_second,
+        tokens_per_second_per_device=ratio(speed or 0.0, measured.devices),
+        tokens_per_second_by_repeat=tuple(_speed([b for b in batches if b.repeat == repeat]) for repeat in repeats),
+        devices=measured.devices,
+        best=False,
+        speedup=None,
+    )
 
 
 def _speed(batches: Sequence[Batch]) -> float | None:
     return ratio(sum(batch.decoded for batch in batches), sum(batch.decode_seconds for batch in batches))
 
 
-def rank_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `best`, among those of their mode, drafts and batch, and `speedup`, over AR in their batch."""
-    best: dict[tuple[str, int | None, int], dict[str, Any]] = {}
+def ranked(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows with `best` and `speedup`."""
+    best: dict[tuple[Mode, int | None, int], Row] = {}
+    for row in sorted(rows, key=lambda row: -(row.tokens_per_second or 0.0)):
+        best.setdefault((row.mode, row.drafts, row.batch), row)
+    found = []
     for row in rows:
-        key = (row["mode"], row.get("drafts"), row["batch"])
-        if key not in best or (row["tokens_per_second"] or 0.0) > (best[key]["tokens_per_second"] or 0.0):
-            best[key] = row
-    for row in rows:
-        plain = best.get(("ar", None, row["batch"]), {}).get("tokens_per_second")
-        row["best"] = row is best[row["mode"], row.get("drafts"), row["batch"]]
-        row["speedup"] = row["tokens_per_second"] / plain if plain and row["tokens_per_second"] else None
-    return rows
+        plain = best.get(("ar", None, row.batch))
+        over = ratio(row.tokens_per_second or 0.0, plain.tokens_per_second or 0.0) if plain else None
+        found.append(replace(row, best=row is best[row.mode, row.drafts, row.batch], speedup=over or None))
+    return tuple(found)
 
 
-def summarise(finished: Sequence[Finished]) -> dict[str, Any]:
-    """Rates over all of the requests together, percentiles over all of their rounds; None where nothing was measured.
-
-    An output's first token comes with its prefill: `tokens` counts it, decoding speed and tokens a round do not.
-    """
-    statistics = [one.statistics for one in finished]
-    tokens = sum(one.usage.completion_tokens for one in finished)
-    decoded = sum(max(one.usage.completion_tokens - len(one.finish_reasons), 0) for one in finished)
-    decode_seconds = sum(s.decode_seconds for s in statistics)
-    rounds = sum(s.rounds for s in statistics)
-    drafted = sum(s.num_draft_tokens for s in statistics)
-    summary: dict[str, Any] = {
-        "requests": len(finished),
-        "tokens": tokens,
-        "decode_seconds": decode_seconds,
-        "tokens_per_second": ratio(decoded, decode_seconds),
-        "rounds": rounds,
-        "tokens_per_round": ratio(decoded, rounds),
-        "acceptance": ratio(sum(s.num_accepted_tokens for s in statistics), drafted),
-        "hit_rate": ratio(sum(s.hits for s in statistics), sum(s.lookups for s in statistics)),
-        "accepted_per_position": _add_up(s.accepted_per_position for s in statistics),
-        "draft_tokens": drafted,
-        "prefill_seconds": sum(s.prefill_seconds for s in statistics),
-    }
-    summary["ttft_ms"] = _percentiles(s.ttft_seconds * 1e3 for s in statistics)
-    summary["tpot_ms"] = _percentiles(
-        s.decode_seconds * 1e3 / (one.usage.completion_tokens - 1)
-        for one, s in zip(finished, statistics, strict=True)
-        if one.usage.completion_tokens > 1
+def join_numerics(results: Mapping[str, Results]) -> Results:
+    """Results of the same runs in engines that round in different ways; of one alone, those."""
+    if len(results) == 1:
+        return next(iter(results.values()))
+    rows = [
+        replace(row, name=row.name if numerics == "fast" else f"{row.name} {numerics}", numerics=numerics)
+        for numerics, found in results.items()
+        for row in found.runs
+    ]
+    fast, invariant = (
+        {row.name: row.tokens_per_second or 0.0 for row in results[numerics].runs} for numerics in ("fast", "invariant")
     )
-    for name in SERIES:
-        summary[name] = _together([getattr(s, name) for s in statistics])
-    return summary
+    return Results(
+        runs=tuple(rows),
+        identical_tokens=all(found.identical_tokens for found in results.values()),
+        first_divergence=next((one.first_divergence for one in results.values() if one.first_divergence), None),
+        differing_outputs=sum(found.differing_outputs for found in results.values()),
+        compared_outputs=sum(found.compared_outputs for found in results.values()),
+        identical_tokens_by_numerics={name: found.identical_tokens for name, found in results.items()},
+        invariant_over_fast={name: ratio(speed, fast[name]) for name, speed in invariant.items()},
+    )
 
 
-def _together(series: Sequence[Series]) -> dict[str, float | None]:
-    """Percentiles of one request as it tells them; over several, from their samples, which they must have."""
-    if len(series) == 1:
-        return {"p50": series[0].p50, "p95": series[0].p95}
-    assert all(one.samples or not one.count for one in series), "ask for samples where requests are summed up"
-    return _percentiles(chain.from_iterable(one.samples for one in series))
+def this_machine(cores: Mapping[str, tuple[int, ...]]) -> Machine:
+    """Where this process runs, and an engine beside it on these cores."""
+    import torch
 
+    from cuda_ext import ops
+    from ssd_runtime.host import topology
 
-def _percentiles(values: Iterable[float]) -> dict[str, float | None]:
-    return dataclasses.asdict(percentiles(values))
-
-
-def _add_up(rows: Iterable[Sequence[int]]) -> list[int]:
-    return [sum(column) for column in zip_longest(*rows, fillvalue=0)]
+    return Machine(
+        host=platform.node(),
+        hardware=tuple(topology.describe().splitlines()),
+        system=platform.platform(),
+        python=platform.python_version(),
+        torch=str(torch.__version__),  # a class of its own
+        operators=ops.backend(),
+        date=time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        cores=dict(cores),
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from launcher.bench.divergence import Divergence
 from launcher.bench.prompts import Prompt
 from ssd_runtime.config import Config
 from ssd_runtime.engine.rows import RowBuilder
@@ -92,22 +92,22 @@ def logit_gap(decoder: Decoder, text: Sequence[int], tokens: tuple[int, int], pa
 
 
 def gap_of_divergence(
-    where: dict[str, Any], config: Config, prompts: Sequence[Prompt], params: SamplingParams
+    where: Divergence, config: Config, prompts: Sequence[Prompt], params: SamplingParams
 ) -> float | None:
     """The gap between the two tokens of a benchmark's first divergence; None where one of the outputs had ended.
 
     Loads the target in this process.
 
     Args:
-        where: "first_divergence" of a report.
+        where: the first divergence of a report.
         params: of the benchmark; prompt i has seed `params.seed` + i.
     """
-    first, second = where["tokens"]
+    first, second = where.tokens
     if first is None or second is None:
         return None
-    path, index = resolve(config.target.model), where["prompt_index"]
+    path, index = resolve(config.target.model), where.prompt_index
     tokenizer = Tokenizer.from_model(path)
     chat = tokenizer.chat([{"role": "user", "content": prompts[index].prompt}])
-    text = (*tokenizer.encode(chat, add_special=False), *where["before"])
+    text = (*tokenizer.encode(chat, add_special=False), *where.before)
     decoder = load_decoder(path, config.target.dtype, torch.device(config.target.device))
     return logit_gap(decoder, text, (first, second), replace(params, seed=params.seed + index))

@@ -3,27 +3,74 @@
 from __future__ import annotations
 
 import json
-import platform
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
+from launcher.bench import plan
 from launcher.commands import engine
-from launcher.commands.options import check_writable, config_options, connect_option, trace_option, writing
-from launcher.commands.sampling import sampling_options, sampling_params
-from ssd_runtime.config import MODES, Config, ConfigFile, Mode, load_config
+from launcher.commands.options import config_options, connect_option, trace_option
+from launcher.commands.sampling import sampling_options
+from launcher.files import check_writable, writing
+from ssd_runtime.config import MODES, Config, ConfigFile, load_config
 from ssd_runtime.model.random.models import pair_overrides
+from ssd_runtime.speculation.types import SamplingParams
 
 if TYPE_CHECKING:
-    from launcher.bench.benchmark import Run
-    from launcher.bench.draft_setups import DraftSetup
+    from launcher.bench.benchmark import Measured, Workload
+    from launcher.bench.report import Machine, Report
 
 DEFAULT_AGREEMENT = 0.85  # of the draft of --random
-WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what an engine in it can serve
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of `ssd bench` as they were given."""
+
+    config_file: ConfigFile | None
+    overrides: tuple[str, ...]
+    modes: str
+    lookaheads: tuple[str, ...]
+    prompts_path: Path | None
+    limit: int | None
+    max_tokens: int
+    params: SamplingParams
+    batches: str
+    numerics: str | None
+    drafts: str | None
+    divide_budget: bool
+    shapes: str | None
+    agreement: float | None
+    repeat: int
+    out: Path | None
+    connect: str | None
+    trace: Path | None
+
+    def check(self) -> None:
+        """Raise UsageError for options that do not go together."""
+        for option, given in (("--numerics", self.numerics), ("--drafts", self.drafts), ("--random", self.shapes)):
+            if self.connect is not None and given is not None:
+                raise click.UsageError(f"{option} is the engine's own: give it to ssd up, not together with --connect")
+        if self.drafts is not None and self.numerics is not None:
+            raise click.UsageError("--drafts and --numerics start engines of their own: compare one of them at a time")
+        if self.drafts is None and self.divide_budget:
+            raise click.UsageError("--divide-budget says how the drafts of --drafts share: give that too")
+        if self.shapes is None and self.agreement is not None:
+            raise click.UsageError("--agreement is of the models of --random: give that too")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured in one engine, and where it ran; `label` is the session's."""
+
+    engine: plan.Engine
+    runs: list[Measured]
+    machine: Machine
+    label: str | None
 
 
 @click.command(name="bench")
@@ -54,165 +101,99 @@ WIDEST_FIRST: tuple[Mode, ...] = ("ssd", "sd", "sd-colocated", "ar")  # by what 
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the report to this file.")
 @connect_option
 @trace_option
-def bench_command(
-    config_file: ConfigFile | None,
-    overrides: tuple[str, ...],
-    modes: str,
-    lookaheads: tuple[str, ...],
-    prompts_path: Path | None,
-    limit: int | None,
-    max_tokens: int,
-    batches: str,
-    numerics: str | None,
-    drafts: str | None,
-    divide_budget: bool,
-    shapes: str | None,
-    agreement: float | None,
-    repeat: int,
-    out: Path | None,
-    connect: str | None,
-    trace: Path | None,
-    **sampling: Any,
-) -> None:
+def bench_command(**options: Any) -> None:
     """Compare modes on the same prompts and seeds, prompt by prompt in one engine."""
-    from launcher import screen
-    from launcher.bench import benchmark as bench
-    from launcher.bench import draft_setups
+    from launcher.bench import tables
+    from launcher.bench.benchmark import Workload
     from launcher.bench.prompts import read_prompts
 
-    if shapes is not None:
-        overrides = (*pair_overrides(shapes, DEFAULT_AGREEMENT if agreement is None else agreement), *overrides)
-    config = load_config(config_file, overrides)
-    modes_asked = [mode.strip() for mode in modes.split(",")]
-    runs = bench.plan_runs(modes_asked, lookaheads, config.speculation.lookahead, bench.parse_batches(batches))
-    _check_options(connect, numerics, drafts, divide_budget, shapes, agreement)
-    compared = [] if drafts is None else draft_setups.setups_of(drafts, config.speculation.budget, divide=divide_budget)
-    prompts = tuple(read_prompts(prompts_path, limit))
-    overrides = (*overrides, *overrides_for(runs, config))
-    config = load_config(config_file, overrides)
-    check_writable(out)
-    params = sampling_params(sampling, max_tokens)
-    longest = max(prompts, key=lambda prompt: len(prompt.prompt)).prompt
-    request = engine.request_for(longest, False, max_tokens, (), None, params)
-    engines = _engines(overrides, runs, numerics, compared)
-    if connect is None:
+    asked = Asked(**options)
+    asked.check()
+    config, engines = _plan(asked)
+    workload = Workload(
+        tuple(read_prompts(asked.prompts_path, asked.limit)), asked.params, asked.max_tokens, asked.repeat
+    )
+    check_writable(asked.out)
+    if asked.connect is None:
         from launcher import preflight  # with the libraries of model files: after what can be told without
 
-        for one in engines:  # all before the first, which takes minutes
-            preflight.check_devices(load_config(config_file, one.overrides))
-    measured: dict[str, list[bench.Measured]] = {}
-    machines: dict[str, dict[str, Any]] = {}
-    label: str | None = None
-    for one in engines:
-        config = load_config(config_file, one.overrides)
-        with engine.open_session(config, connect, trace, request) as session:
-            devices = bench.devices_by_mode(config, session.cores)
-            workload = bench.Workload(prompts, params, max_tokens, repeat, devices)
-            with screen.counting(f"benchmark {one.name}".strip(), bench.count_steps(one.runs, workload)) as advance:
-                measured[one.name] = bench.measure(session.client, one.runs, workload, advance)
-            machines[one.name], label = _machine(session.cores), session.label
-    if compared:
-        config = load_config(config_file, overrides)  # the rows say in what the engines differ
-        report = draft_setups.report_on(compared, measured, machines, prompts) | {"budget_divided": divide_budget}
+        for _, own in engines:  # all before the first, which takes minutes
+            preflight.check_devices(own)
+    found = [_measure(one, own, workload, asked) for one, own in engines]
+    report = _report(asked, config, workload, found)
+    tables.show(report)  # first: a full disk is not to cost what took minutes to measure
+    if asked.out is not None:
+        with writing(asked.out):
+            asked.out.write_text(json.dumps(msgspec.to_builtins(report), indent=1) + "\n")
+
+
+def _plan(asked: Asked) -> tuple[Config, list[tuple[plan.Engine, Config]]]:
+    """The configuration that the report tells of, and the engines to start one after the other, with theirs."""
+    overrides = asked.overrides
+    if asked.shapes is not None:
+        agreement = DEFAULT_AGREEMENT if asked.agreement is None else asked.agreement
+        overrides = (*pair_overrides(asked.shapes, agreement), *overrides)
+    config = load_config(asked.config_file, overrides)
+    modes = [mode.strip() for mode in asked.modes.split(",")]
+    batches = plan.parse_numbers("--batch", asked.batches)
+    runs = plan.plan_runs(modes, asked.lookaheads, config.speculation.lookahead, batches)
+    if asked.drafts is None:
+        engines = plan.engines_by_numerics(asked.numerics, runs)
     else:
-        report = bench.join_numerics(
-            {name: bench.report_on(measured[name], prompts) | {"machine": machines[name]} for name in measured}
-        )
-    if report["first_divergence"] and connect is None:
+        setups = plan.setups_of(asked.drafts, config.speculation.budget, divide=asked.divide_budget)
+        engines = plan.engines_by_setup(setups, runs)
+    overrides = (*overrides, *plan.overrides_for(runs, config))
+    found = [(one, load_config(asked.config_file, (*overrides, *one.overrides))) for one in engines]
+    # Of several setups of drafts what all have in common; their rows say in what they differ.
+    return found[-1][1] if asked.drafts is None else load_config(asked.config_file, overrides), found
+
+
+def _measure(one: plan.Engine, config: Config, workload: Workload, asked: Asked) -> Found:
+    """Start an engine, or take the one that runs already, and run the workload in every mode of it."""
+    from launcher import screen
+    from launcher.bench.benchmark import count_steps, devices_by_mode, measure
+    from launcher.bench.report import this_machine
+
+    longest = max((prompt.prompt for prompt in workload.prompts), key=len)
+    request = engine.request_for(longest, False, asked.max_tokens, (), None, asked.params)
+    with engine.open_session(config, asked.connect, asked.trace, request) as session:
+        own = replace(workload, devices=devices_by_mode(config, session.cores))
+        with screen.counting(f"benchmark {one.name}".strip(), count_steps(one.runs, own)) as advance:
+            measured = measure(session.client, one.runs, own, advance)
+        return Found(one, measured, this_machine(session.cores), session.label)
+
+
+def _report(asked: Asked, config: Config, workload: Workload, found: list[Found]) -> Report:
+    """One report on all engines: with several setups of drafts the tokens of all runs are compared."""
+    from launcher.bench.report import Report, Setup, Task, join_numerics, results_of
+    from ssd_runtime.host.cores import crowding
+
+    task = Task(
+        prompts=str(asked.prompts_path or "embedded"),
+        num_prompts=len(workload.prompts),
+        max_tokens=workload.max_tokens,
+        repeat=workload.repeat,
+        sampling=workload.params,
+        config=config,
+    )
+    compared = asked.drafts is not None
+    if compared:
+        results = results_of(list(chain.from_iterable(one.runs for one in found)), workload.prompts)
+    else:
+        results = join_numerics({one.engine.name: results_of(one.runs, workload.prompts) for one in found})
+    if (where := results.first_divergence) is not None and asked.connect is None:
         from launcher.bench.scoring import gap_of_divergence
 
-        report["first_divergence"]["logit_gap"] = gap_of_divergence(report["first_divergence"], config, prompts, params)
-    report["workload"] = {
-        "prompts": str(prompts_path or "embedded"),
-        "num_prompts": len(prompts),
-        "max_tokens": max_tokens,
-        "repeat": repeat,
-        "sampling": sampling,
-        "config": config.to_dict(),
-    }
-    if label is not None:
-        report = {"label": label, **report}
-    screen.show_bench(report)  # first: a full disk is not to cost what took minutes to measure
-    if out is not None:
-        with writing(out):
-            out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """One engine of a benchmark; its name tells it from the others, if there are any."""
-
-    name: str
-    overrides: tuple[str, ...]
-    runs: list[Run]
-
-
-def _engines(
-    overrides: tuple[str, ...], runs: list[Run], numerics: str | None, compared: Sequence[DraftSetup]
-) -> list[_Engine]:
-    """The engines to start one after the other."""
-    from launcher.bench import benchmark as bench
-    from launcher.bench import draft_setups
-
-    if compared:
-        pairs = zip(compared, draft_setups.runs_by_setup(compared, runs), strict=True)
-        return [_Engine(setup.name, (*overrides, *setup.overrides), own) for setup, own in pairs]
-    if numerics is None:
-        return [_Engine("", overrides, runs)]
-    return [_Engine(one, (*overrides, f"engine.numerics={one}"), runs) for one in bench.parse_numerics(numerics)]
-
-
-def _check_options(
-    connect: str | None,
-    numerics: str | None,
-    drafts: str | None,
-    divide_budget: bool,
-    shapes: str | None,
-    agreement: float | None,
-) -> None:
-    """Raise UsageError for options that do not go together."""
-    for option, given in (("--numerics", numerics), ("--drafts", drafts), ("--random", shapes)):
-        if connect is not None and given is not None:
-            raise click.UsageError(f"{option} is the engine's own: give it to ssd up, not together with --connect")
-    if drafts is not None and numerics is not None:
-        raise click.UsageError("--drafts and --numerics start engines of their own: compare one of them at a time")
-    if drafts is None and divide_budget:
-        raise click.UsageError("--divide-budget says how the drafts of --drafts share: give that too")
-    if shapes is None and agreement is not None:
-        raise click.UsageError("--agreement is of the models of --random: give that too")
-
-
-def overrides_for(runs: Sequence[Any], config: Config) -> list[str]:
-    """What the engine must be started with so that every run can take place in it."""
-    needed = []
-    deepest = max(run.lookahead for run in runs)
-    if deepest > config.speculation.lookahead:
-        needed.append(f"speculation.lookahead={deepest}")
-    together = max(run.batch for run in runs)
-    if together > config.engine.max_num_seqs:
-        needed.append(f"engine.max_num_seqs={together}")
-    modes = {run.mode for run in runs}
-    widest: Mode = next(mode for mode in WIDEST_FIRST if mode in modes)
-    if widest != config.speculation.mode:
-        needed.append(f"speculation.mode={widest}")
-    if "sd-colocated" in modes and not config.deployment.holds_draft(widest):
-        needed.append("deployment.colocated=true")
-    return needed
-
-
-def _machine(cores: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    import torch
-
-    from cuda_ext import ops
-    from ssd_runtime.host import topology
-
-    return {
-        "host": platform.node(),
-        "hardware": topology.describe().splitlines(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "operators": ops.backend(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "cores": {role: list(numbers) for role, numbers in cores.items()},
-    }
+        gap = gap_of_divergence(where, config, workload.prompts, workload.params)
+        results = msgspec.structs.replace(results, first_divergence=msgspec.structs.replace(where, logit_gap=gap))
+    return Report(
+        **msgspec.structs.asdict(msgspec.structs.replace(results, label=found[-1].label)),
+        machine=found[0].machine,
+        workload=task,
+        setups=tuple(
+            Setup(setup.drafts, setup.budget, one.machine.cores, crowding(one.machine.cores) is not None)
+            for one in found
+            if (setup := one.engine.setup) is not None
+        ),
+        budget_divided=asked.divide_budget if compared else None,
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.options import check_replaceable
+from launcher.files import check_replaceable
 from launcher.nodes import ONE_NODE, Nodes
 from ssd_runtime.config import Config, Mode
 from ssd_runtime.speculation.types import SamplingParams

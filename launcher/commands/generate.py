@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 
 from launcher.commands import engine
 from launcher.commands.options import config_options, connect_option, trace_option
-from launcher.commands.sampling import sampling_options, sampling_params
+from launcher.commands.sampling import sampling_options
 from ssd_runtime.config import MODES, ConfigFile, Mode, load_config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.reading import decode
+from ssd_runtime.speculation.types import SamplingParams
 
 MOST_BYTES = 1 << 24  # of a prompt; messages are no larger
 
@@ -48,7 +47,7 @@ def generate(
     as_json: bool,
     connect: str | None,
     trace: Path | None,
-    **sampling: Any,
+    params: SamplingParams,
 ) -> None:
     """Answer one prompt."""
     if logprobs is not None and not as_json:
@@ -59,22 +58,22 @@ def generate(
         overrides = (*overrides, f"speculation.lookahead={lookahead}")
     config = load_config(config_file, overrides)
     from launcher import answers, preflight  # with the libraries of model files: after what can be told without
-    from launcher.bench import benchmark as bench
+    from launcher.generation import generate as generate_one
 
     if prompt == "-":
         prompt = _standard_input()
-    request = engine.request_for(prompt, raw, max_tokens, stop, mode, sampling_params(sampling, max_tokens))
+    request = engine.request_for(prompt, raw, max_tokens, stop, mode, params)
     streams = not as_json and n == 1
     request = replace(request, lookahead=lookahead, stream=streams, logprobs=logprobs, n=n)
     preflight.check_not_empty(request)
     with engine.open_session(config, connect, trace, request) as session:
         try:
-            generation = bench.generate(session.client, request, _stream if streams else _nothing)
+            generation = generate_one(session.client, request, _stream if streams else None)
         finally:
             if streams:
                 click.echo()
         if as_json:
-            click.echo(json.dumps(answers.as_json(generation, session.label)))
+            click.echo(answers.as_json(generation, session.label))
         else:
             if not streams:
                 click.echo(answers.as_text(generation))
@@ -90,7 +89,3 @@ def _standard_input() -> str:
 
 def _stream(text: str) -> None:
     click.echo(text, nl=False)
-
-
-def _nothing(text: str) -> None:
-    pass

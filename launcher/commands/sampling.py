@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,47 +53,44 @@ class TokenBias(click.ParamType):
         return pair
 
 
+_NUMBERS: dict[str, tuple[click.ParamType, str | None]] = {
+    "temperature": (Number(min=0), "0 is greedy."),
+    "top_k": (click.IntRange(min=0), "0 keeps all tokens."),
+    "top_p": (Number(0, 1, min_open=True), None),
+    "min_p": (Number(0, 1), None),
+    "seed": (click.IntRange(0, 2**63 - 1), None),
+    "repetition_penalty": (
+        Number(min=0, min_open=True),
+        "Divides (multiplies, if negative) the logits of tokens of prompt and answer.",
+    ),
+    "presence_penalty": (Number(-2, 2), "Taken from the logits of tokens of the answer."),
+    "frequency_penalty": (Number(-2, 2), "The same for each time they are there."),
+    "min_tokens": (click.IntRange(min=0), "No end token before so many."),
+}
 _OPTIONS = (
-    click.option("--temperature", type=Number(min=0), default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens."),
-    click.option("--top-p", type=Number(0, 1, min_open=True), default=1.0, show_default=True),
-    click.option("--min-p", type=Number(0, 1), default=0.0, show_default=True),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
-    click.option(
-        "--repetition-penalty",
-        type=Number(min=0, min_open=True),
-        default=1.0,
-        show_default=True,
-        help="Divides (multiplies, if negative) the logits of tokens of prompt and answer.",
-    ),
-    click.option(
-        "--presence-penalty",
-        type=Number(-2, 2),
-        default=0.0,
-        show_default=True,
-        help="Taken from the logits of tokens of the answer.",
-    ),
-    click.option(
-        "--frequency-penalty",
-        type=Number(-2, 2),
-        default=0.0,
-        show_default=True,
-        help="The same for each time they are there.",
+    *(
+        click.option(f"--{name.replace('_', '-')}", type=kind, default=default, show_default=True, help=text)
+        for name, (kind, text) in _NUMBERS.items()
+        for default in [getattr(SamplingParams, name)]
     ),
     click.option("--logit-bias", type=TokenBias(), multiple=True, help="Add to a token's logit; may be repeated."),
     click.option("--allowed-tokens", type=TokenIds(), help="Choose among these only."),
     click.option("--banned-tokens", type=TokenIds(), default=(), help="Never choose these."),
-    click.option(
-        "--min-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="No end token before so many."
-    ),
 )
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command; it gets them as keywords that fit `SamplingParams`."""
+    """Add the options to a command that has --max-tokens too; it gets them together, as `params`."""
+    names = [spec.name for spec in dataclasses.fields(SamplingParams)]
+
+    @functools.wraps(function)
+    def command(max_tokens: int, **options: Any) -> Any:
+        params = sampling_params({name: options.pop(name) for name in names}, max_tokens)
+        return function(max_tokens=max_tokens, params=params, **options)
+
     for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+        command = option(command)
+    return command
 
 
 def sampling_params(sampling: dict[str, Any], max_tokens: int) -> SamplingParams:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from launcher.commands.options import MOST_NODES, writing
+from launcher.commands.options import MOST_NODES
+from launcher.files import writing
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 

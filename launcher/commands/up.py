@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.commands import engine
-from launcher.commands.options import MOST_NODES, MOST_RANKS, check_replaceable, config_options, trace_option
+from launcher.commands.options import MOST_NODES, MOST_RANKS, config_options, trace_option
+from launcher.files import check_replaceable
 from launcher.nodes import Nodes
 from ssd_runtime.config import ConfigFile, load_config
 

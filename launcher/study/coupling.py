@@ -59,14 +59,10 @@ class Rejection:
     @classmethod
     def joined(cls, parts: Sequence[Rejection]) -> Rejection:
         """Several runs of positions as one."""
-        variants = {
-            rule: Variant(
-                torch.cat([part.variants[rule].acceptance_R for part in parts]),
-                torch.cat([part.variants[rule].accepted_R for part in parts]),
-                torch.cat([part.variants[rule].above_R for part in parts]),
-            )
-            for rule in parts[0].variants
-        }
+        variants = {}
+        for rule in parts[0].variants:
+            columns = zip(*(vars(part.variants[rule]).values() for part in parts), strict=True)
+            variants[rule] = Variant(*map(torch.cat, columns))
         return cls(torch.cat([part.rank_R for part in parts]), variants)
 
 
@@ -92,21 +88,3 @@ def _variant(p_RV: Tensor, z_RV: Tensor, chosen_R: Tensor, rank_R: Tensor, rule:
     places_M = torch.arange(q_RM.shape[1])
     above_R = torch.where(places_M < rank_R[:, None], rejected_RM, 0.0).sum(1)
     return Variant(acceptance_R, accepted_R, above_R)
-
-
-def variant_oracle(p_V: Tensor, q_V: Tensor, z_V: Tensor, chosen: int) -> tuple[float, float, float]:
-    """`Variant` of one position by definition: over all pairs of a draft token and its fate.
-
-    Args:
-        p_V, q_V: what target and draft sample from.
-        z_V: the draft's logits, by which candidates are ranked.
-    """
-    accepted_V = torch.minimum(torch.ones_like(p_V), p_V / q_V.clamp(min=1e-300))
-    joint_V = q_V * (1.0 - accepted_V)  # of the draft's token and its rejection
-    residual_V = (p_V - q_V).clamp(min=0.0)
-    emitted_by_draft = float(q_V[chosen] * accepted_V[chosen])
-    emitted = emitted_by_draft
-    if joint_V.sum() > 0:
-        emitted += float(joint_V.sum() * residual_V[chosen] / residual_V.sum())
-    above = float(joint_V[z_V > z_V[chosen]].sum() / joint_V.sum()) if joint_V.sum() > 0 else 0.0
-    return float((q_V * accepted_V).sum()), emitted_by_draft / emitted, above

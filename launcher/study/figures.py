@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from launcher.study.coupling import Rule
 from launcher.study.recording import Record
@@ -17,8 +17,7 @@ POLICIES: tuple[FanOutName, ...] = ("uniform", "geometric", "confidence")
 CS = (1.0, 0.9, 0.75, 0.6, 0.45, 0.3, 0.15, 0.05, 0.02, 0.0)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Struct, frozen=True, forbid_unknown_fields=True):
     """One point of a figure, and one line of its CSV.
 
     Attributes:
@@ -46,21 +45,16 @@ def rules_for(lookahead: int, budget: int) -> list[Rule]:
     return [Rule(c, fan_out) for c in CS for fan_out in sorted(set(uniform_counts(budget, lookahead)))]
 
 
-def at(records: Sequence[Record], temperature: float) -> list[Record]:
-    """The records of one temperature."""
-    return [record for record in records if record.temperature == temperature]
-
-
-def temperatures_of(records: Sequence[Record]) -> list[float]:
-    """All temperatures, ascending."""
-    return sorted({record.temperature for record in records})
+def by_temperature(records: Sequence[Record]) -> list[tuple[float, list[Record]]]:
+    """The records of each temperature, ascending."""
+    temperatures = sorted({record.temperature for record in records})
+    return [(heat, [record for record in records if record.temperature == heat]) for heat in temperatures]
 
 
 def figure3(records: Sequence[Record], lookahead: int) -> list[Point]:
     """Miss rate over the fan-out F at every position: after hits ("hit") and after misses ("miss")."""
     points: list[Point] = []
-    for temperature in temperatures_of(records):
-        some = at(records, temperature)
+    for temperature, some in by_temperature(records):
         walks = [list(walk(record, lookahead, fan_out_policy("uniform"), 1)) for record in some]
         for fan_out in FAN_OUTS:
             rates = dict(zip(("hit", "miss"), miss_rates(walks, fan_out), strict=True))
@@ -68,24 +62,18 @@ def figure3(records: Sequence[Record], lookahead: int) -> list[Point]:
                 points.append(_point("3", f"shared noise, after a {after}", temperature, fan_out, rate))
             if temperature > 0:
                 expected = _expected(some, 1.0, [fan_out] * (lookahead + 1))
-                after_hit = [_misses(one.hits_after_hit, one.rounds_after_hit) for one in expected]
-                after_miss = [_misses(one.hits_after_miss, one.rounds_after_miss) for one in expected]
-                points.append(_point("3", "rejection, after a hit", temperature, fan_out, Rate.over(after_hit)))
-                points.append(_point("3", "rejection, after a miss", temperature, fan_out, Rate.over(after_miss)))
+                for after in ("hit", "miss"):
+                    rate = Rate.over([one.misses(after == "hit") for one in expected])
+                    points.append(_point("3", f"rejection, after a {after}", temperature, fan_out, rate))
     return points
-
-
-def _misses(hits: float, rounds: float) -> tuple[float, float]:
-    """(misses, rounds); sums of chances may be a rounding error apart where all are hits."""
-    return max(0.0, rounds - hits), rounds
 
 
 def figure4(records: Sequence[Record], lookahead: int, budget: int) -> list[Point]:
     """Hit rate of whole outcomes over temperature, for each fan-out policy at the same budget; note: tokens a round."""
     points = []
-    for temperature in temperatures_of(records):
+    for temperature, some in by_temperature(records):
         for policy in POLICIES:
-            walks = walks_of(at(records, temperature), lookahead, budget, policy)
+            walks = walks_of(some, lookahead, budget, policy)
             points.append(_point("4", policy, temperature, temperature, hit_rate(walks), tokens_per_round(walks)))
     return points
 
@@ -94,12 +82,11 @@ def figure5(records: Sequence[Record], lookahead: int, budget: int) -> list[Poin
     """Hit rate (y) against acceptance (x): rejection with Saguaro's C (note), and shared noise under each policy."""
     points = []
     counts = uniform_counts(budget, lookahead)
-    for temperature in temperatures_of(records):
-        some = at(records, temperature)
+    for temperature, some in by_temperature(records):
         if not temperature:
             continue  # both couplings are the same thing there
         for c in sorted({rule.c for record in some if record.rejection for rule in record.rejection.variants})[::-1]:
-            hits = Rate.over([(one.hits, one.rounds) for one in _expected(some, c, counts)])
+            hits = Rate.over([(sum(one.hits), sum(one.rounds)) for one in _expected(some, c, counts)])
             points.append(_point("5", "rejection, uniform", temperature, _acceptance(some, c, counts), hits, c))
         agreeing = sum(rank == 0 for record in some for rank in record.ranks)
         acceptance = agreeing / sum(len(record.ranks) for record in some)
@@ -124,11 +111,6 @@ def tokens_per_round(walks: Sequence[Sequence[WalkedRound]]) -> float | None:
     """Accepted tokens and the bonus token."""
     rounds = [one for some in walks for one in some]
     return sum(one.num_accepted + 1 for one in rounds) / len(rounds) if rounds else None
-
-
-def as_rows(points: Sequence[Point]) -> list[dict[str, object]]:
-    """For a CSV file."""
-    return [dataclasses.asdict(point) for point in points]
 
 
 def _expected(records: Sequence[Record], c: float, counts: Sequence[int]) -> list[Expected]:

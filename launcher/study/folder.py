@@ -9,23 +9,21 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher.study.figures import Point, as_rows
+import msgspec
+from msgspec import Struct
+
+from launcher.study.figures import Point
 from ssd_runtime.errors import ConfigError
 
-FORMAT = 1
 ABOUT, PAGE, REMARKS = "study.json", "README.md", "REMARKS.md"
 ORDER = ("3", "4", "4 speed", "5", "6")
-TEXTS = ("figure", "series")  # columns of a CSV file that are not numbers
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True):
     """What is studied: one pair of models (name and dtype of each) at one K and one B."""
 
     target: str
@@ -38,8 +36,7 @@ class Subject:
         return f"K = {self.lookahead}, B = {self.budget}"
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(Struct, frozen=True):
     """How a figure was measured."""
 
     command: str
@@ -47,6 +44,13 @@ class Run:
     date: str
     num_prompts: int
     max_tokens: int
+
+
+class About(Struct, frozen=True, tag_field="format", tag=1):
+    """`study.json`: the subject, and the run of each figure."""
+
+    subject: Subject
+    figures: dict[str, Run]
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,11 @@ class Folder:
         Raises:
             ConfigError: they are of another pair or of other sizes; names what differs.
         """
-        for spec in dataclasses.fields(Subject):
-            here, there = getattr(self.subject, spec.name), getattr(subject, spec.name)
+        for name in Subject.__struct_fields__:
+            here, there = getattr(self.subject, name), getattr(subject, name)
             if here != there:
                 remedy = "give --out another directory"
-                raise ConfigError(f"{self.path} holds a study with {spec.name} = {here}, not {there}; {remedy}")
+                raise ConfigError(f"{self.path} holds a study with {name} = {here}, not {there}; {remedy}")
         both = {**self.figures, **figures}
         return dataclasses.replace(self, figures={name: both[name] for name in ORDER if name in both})
 
@@ -89,16 +93,11 @@ class Folder:
         """Write the points of these figures, and how all were measured."""
         for name in names:
             with (self.path / f"{stem(name)}.csv").open("w", newline="") as file:
-                rows = as_rows(self.figures[name].points)
-                writer = csv.DictWriter(file, list(rows[0]))
+                writer = csv.DictWriter(file, Point.__struct_fields__)
                 writer.writeheader()
-                writer.writerows(rows)
-        about = {
-            "format": FORMAT,
-            "subject": dataclasses.asdict(self.subject),
-            "figures": {name: dataclasses.asdict(figure.run) for name, figure in self.figures.items()},
-        }
-        (self.path / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+                writer.writerows(map(msgspec.structs.asdict, self.figures[name].points))
+        about = About(self.subject, {name: figure.run for name, figure in self.figures.items()})
+        (self.path / ABOUT).write_text(json.dumps(msgspec.to_builtins(about), indent=1) + "\n")
 
 
 def stem(figure: str) -> str:
@@ -120,59 +119,30 @@ def load(path: Path) -> Folder | None:
     files = {name: path / f"{stem(name)}.csv" for name in ORDER if (path / f"{stem(name)}.csv").is_file()}
     if not files:
         return None
-    about = path / ABOUT
     try:
-        known = json.loads(about.read_text()) if about.is_file() else from_page((path / PAGE).read_text(), list(files))
-        if known["format"] != FORMAT:
-            raise ValueError(f"format {known['format']}, not {FORMAT}")
-        subject = Subject(**known["subject"])
-        runs = {name: Run(**run) for name, run in known["figures"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{about if about.is_file() else path / PAGE}: {getattr(error, 'strerror', None) or error}"
+        about = msgspec.json.decode((path / ABOUT).read_bytes(), type=About)
+    except (OSError, ValueError) as error:
+        reason = f"{path / ABOUT}: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(f"cannot tell what was measured in {path} ({reason}); give another directory") from None
     for name, file in files.items():
-        if name not in runs:
+        if name not in about.figures:
             remedy = "remove it, or take it with --merge from the directory it was written into"
             raise ConfigError(f"nothing says how {file} was measured; {remedy}")
-    return Folder(path, subject, {name: Figure(runs[name], _points(files[name])) for name in files}, _remarks(path))
-
-
-def from_page(page: str, figures: Sequence[str]) -> dict[str, Any]:
-    """What `study.json` would say, from the head of a page that was written before there was such a file.
-
-    Raises:
-        ValueError: it has no such head.
-    """
-    facts = dict(re.findall(r"^- (target, draft|sizes|machine|date): (.+)$", page, re.MULTILINE))
-    sizes = re.fullmatch(r"K = (\d+), B = (\d+), (\d+) prompts, up to (\d+) tokens each", facts.get("sizes", ""))
-    command = re.search(r"^    (ssd .+)$", page, re.MULTILINE)
-    target, comma, draft = facts.get("target, draft", "").partition(", ")
-    if sizes is None or command is None or not comma or not {"machine", "date"} <= set(facts):
-        raise ValueError("it does not begin as the page of a study does")
-    lookahead, budget, num_prompts, max_tokens = map(int, sizes.groups())
-    run = Run(command[1], facts["machine"], facts["date"], num_prompts, max_tokens)
-    return {
-        "format": FORMAT,
-        "subject": dataclasses.asdict(Subject(target, draft, lookahead, budget)),
-        "figures": {name: dataclasses.asdict(run) for name in figures},
-    }
+    figures = {name: Figure(about.figures[name], _points(file)) for name, file in files.items()}
+    return Folder(path, about.subject, figures, _remarks(path))
 
 
 def _points(file: Path) -> tuple[Point, ...]:
     """Columns that are missing, as in files written before they were thought of, are None."""
     try:
         with file.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        points = tuple(Point(**{key: _value(key, text) for key, text in row.items()}) for row in rows)
+            rows = [{key: text or None for key, text in row.items()} for row in csv.DictReader(lines)]
+        points = msgspec.convert(rows, tuple[Point, ...], strict=False)
         if not points:
             raise ValueError("it is empty")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"cannot read the points of {file}: {error}; remove it to measure anew") from None
     return points
-
-
-def _value(key: str, text: str) -> Any:
-    return text if key in TEXTS else float(text) if text else None
 
 
 def _remarks(path: Path) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import statistics
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
 
-from launcher.bench import benchmark as bench
+from msgspec.structs import replace
+
+from launcher.bench.benchmark import Workload, count_steps, measure
+from launcher.bench.plan import Run, plan_runs
 from launcher.bench.prompts import Prompt
+from launcher.bench.report import results_of
+from launcher.generation import Generates
 from launcher.study.figures import POLICIES, Point
 from ssd_runtime.config import SpeculationConfig
 from ssd_runtime.speculation.types import SamplingParams
 
-Engines = Callable[[tuple[str, ...]], AbstractContextManager[bench.Generates]]
-Advance = Callable[[str], None]
-SPEED = {"4 speed": "tokens_per_second", "6": "tokens_per_second_per_sequence"}  # keys of launcher/bench/report.py
+Engines = Callable[[tuple[str, ...]], AbstractContextManager[Generates]]  # starts one with these overrides
 
 
 def backups() -> tuple[str, ...]:
@@ -27,83 +29,92 @@ def backups() -> tuple[str, ...]:
     return found
 
 
-def figure4_speed(
-    engines: Engines,
-    prompts: Sequence[Prompt],
-    temperatures: Sequence[float],
-    max_tokens: int,
-    lookahead: int,
-    advance: Advance,
-) -> list[Point]:
-    """tokens/s over temperature: AR, SD, and SSD under each fan-out policy; note: hit rate, late branches included.
+@dataclass(frozen=True)
+class Setting:
+    """One engine of a figure.
 
-    Args:
-        engines: starts an engine with these overrides.
+    Attributes:
+        series: the name of SSD in this engine.
+        overrides: what it is started with.
+        runs: SD in every engine, in turns with SSD: engines are started one after the other, and machines drift.
     """
-    found: list[Point] = []
-    for policy in POLICIES:
-        runs = bench.plan_runs(_modes(policy == POLICIES[0]), (), lookahead)
-        with engines((f"speculation.fan_out={policy}", "speculation.mode=ssd")) as client:
-            for temperature in temperatures:
-                workload = bench.Workload(tuple(prompts), SamplingParams(temperature=temperature), max_tokens)
-                rows = _rows(client, runs, workload, advance)
-                found += _points("4 speed", f"ssd, {policy}", temperature, [(temperature, row) for row in rows])
-    return _joined(found)
+
+    series: str
+    overrides: tuple[str, ...]
+    runs: Sequence[Run]
 
 
-def figure4_steps(num_prompts: int, num_temperatures: int) -> int:
-    """How often `figure4_speed` calls `advance`."""
-    return (2 * len(POLICIES) + 1) * num_temperatures * (1 + num_prompts)
+@dataclass(frozen=True)
+class LiveFigure:
+    """A figure to be measured: every workload in every engine."""
+
+    name: str
+    engines: Sequence[Setting]
+    workloads: Sequence[Workload]
+
+    @property
+    def num_steps(self) -> int:
+        """How often `measure` calls `advance`."""
+        return sum(count_steps(one.runs, workload) for one in self.engines for workload in self.workloads)
+
+    def measure(self, engines: Engines, advance: Callable[[str], None]) -> list[Point]:
+        """Its points; what was measured in several engines is one point."""
+        found: list[Point] = []
+        for setting in self.engines:
+            with engines(setting.overrides) as client:
+                for workload in self.workloads:
+                    found += self._points(setting, client, workload, advance)
+        return _joined(found)
+
+    def _points(
+        self, setting: Setting, client: Generates, workload: Workload, advance: Callable[[str], None]
+    ) -> list[Point]:
+        alone, temperature = self.name != "6", workload.params.temperature
+        rows = results_of(measure(client, setting.runs, workload, advance), workload.prompts).runs
+        speeds = [row.tokens_per_second if alone else row.tokens_per_second_per_sequence for row in rows]
+        sd = {row.batch: speed for row, speed in zip(rows, speeds, strict=True) if row.mode == "sd"}
+        return [
+            Point(
+                figure=self.name,
+                series=setting.series if row.mode == "ssd" else row.mode,
+                temperature=temperature,
+                x=temperature if alone else row.batch,
+                y=speed,
+                rounds=row.rounds,
+                note=row.hit_rate,
+                over_sd=speed / anchor if row.mode != "sd" and speed and (anchor := sd.get(row.batch)) else None,
+            )
+            for row, speed in zip(rows, speeds, strict=True)
+        ]
 
 
-def figure6_steps(num_prompts: int, batches: Sequence[int]) -> int:
-    """How often `figure6` calls `advance`."""
-    return sum((2 * len(backups()) + 1) * (1 + -(-num_prompts // batch)) for batch in batches)
+def figure4_speed(
+    prompts: Sequence[Prompt], temperatures: Sequence[float], max_tokens: int, lookahead: int
+) -> LiveFigure:
+    """tokens/s over temperature: AR, SD, and SSD under each fan-out policy; note: hit rate, late branches included."""
+    engines = [
+        Setting(
+            f"ssd, {policy}",
+            (f"speculation.fan_out={policy}", "speculation.mode=ssd"),
+            plan_runs(("sd", "ssd") if engine else ("ar", "sd", "ssd"), (), lookahead),
+        )
+        for engine, policy in enumerate(POLICIES)
+    ]
+    params = [SamplingParams(temperature=temperature) for temperature in temperatures]
+    return LiveFigure("4 speed", engines, [Workload(tuple(prompts), one, max_tokens) for one in params])
 
 
-def figure6(
-    engines: Engines,
-    prompts: Sequence[Prompt],
-    batches: Sequence[int],
-    max_tokens: int,
-    lookahead: int,
-    advance: Advance,
-) -> list[Point]:
+def figure6(prompts: Sequence[Prompt], batches: Sequence[int], max_tokens: int, lookahead: int) -> LiveFigure:
     """tokens/s of one sequence over requests at once, at T = 0: AR, SD, and SSD with each backup; note: hit rate."""
-    found: list[Point] = []
-    for backup in backups():
-        runs = bench.plan_runs(_modes(backup == backups()[0]), (), lookahead, batches)
-        overrides = (f"speculation.backup={backup}", "speculation.mode=ssd", f"engine.max_num_seqs={max(batches)}")
-        with engines(overrides) as client:
-            workload = bench.Workload(tuple(prompts), SamplingParams(), max_tokens, ignore_eos=True)
-            rows = _rows(client, runs, workload, advance)
-            found += _points("6", f"ssd, backup {backup}", 0.0, [(row["batch"], row) for row in rows])
-    return _joined(found)
-
-
-def _rows(
-    client: bench.Generates, runs: Sequence[bench.Run], workload: bench.Workload, advance: Advance
-) -> list[dict[str, Any]]:
-    measured = bench.measure(client, runs, workload, advance)
-    rows: list[dict[str, Any]] = bench.report_on(measured, workload.prompts)["runs"]
-    return rows
-
-
-def _modes(first: bool) -> tuple[str, ...]:
-    """SD runs in every engine, in turns with SSD: engines are started one after the other, and machines drift."""
-    return ("ar", "sd", "ssd") if first else ("sd", "ssd")
-
-
-def _points(figure: str, ssd: str, temperature: float, rows: Sequence[tuple[float, Mapping[str, Any]]]) -> list[Point]:
-    """Of one engine: (x, row of the benchmark) of each run; `ssd` is the name of SSD in this engine."""
-    anchors = {x: row[SPEED[figure]] for x, row in rows if row["mode"] == "sd"}
-    found = []
-    for x, row in rows:
-        name = ssd if row["mode"] == "ssd" else row["mode"]
-        speed, anchor = row[SPEED[figure]], anchors.get(x) if row["mode"] != "sd" else None
-        over_sd = speed / anchor if speed and anchor else None
-        found.append(Point(figure, name, temperature, x, speed, None, row["rounds"], row["hit_rate"], over_sd))
-    return found
+    engines = [
+        Setting(
+            f"ssd, backup {backup}",
+            (f"speculation.backup={backup}", "speculation.mode=ssd", f"engine.max_num_seqs={max(batches)}"),
+            plan_runs(("sd", "ssd") if engine else ("ar", "sd", "ssd"), (), lookahead, batches),
+        )
+        for engine, backup in enumerate(backups())
+    ]
+    return LiveFigure("6", engines, [Workload(tuple(prompts), SamplingParams(), max_tokens, ignore_eos=True)])
 
 
 def _joined(points: Sequence[Point]) -> list[Point]:
@@ -112,11 +123,11 @@ def _joined(points: Sequence[Point]) -> list[Point]:
     for point in points:
         alike.setdefault((point.series, point.temperature, point.x), []).append(point)
     found = []
-    for first, *others in alike.values():
-        speeds = [point.y for point in (first, *others) if point.y is not None]
+    for some in alike.values():
+        first, speeds = some[0], [point.y for point in some if point.y is not None]
         if len(speeds) > 1:
             error = statistics.stdev(speeds) / math.sqrt(len(speeds))
-            rounds = sum(point.rounds or 0.0 for point in (first, *others))
+            rounds = sum(point.rounds or 0.0 for point in some)
             first = replace(first, y=statistics.fmean(speeds), error=error, rounds=rounds)
         found.append(first)
     return found

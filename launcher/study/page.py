@@ -69,19 +69,20 @@ def _measured(run: Run) -> str:
 def _table(figure: str, points: Sequence[Point]) -> list[str]:
     if figure == "5":
         heads = ["T", "series", "C", "acceptance", "hit rate"]
-        rows = [[f"{p.temperature:g}", p.series, _number(p.note, "g"), _percent(p.x), _rate(p)] for p in points]
+        rows = [
+            [f"{p.temperature:g}", p.series, "" if p.note is None else f"{p.note:g}", f"{p.x:.3f}", _value(p, 3)]
+            for p in points
+        ]
         return _markdown(heads, rows)
-    keys = list(dict.fromkeys((p.series, p.temperature) for p in points))
-    if figure in ("4", "4 speed"):
-        keys = list(dict.fromkeys((p.series, 0.0) for p in points))
-    across = sorted({p.x for p in points})
-    name = {"3": "F", "4": "T", "4 speed": "T", "6": "batch"}[figure]
-    rows = []
-    for series, temperature in keys:
-        mine = {p.x: p for p in points if p.series == series and (figure[0] == "4" or p.temperature == temperature)}
-        cells = [_cell(figure, mine[x]) if x in mine else "" for x in across]
-        rows.append([series + (f", T = {temperature:g}" if figure == "3" else ""), *cells])
-    return _markdown(["", *(f"{name} = {x:g}" for x in across)], rows)
+    across = {"3": "F", "4": "T", "4 speed": "T", "6": "batch"}[figure]
+    digits = 3 if figure in ("3", "4") else 1  # of rates, of speeds
+    xs = sorted({p.x for p in points})
+    lines: dict[str, dict[float, str]] = {}
+    for p in points:
+        name = f"{p.series}, T = {p.temperature:g}" if figure == "3" else p.series
+        lines.setdefault(name, {})[p.x] = _value(p, digits)
+    heads = ["", *(f"{across} = {x:g}" for x in xs)]
+    return _markdown(heads, [[name, *(cells.get(x, "") for x in xs)] for name, cells in lines.items()])
 
 
 def order_of_policies(points: Sequence[Point]) -> list[str]:
@@ -90,9 +91,9 @@ def order_of_policies(points: Sequence[Point]) -> list[str]:
     for temperature in sorted({p.temperature for p in points}):
         found = {p.series: p for p in points if p.temperature == temperature and p.y is not None}
         ordered = sorted((name for name in POLICIES if name in found), key=lambda name: -(found[name].y or 0.0))
-        said = ", ".join(f"{name} {_percent(found[name].y)}" for name in ordered)
+        said = ", ".join(f"{name} {found[name].y:.3f}" for name in ordered)
         if len({found[name].y for name in ordered}) == 1 and len(ordered) > 1:
-            lines.append(f"- T = {temperature:g}: all the same, {_percent(found[ordered[0]].y)}.")
+            lines.append(f"- T = {temperature:g}: all the same, {found[ordered[0]].y:.3f}.")
             continue
         expected = ordered == [name for name in reversed(POLICIES) if name in found]
         lines.append(f"- T = {temperature:g}: {said}" + ("." if expected else " (not the order that was hoped for)."))
@@ -106,44 +107,26 @@ def dominance(points: Sequence[Point]) -> list[str]:
         some = [p for p in points if p.temperature == temperature and p.y is not None]
         ours = {p.series.removeprefix("shared noise, "): p for p in some if p.note is None}
         for policy, our in ours.items():
-            beaten: list[str] = []
-            hits_only: list[str] = []
-            neither: list[str] = []
+            said: dict[str, list[str]] = {
+                "higher hit rate and acceptance": [],
+                "higher hit rate at lower acceptance": [],
+                "lower hit rate": [],
+            }
+            both, hits_only, neither = said.values()
             for one in (p for p in some if p.note is not None):
                 higher = (our.y or 0.0) > (one.y or 0.0)
-                (beaten if higher and our.x >= one.x else hits_only if higher else neither).append(f"{one.note:g}")
-            parts = [
-                f"higher hit rate and acceptance than C = {', '.join(beaten) or 'none'}",
-                f"higher hit rate at lower acceptance than C = {', '.join(hits_only) or 'none'}",
-                f"lower hit rate than C = {', '.join(neither) or 'none'}",
-            ]
+                (both if higher and our.x >= one.x else hits_only if higher else neither).append(f"{one.note:g}")
+            parts = [f"{what} than C = {', '.join(cs) or 'none'}" for what, cs in said.items()]
             lines.append(f"- T = {temperature:g}, shared noise with {policy}: {'; '.join(parts)}.")
     return lines
 
 
-def _cell(figure: str, point: Point) -> str:
-    return _rate(point) if figure in ("3", "4") else _speed(point)
-
-
-def _speed(point: Point) -> str:
+def _value(point: Point, digits: int) -> str:
+    """y, its standard error, and in brackets the ratio to SD, as far as they are known."""
     if point.y is None:
         return "-"
-    error = f" ± {point.error:.1f}" if point.error is not None else ""
-    return f"{point.y:.1f}{error}" + (f" ({point.over_sd:.2f})" if point.over_sd is not None else "")
-
-
-def _rate(point: Point) -> str:
-    if point.y is None:
-        return "-"
-    return f"{point.y:.3f}" + (f" ± {point.error:.3f}" if point.error is not None else "")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    error = "" if point.error is None else f" ± {point.error:.{digits}f}"
+    return f"{point.y:.{digits}f}{error}" + ("" if point.over_sd is None else f" ({point.over_sd:.2f})")
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

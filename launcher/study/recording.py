@@ -11,7 +11,7 @@ Shape legend: R rows, V vocabulary, M tokens the draft may sample from.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -69,16 +69,21 @@ class Record:
 
 
 def write_texts(
-    target: Decoder, prompts: Sequence[tuple[int, ...]], params: SamplingParams, limit: Limits, advance: Advance
+    target: Decoder,
+    prompts: Sequence[tuple[int, ...]],
+    params: SamplingParams,
+    max_tokens: int,
+    eos_token_ids: tuple[int, ...],
+    advance: Advance,
 ) -> list[Text]:
     """Let the target answer every prompt by plain decoding, AT_ONCE together; prompt i with seed `params.seed` + i."""
-    length = max(map(len, prompts)) + limit.max_tokens
+    length = max(map(len, prompts)) + max_tokens
     config = EngineConfig(max_model_len=length, max_num_seqs=min(AT_ONCE, len(prompts)), block_size=BLOCK)
     engine = Engine(target, config, 0, {"ar": NoSpeculation()}, Tracer("study", enabled=False))
     sequences = []
     for index, prompt in enumerate(prompts):
         own = replace(params, seed=params.seed + index)
-        request = Request(uuid.uuid4().hex, prompt, own, "ar", 0, limit.max_tokens, eos_token_ids=limit.eos_token_ids)
+        request = Request(uuid.uuid4().hex, prompt, own, "ar", 0, max_tokens, eos_token_ids=eos_token_ids)
         sequences.append(engine.add(request))
     while engine.has_work:
         for progressed in engine.step():
@@ -91,49 +96,37 @@ def write_texts(
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How far a text and the draft's own continuation go."""
-
-    max_tokens: int
-    lookahead: int
-    eos_token_ids: tuple[int, ...] = ()
-
-
 class Pass:
     """One pass of both models over a text.
 
-    Args:
-        target, draft: the models.
+    Attributes:
         vocab_size: tokens they share; what lies beyond is never drafted.
         lookahead: K.
         width: how many tokens of a ranking are kept, at least B + 1.
         rules: how a draft would sample under coupling "rejection".
     """
 
-    def __init__(
-        self, target: Decoder, draft: Decoder, vocab_size: int, lookahead: int, width: int, rules: Sequence[Rule]
-    ) -> None:
-        self._target = target
-        self._draft = draft
-        self._vocab_size = min(vocab_size, draft.arch.vocab_size, target.arch.vocab_size)
-        self._lookahead = lookahead
-        self._width = width
-        self._rules = tuple(rules)
+    target: Decoder
+    draft: Decoder
+    vocab_size: int
+    lookahead: int
+    width: int
+    rules: Sequence[Rule]
 
     def record(self, text: Text) -> Record:
         """Score the text with both models."""
         tokens, first, count = (*text.prompt, *text.output), len(text.prompt), len(text.output)
         rankings: list[Ranking] = []
         rejections: list[Rejection] = []
-        drafting = Scorer(self._draft, len(tokens), branches=count * self._lookahead)
-        scores = zip(Scorer(self._target, len(tokens)).score(tokens, first), drafting.score(tokens, first), strict=True)
+        drafting = Scorer(self.draft, len(tokens), branches=count * self.lookahead)
+        scores = zip(Scorer(self.target, len(tokens)).score(tokens, first), drafting.score(tokens, first), strict=True)
         for target_RV, draft_RV in scores:
             place = len(rankings)
             rankings += self._rank(draft_RV, text.params, first + place)
             if text.params.temperature > 0:
                 chosen_R = torch.tensor(text.output[place : place + len(draft_RV)])
                 draft_RV = self._shared(draft_RV, target_RV.shape[1])
-                rejections.append(reject(target_RV, draft_RV, chosen_R, text.params, self._rules))
+                rejections.append(reject(target_RV, draft_RV, chosen_R, text.params, self.rules))
         differing = [i for i, ranking in enumerate(rankings) if ranking.tokens[0] != text.output[i]]
         ranks = [
             ranking.tokens.index(token) if token in ranking.tokens else WIDEST + 1
@@ -153,9 +146,9 @@ class Pass:
         tips = dict(own)
         chains: dict[int, list[int]] = {place: [] for place in own}
         found: dict[int, list[Ranking]] = {place: [] for place in own}
-        for depth in range(self._lookahead):
-            for places in _slices(list(tips), CHUNK):
-                first = len(text.prompt)
+        for depth in range(self.lookahead):
+            for start in range(0, len(tips), CHUNK):
+                places, first = list(tips)[start : start + CHUNK], len(text.prompt)
                 logits_RV = drafting.branch([(tips[i], first + i, chains[i]) for i in places])
                 for row, place in enumerate(places):
                     (ranking,) = self._rank(logits_RV[row : row + 1], text.params, first + place + depth + 1)
@@ -165,21 +158,16 @@ class Pass:
 
     def _rank(self, logits_RV: Tensor, params: SamplingParams, position: int) -> list[Ranking]:
         draws = [Draw(params, position + row) for row in range(len(logits_RV))]
-        return rank_tokens(logits_RV[:, : self._vocab_size].contiguous(), draws, max(WIDEST + 1, self._width))
+        return rank_tokens(logits_RV[:, : self.vocab_size].contiguous(), draws, max(WIDEST + 1, self.width))
 
     def _shared(self, draft_RV: Tensor, vocab_size: int) -> Tensor:
         """The draft's logits over the target's vocabulary."""
         shared_RV = draft_RV.new_full((len(draft_RV), vocab_size), -torch.inf)
-        shared_RV[:, : self._vocab_size] = draft_RV[:, : self._vocab_size]
+        shared_RV[:, : self.vocab_size] = draft_RV[:, : self.vocab_size]
         return shared_RV
 
     def _narrow(self, ranking: Ranking) -> Ranking:
-        return replace(ranking, tokens=ranking.tokens[: self._width], margins=ranking.margins[: self._width])
-
-
-def _slices(values: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+        return replace(ranking, tokens=ranking.tokens[: self.width], margins=ranking.margins[: self.width])
 
 
 @dataclass(frozen=True)
@@ -189,11 +177,7 @@ class Pair:
     target: Decoder
     draft: Decoder
     tokenizer: Tokenizer
-    vocab_size: int
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        return self.tokenizer.eos_token_ids
+    vocab_size: int  # that they share
 
     def prompt_tokens(self, prompt: str) -> tuple[int, ...]:
         """What a user says, inside the chat template."""
@@ -209,5 +193,6 @@ def load_pair(config: Config, progress: Callable[[Role, float], None]) -> Pair:
         return load_decoder(resolve(model.model), model.dtype, torch.device(model.device), partial(progress, role))
 
     target, draft = load("target", config.target), load("draft", config.draft)
-    vocabulary = Tokenizer.from_model(resolve(config.draft.model)).vocabulary()
-    return Pair(target, draft, Tokenizer.from_model(resolve(config.target.model)), len(vocabulary.tokens))
+    words, others = (Tokenizer.from_model(resolve(model.model)) for model in (config.target, config.draft))
+    sizes = len(others.vocabulary().tokens), draft.arch.vocab_size, target.arch.vocab_size
+    return Pair(target, draft, words, min(sizes))

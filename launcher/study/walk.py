@@ -26,20 +26,14 @@ class WalkedRound:
     """One verification.
 
     Attributes:
-        start: place in the text of its first row.
         num_accepted: k.
-        length: K.
         rank: place of the bonus token among the candidates there, 0 for the first.
         hit: whether the policy had prepared for the outcome.
-        after_hit: whether the speculation itself had been prepared for.
     """
 
-    start: int
     num_accepted: int
-    length: int
     rank: int
     hit: bool
-    after_hit: bool
 
 
 def walk(record: Record, lookahead: int, policy: FanOut, budget: int) -> Iterator[WalkedRound]:
@@ -52,7 +46,7 @@ def walk(record: Record, lookahead: int, policy: FanOut, budget: int) -> Iterato
         (forks,) = divide_budget([policy.forks(verified, budget)], budget)
         hit = any((fork.position, fork.token) == (k, outcome.bonus_token) for fork in forks)
         policy.observe(verified, k, outcome.bonus_token)
-        yield WalkedRound(start, k, lookahead, record.ranks[start + k] - (k < lookahead), hit, after_hit)
+        yield WalkedRound(k, record.ranks[start + k] - (k < lookahead), hit)
         start, after_hit = start + k + 1, hit
 
 
@@ -110,21 +104,14 @@ def miss_rates(walks: Sequence[Sequence[WalkedRound]], fan_out: int) -> tuple[Ra
 
 @dataclass(frozen=True)
 class Expected:
-    """Expected rounds of one text, how many of them hit, apart by what came before, and the tokens they gave."""
+    """Expected rounds of one text and how many of them hit: first those after a miss, then those after a hit."""
 
-    hits_after_hit: float
-    rounds_after_hit: float
-    hits_after_miss: float
-    rounds_after_miss: float
-    tokens: float
+    hits: tuple[float, float]
+    rounds: tuple[float, float]
 
-    @property
-    def hits(self) -> float:
-        return self.hits_after_hit + self.hits_after_miss
-
-    @property
-    def rounds(self) -> float:
-        return self.rounds_after_hit + self.rounds_after_miss
+    def misses(self, after_hit: bool) -> tuple[float, float]:
+        """(misses, rounds); sums of chances may be a rounding error apart where all are hits."""
+        return max(0.0, self.rounds[after_hit] - self.hits[after_hit]), self.rounds[after_hit]
 
 
 def expect(rejection: Rejection, variants: Sequence[Variant], counts: Sequence[int]) -> Expected:
@@ -140,7 +127,7 @@ def expect(rejection: Rejection, variants: Sequence[Variant], counts: Sequence[i
     above = [variant.above_R.tolist() for variant in variants]
     reached = [[0.0, 0.0] for _ in range(len(ranks) + lookahead + 1)]  # chance that a round starts here, by what was
     reached[FIRST][0] = 1.0
-    hits, rounds, tokens = [0.0, 0.0], [0.0, 0.0], 0.0
+    hits, rounds = [0.0, 0.0], [0.0, 0.0]
     for start in range(FIRST, len(ranks) - lookahead):
         for before in (0, 1):
             chance = reached[start][before]
@@ -154,8 +141,7 @@ def expect(rejection: Rejection, variants: Sequence[Variant], counts: Sequence[i
                     ends = chance
                     found = float(ranks[place] < counts[k])
                 hits[before] += ends * found
-                tokens += ends * (k + 1)
                 reached[place + 1][1] += ends * found
                 reached[place + 1][0] += ends * (1.0 - found)
                 chance -= ends
-    return Expected(hits[1], rounds[1], hits[0], rounds[0], tokens)
+    return Expected((hits[0], hits[1]), (rounds[0], rounds[1]))

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher.bench.benchmark import generate
+import msgspec
+from msgspec import Struct
+
 from launcher.bench.prompts import Prompt, read_prompts
-from launcher.bench.report import Generation, summarise
+from launcher.generation import Generation, generate
+from launcher.summary import Summary, summarise
 from ssd_runtime.comm.control.client_messages import ChatMessage, Generate
 from ssd_runtime.engine.client import Client
 from ssd_runtime.host import topology
@@ -47,7 +50,24 @@ class Plan:
     max_tokens: int
 
 
-def measure(client: Client, wire: Relay, plan: Plan) -> dict[str, Any]:
+class Row(Struct, frozen=True):
+    """One mode without and with the delay, and the share of its tokens/s that it kept."""
+
+    mode: str
+    plain: Summary
+    late: Summary
+    kept: float
+
+
+class Report(Struct, frozen=True):
+    """All modes, and whether all tokens were the same."""
+
+    delay_ms: float
+    runs: tuple[Row, ...]
+    identical: bool
+
+
+def measure(client: Client, wire: Relay, plan: Plan) -> Report:
     """Tokens/s of each mode with and without the delay, and whether all tokens were the same."""
     found: dict[tuple[str, bool], list[Generation]] = {
         (mode, late): [] for mode in plan.modes for late in (False, True)
@@ -66,15 +86,14 @@ def measure(client: Client, wire: Relay, plan: Plan) -> dict[str, Any]:
     rows = []
     for mode in plan.modes:
         plain, late = (summarise([one.finished for one in found[mode, late]]) for late in (False, True))
-        kept = late["tokens_per_second"] / plain["tokens_per_second"]
-        rows.append({"mode": mode, "plain": plain, "late": late, "kept": kept})
-    return {"delay_ms": plan.delay_s * 1e3, "runs": rows, "identical": all(len(seen) == 1 for seen in answers.values())}
+        rows.append(Row(mode, plain, late, (late.tokens_per_second or 0.0) / (plain.tokens_per_second or math.nan)))
+    return Report(plan.delay_s * 1e3, tuple(rows), all(len(seen) == 1 for seen in answers.values()))
 
 
 def ask(client: Client, prompt: Prompt, mode: str, max_tokens: int) -> Generation:
     messages = (ChatMessage("user", prompt.prompt),)
     request = Generate(f"{mode} {prompt.id}", messages=messages, mode=mode, max_tokens=max_tokens)  # type: ignore[arg-type]
-    return generate(client, request, lambda text: None)
+    return generate(client, request)
 
 
 @contextmanager
@@ -94,16 +113,16 @@ def engine(lab: Lab, config: Path | None, overrides: list[str]) -> Iterator[Clie
         yield stack.enter_context(client_on(lab.hosts[0], address, READY_S))
 
 
-def show(report: dict[str, Any]) -> None:
-    print(f"{report['delay_ms']:g} ms added each way; tokens/s without, with, kept; hit rate without, with")
-    for row in report["runs"]:
-        plain, late = row["plain"], row["late"]
-        hits = "" if plain["hit_rate"] is None else f"   {plain['hit_rate']:.3f} {late['hit_rate']:.3f}"
+def show(report: Report) -> None:
+    print(f"{report.delay_ms:g} ms added each way; tokens/s without, with, kept; hit rate without, with")
+    for row in report.runs:
+        plain, late = row.plain, row.late
+        hits = "" if plain.hit_rate is None else f"   {plain.hit_rate:.3f} {late.hit_rate or 0.0:.3f}"
         print(
-            f"{row['mode']:>12} {plain['tokens_per_second']:9.2f} {late['tokens_per_second']:9.2f} "
-            f"{100 * row['kept']:7.1f} %{hits}"
+            f"{row.mode:>12} {plain.tokens_per_second or 0.0:9.2f} {late.tokens_per_second or 0.0:9.2f} "
+            f"{100 * row.kept:7.1f} %{hits}"
         )
-    print("all tokens identical" if report["identical"] else "TOKENS DIFFER")
+    print("all tokens identical" if report.identical else "TOKENS DIFFER")
 
 
 def main() -> int:
@@ -129,9 +148,9 @@ def main() -> int:
         report = measure(client, lab.relay, plan)
     show(report)
     if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
-    kept = {row["mode"]: row["kept"] for row in report["runs"]}
-    return 0 if report["identical"] and kept.get("ssd", 1.0) >= (given.at_least or 0.0) else 1
+        given.json.write_text(json.dumps(msgspec.to_builtins(report), indent=1) + "\n")
+    kept = {row.mode: row.kept for row in report.runs}
+    return 0 if report.identical and kept.get("ssd", 1.0) >= (given.at_least or 0.0) else 1
 
 
 if __name__ == "__main__":

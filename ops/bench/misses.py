@@ -21,14 +21,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
+import msgspec
+from msgspec import Struct
+
 from launcher import preflight, screen, session
-from launcher.bench.benchmark import Generates, generate_together
 from launcher.bench.prompts import Prompt, read_prompts
+from launcher.generation import Generates, generate_together
 from launcher.torchrun import Launch, Ranks
 from ops.bench.forgetful_rank import BATCH, FORCED, ROUNDS
 from ssd_runtime.comm.control.client_messages import ChatMessage, Generate
@@ -41,8 +42,7 @@ ARMS = (CLEAN, FORCED)
 WARM_UP_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class RecordedRound:
+class RecordedRound(Struct, frozen=True):
     """One verification of a batch, as the leader wrote it down.
 
     Attributes:
@@ -59,8 +59,7 @@ class RecordedRound:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(Struct, frozen=True):
     """Over some rounds: tokens/s of one row that hit, of one row that was not forced to miss, of all rows together."""
 
     rounds: int
@@ -69,6 +68,17 @@ class Rates:
     hitting_row: float
     spared_row: float
     batch: float
+
+
+class Report(Struct, frozen=True):
+    """Both arms, and the share of their tokens/s that rows that hit keep: over all repeats, and of each."""
+
+    batch: int
+    clean: Rates
+    forced: Rates
+    kept: float
+    kept_by_repeat: tuple[float, ...]
+    identical: bool
 
 
 def rates(rounds: Sequence[RecordedRound], size: int) -> Rates:
@@ -102,21 +112,15 @@ def _speed(rows: Sequence[tuple[RecordedRound, int, float]]) -> float:
     return sum(one.tokens[row] for one, row, _ in rows) / sum(lasted for _, _, lasted in rows)
 
 
-def report(rounds: Sequence[RecordedRound], size: int, answers: dict[str, set[tuple[int, ...]]]) -> dict[str, Any]:
+def report(rounds: Sequence[RecordedRound], size: int, answers: dict[str, set[tuple[int, ...]]]) -> Report:
     """Rates with and without the forced miss, what is kept of them, over all and repeat by repeat."""
-    of = {arm: rates([one for one in rounds if one.run.startswith(f"{arm}:")], size) for arm in ARMS}
-    repeats = sorted({one.run.partition(":")[2] for one in rounds}, key=int)
+    clean, forced = (rates([one for one in rounds if one.run.startswith(f"{arm}:")], size) for arm in ARMS)
     each = []
-    for repeat in repeats:
-        clean, forced = (rates([one for one in rounds if one.run == f"{arm}:{repeat}"], size) for arm in ARMS)
-        each.append(forced.hitting_row / clean.hitting_row)
-    return {
-        "batch": size,
-        **{arm: asdict(found) for arm, found in of.items()},
-        "kept": of[FORCED].hitting_row / of[CLEAN].hitting_row,
-        "kept_by_repeat": each,
-        "identical": all(len(seen) == 1 for seen in answers.values()),
-    }
+    for repeat in sorted({one.run.partition(":")[2] for one in rounds}, key=int):
+        without, with_it = (rates([one for one in rounds if one.run == f"{arm}:{repeat}"], size) for arm in ARMS)
+        each.append(with_it.hitting_row / without.hitting_row)
+    identical = all(len(seen) == 1 for seen in answers.values())
+    return Report(size, clean, forced, forced.hitting_row / clean.hitting_row, tuple(each), identical)
 
 
 def measure(
@@ -175,31 +179,25 @@ def engine(config: Path | None, overrides: tuple[str, ...]) -> Iterator[tuple[Ge
 
 def read_rounds(path: Path) -> list[RecordedRound]:
     """What the leader wrote down, without the warm-up."""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    rounds = [
-        RecordedRound(one["run"], one["begun"], one["victim"], tuple(one["hits"]), tuple(one["tokens"]))
-        for one in found
-    ]
+    rounds = [msgspec.json.decode(line, type=RecordedRound) for line in path.read_text().splitlines()]
     return [one for one in rounds if not one.run.endswith(":warm")]
 
 
-def show(found: dict[str, Any]) -> None:
-    print(f"{found['batch']} requests at once; tokens/s of one row that hit, of one row not forced to miss, of all")
-    for arm in ARMS:
-        one = found[arm]
+def show(found: Report) -> None:
+    print(f"{found.batch} requests at once; tokens/s of one row that hit, of one row not forced to miss, of all")
+    for arm, one in zip(ARMS, (found.clean, found.forced), strict=True):
         print(
-            f"{arm:>8} {one['hitting_row']:9.2f} {one['spared_row']:9.2f} {one['batch']:9.2f}   "
-            f"{one['rounds']} rounds of {one['round_ms']:.1f} ms, {one['hits']:.2f} hits each"
+            f"{arm:>8} {one.hitting_row:9.2f} {one.spared_row:9.2f} {one.batch:9.2f}   "
+            f"{one.rounds} rounds of {one.round_ms:.1f} ms, {one.hits:.2f} hits each"
         )
-    each = found["kept_by_repeat"]
     print(
-        f"rows that hit keep {100 * found['kept']:.1f} % of their tokens/s; by repeat: "
-        + ", ".join(f"{100 * kept:.1f}" for kept in each)
-        + f" (median {100 * statistics.median(each):.1f})"
+        f"rows that hit keep {100 * found.kept:.1f} % of their tokens/s; by repeat: "
+        + ", ".join(f"{100 * kept:.1f}" for kept in found.kept_by_repeat)
+        + f" (median {100 * statistics.median(found.kept_by_repeat):.1f})"
     )
-    if 2 * found[CLEAN]["hits"] < found["batch"]:
+    if 2 * found.clean.hits < found.batch:
         print("few rows hit even without: a smaller lookahead and budget let the draft keep up with so many")
-    print("all tokens identical, AR's too" if found["identical"] else "TOKENS DIFFER")
+    print("all tokens identical, AR's too" if found.identical else "TOKENS DIFFER")
 
 
 def main() -> int:
@@ -228,8 +226,8 @@ def main() -> int:
         return 2 if isinstance(error, ConfigError) else 1
     show(found)
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if found["identical"] and found["kept"] >= (given.at_least or 0.0) else 1
+        given.json.write_text(json.dumps(msgspec.to_builtins(found), indent=1) + "\n")
+    return 0 if found.identical and found.kept >= (given.at_least or 0.0) else 1
 
 
 if __name__ == "__main__":

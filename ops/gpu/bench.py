@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from launcher.bench.report import Report
 from ops.gpu.result import Finding, Number, Setting, judged
 
 ON_CPU = ("target.device=cpu", "draft.device=cpu", "draft.threads=1", "deployment.share_gpu=false")
@@ -37,26 +38,24 @@ def bench(setting: Setting, config: str, options: Sequence[str], overrides: Sequ
         sys.stderr.write(done.stdout + done.stderr)
         if done.returncode:
             raise RuntimeError(f"ssd bench ended with {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-        yield from findings(json.loads(out.read_text()), setting.device)
+        yield from findings(msgspec.json.decode(out.read_bytes(), type=Report), setting.device)
 
 
-def findings(report: dict[str, Any], device: str) -> Iterator[Finding]:
+def findings(report: Report, device: str) -> Iterator[Finding]:
     """Of a report of `ssd bench`. Equal tokens are promised on CPUs, by numerics = "invariant", and by a script."""
-    for run in report["runs"]:
+    for run in report.runs:
         measured = (
-            ("tokens/s", run["tokens_per_second"], ""),
-            ("over AR", run["speedup"], "x"),
-            ("tokens a round", run["tokens_per_round"], ""),
-            ("accepted", run["acceptance"], ""),
-            ("hits", run["hit_rate"], ""),
-            ("verify", run["verify_ms"]["p50"], "ms"),
-            ("wait", run["wait_ms"]["p50"], "ms"),
-            ("draft step", run["draft_step_ms"]["p50"], "ms"),
+            ("tokens/s", run.tokens_per_second, ""),
+            ("over AR", run.speedup, "x"),
+            ("tokens a round", run.tokens_per_round, ""),
+            ("accepted", run.acceptance, ""),
+            ("hits", run.hit_rate, ""),
+            ("verify", run.verify_ms.p50, "ms"),
+            ("wait", run.wait_ms.p50, "ms"),
+            ("draft step", run.draft_step_ms.p50, "ms"),
         )
-        yield Finding(
-            run["name"], tuple(Number(name, "" if one is None else one, unit) for name, one, unit in measured)
-        )
-    promised = device == "cpu" or "label" in report or report["workload"]["config"]["engine"]["numerics"] == "invariant"
-    differing = Number("outputs that differ", report["differing_outputs"]), Number("of", report["compared_outputs"])
-    note = report.get("label", "")
-    yield judged("the same tokens in every mode", report["identical_tokens"] or not promised, *differing, note=note)
+        yield Finding(run.name, tuple(Number(name, "" if one is None else one, unit) for name, one, unit in measured))
+    promised = device == "cpu" or report.label is not None or report.workload.config.engine.numerics == "invariant"
+    differing = Number("outputs that differ", report.differing_outputs), Number("of", report.compared_outputs)
+    note = report.label or ""
+    yield judged("the same tokens in every mode", report.identical_tokens or not promised, *differing, note=note)

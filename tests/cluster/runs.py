@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.bench.benchmark import generate
-from launcher.bench.report import Generation
+from launcher.generation import Generation, generate
 from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.engine.client import Client
 from tests.cluster.hosts import Host
@@ -30,7 +29,7 @@ def ask(client: Client, mode: str, **fields: Any) -> Generation:
     """The answer to one request, whole."""
     wanted: dict[str, Any] = {"prompt": "the quick brown", "max_tokens": 48, "ignore_eos": True}
     request = Generate(f"{mode} request", mode=mode, **(wanted | fields))  # type: ignore[arg-type]
-    return generate(client, request, lambda text: None)
+    return generate(client, request)
 
 
 def cores_apart(allowed: Sequence[int]) -> tuple[str, ...]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.bench.benchmark import generate
-from launcher.bench.report import Generation
+from launcher.generation import Generation, generate
 from launcher.session import started
 from launcher.torchrun import Launch
 from ssd_runtime.comm.control.client_messages import Generate
@@ -44,7 +43,7 @@ def answer(client: Client, mode: Mode, params: SamplingParams) -> Generation:
     request = Generate(
         uuid.uuid4().hex, prompt="the quick brown", max_tokens=LENGTH, ignore_eos=True, mode=mode, params=params
     )
-    return generate(client, request, lambda text: None)
+    return generate(client, request)
 
 
 @pytest.mark.parametrize("mode", ["sd", "ssd"])

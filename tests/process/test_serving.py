@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from launcher.bench.benchmark import generate, generate_together
-from launcher.bench.report import Generation
+from launcher.generation import Generation, generate, generate_together
 from launcher.session import Session, started
 from launcher.torchrun import Launch
 from ssd_runtime.comm.control.client_messages import Finished, Generate
@@ -56,7 +55,7 @@ def ask(prompt: str = "the quick brown", **fields: Any) -> Generate:
 
 
 def answer(client: Client, request: Generate) -> Generation:
-    return generate(client, request, lambda text: None)
+    return generate(client, request)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -3,27 +3,20 @@
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 
-from launcher.bench.benchmark import (
-    Run,
-    Workload,
-    count_steps,
-    devices_by_mode,
-    join_numerics,
-    measure,
-    parse_batches,
-    parse_numerics,
-    plan_runs,
-    report_on,
-)
-from launcher.bench.divergence import divergence
+from launcher.bench.benchmark import Workload, count_steps, devices_by_mode, measure
+from launcher.bench.divergence import Divergence, divergence
+from launcher.bench.plan import Run, engines_by_numerics, parse_numbers, plan_runs
 from launcher.bench.prompts import Prompt
-from launcher.bench.report import summarise
+from launcher.bench.report import Results, join_numerics, results_of
 from launcher.bench.scoring import Scorer, logit_gap
-from launcher.screen import bench_verdict
+from launcher.bench.tables import verdict
+from launcher.summary import summarise
 from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate, RequestStatistics, Series, Usage
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
+from ssd_runtime.metrics import Percentiles
 from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests.tiny_models import tiny_decoder
@@ -70,27 +63,27 @@ def statistics(mode: str, tokens: int) -> RequestStatistics:
     )
 
 
-def measured(client: Player, runs: list[Run], repeat: int = 1) -> dict:
+def measured(client: Player, runs: list[Run], repeat: int = 1) -> Results:
     workload = Workload(PROMPTS, SamplingParams(seed=7), 13, repeat)
-    return report_on(measure(client, runs, workload, lambda name: None), PROMPTS)
+    return results_of(measure(client, runs, workload, lambda name: None), PROMPTS)
 
 
 def test_prefill_and_first_token_are_kept_out_of_the_speed() -> None:
     report = measured(Player(), plan_runs(["ar", "ssd"], [], 4))
-    ar, ssd = report["runs"]
-    assert (ar["tokens"], ar["tokens_per_second"], ar["prefill_seconds"]) == (26, 100.0, 1.0)
-    assert (ssd["tokens_per_second"], ssd["speedup"]) == (400.0, 4.0)
-    assert (ar["tokens_per_round"], ssd["tokens_per_round"]) == (1.0, 3.0)
-    assert (ssd["hit_rate"], ssd["acceptance"], ssd["accepted_per_position"]) == (0.5, 0.5, [8, 8, 0, 0])
-    assert (ar["hit_rate"], ar["acceptance"]) == (None, None)
-    assert ar["verify_ms"] == {"p50": 10.0, "p95": 10.0}
-    assert ar["round_ms"] == {"p50": None, "p95": None}
+    ar, ssd = report.runs
+    assert (ar.tokens, ar.tokens_per_second, ar.prefill_seconds) == (26, 100.0, 1.0)
+    assert (ssd.tokens_per_second, ssd.speedup) == (400.0, 4.0)
+    assert (ar.tokens_per_round, ssd.tokens_per_round) == (1.0, 3.0)
+    assert (ssd.hit_rate, ssd.acceptance, ssd.accepted_per_position) == (0.5, 0.5, (8, 8, 0, 0))
+    assert (ar.hit_rate, ar.acceptance) == (None, None)
+    assert ar.verify_ms == Percentiles(10.0, 10.0)
+    assert ar.round_ms == Percentiles(None, None)
 
 
 def test_warm_ups_are_not_counted() -> None:
     client = Player()
     report = measured(client, plan_runs(["ar", "sd"], [], 4), repeat=2)
-    assert [row["requests"] for row in report["runs"]] == [4, 4]
+    assert [row.requests for row in report.runs] == [4, 4]
     assert len(client.requests) == 2 + 8
 
 
@@ -106,30 +99,22 @@ def test_modes_take_turns_at_each_prompt_with_the_same_seed() -> None:
 
 def test_same_tokens_are_reported_as_identical() -> None:
     report = measured(Player(), plan_runs(["ar", "sd", "ssd"], [], 4))
-    assert report["identical_tokens"] is True
-    assert report["first_divergence"] is None
-    assert report["compared_outputs"] == 4
+    assert report.identical_tokens is True
+    assert report.first_divergence is None
+    assert report.compared_outputs == 4
 
 
 def test_the_first_divergence_is_named() -> None:
     report = measured(Player(broken="ssd"), plan_runs(["ar", "sd", "ssd"], [], 4))
-    assert report["identical_tokens"] is False
-    assert report["differing_outputs"] == 1
-    assert report["first_divergence"] == {
-        "prompt": "b",
-        "prompt_index": 1,
-        "position": 3,
-        "runs": ["ar", "ssd"],
-        "tokens": [11, -1],
-        "before": [8, 9, 10],
-    }
+    assert report.identical_tokens is False
+    assert report.differing_outputs == 1
+    assert report.first_divergence == Divergence(3, "b", 1, ("ar", "ssd"), (11, -1), (8, 9, 10))
 
 
 def test_a_divergence_is_reported_with_both_tokens_and_the_gap() -> None:
     report = measured(Player(broken="ssd"), plan_runs(["ar", "ssd"], [], 4))
-    report["first_divergence"]["logit_gap"] = 0.01234
-    verdict = bench_verdict(report)
-    assert "b at token 3, 11 in ar against -1 in ssd, +0.0123 logits apart" in verdict
+    report = replace(report, first_divergence=replace(report.first_divergence, logit_gap=0.01234))
+    assert "b at token 3, 11 in ar against -1 in ssd, +0.0123 logits apart" in verdict(report)
 
 
 def test_the_gap_of_a_divergence_is_that_of_the_scores_that_were_compared() -> None:
@@ -169,46 +154,46 @@ def test_requests_at_once_are_several_runs_with_the_speed_of_the_whole() -> None
     assert [(run.name, run.batch) for run in runs] == [("ar", 1), ("ssd", 1), ("ar x2", 2), ("ssd x2", 2)]
     workload = Workload(PROMPTS, SamplingParams(seed=7), 13, devices={"ar": 1, "ssd": 2})
     steps: list[str] = []
-    report = report_on(measure(client, runs, workload, steps.append), PROMPTS)
+    report = results_of(measure(client, runs, workload, steps.append), PROMPTS)
     assert len(steps) == count_steps(runs, workload)
-    alone, _, together, ssd = report["runs"]
-    assert (alone["tokens"], together["tokens"], report["compared_outputs"]) == (26, 26, 6)
+    alone, _, together, ssd = report.runs
+    assert (alone.tokens, together.tokens, report.compared_outputs) == (26, 26, 6)
     # Both waited a second for two prefills of half a second each, then took .12 s for 12 tokens after the first.
-    assert together["tokens_per_second"] == pytest.approx(24 / (1.0 + 0.12 - 2 * 0.5))
-    assert together["tokens_per_second_per_sequence"] == pytest.approx(100)
-    assert ssd["tokens_per_second_per_device"] == pytest.approx(ssd["tokens_per_second"] / 2)
-    assert ssd["speedup"] == pytest.approx(4.0)
-    assert together["tpot_ms"]["p50"] == pytest.approx(10.0)
-    assert together["ttft_ms"]["p50"] == pytest.approx(1000.0)
+    assert together.tokens_per_second == pytest.approx(24 / (1.0 + 0.12 - 2 * 0.5))
+    assert together.tokens_per_second_per_sequence == pytest.approx(100)
+    assert ssd.tokens_per_second_per_device == pytest.approx(ssd.tokens_per_second / 2)
+    assert ssd.speedup == pytest.approx(4.0)
+    assert together.tpot_ms.p50 == pytest.approx(10.0)
+    assert together.ttft_ms.p50 == pytest.approx(1000.0)
 
 
 @pytest.mark.parametrize("text", ["", "0", "1,x", "2,,3", "-1"])
 def test_batches_that_are_no_numbers_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--batch"):
-        parse_batches(text)
+        parse_numbers("--batch", text)
 
 
 def test_both_numerics_make_one_report_with_their_cost() -> None:
     fast = measured(Player(broken="ssd"), plan_runs(["ar", "ssd"], [], 4))
     invariant = measured(Player(), plan_runs(["ar", "ssd"], [], 4))
-    for row in invariant["runs"]:
-        row["tokens_per_second"] /= 2
+    slower = [replace(row, tokens_per_second=row.tokens_per_second / 2) for row in invariant.runs]
+    invariant = replace(invariant, runs=tuple(slower))
     report = join_numerics({"fast": fast, "invariant": invariant})
-    assert [row["name"] for row in report["runs"]] == ["ar", "ssd", "ar invariant", "ssd invariant"]
-    assert report["invariant_over_fast"] == {"ar": 0.5, "ssd": 0.5}
-    assert report["identical_tokens"] is False
-    assert report["identical_tokens_by_numerics"] == {"fast": False, "invariant": True}
-    assert (report["differing_outputs"], report["compared_outputs"]) == (1, 4)
+    assert [row.name for row in report.runs] == ["ar", "ssd", "ar invariant", "ssd invariant"]
+    assert report.invariant_over_fast == {"ar": 0.5, "ssd": 0.5}
+    assert report.identical_tokens is False
+    assert report.identical_tokens_by_numerics == {"fast": False, "invariant": True}
+    assert (report.differing_outputs, report.compared_outputs) == (1, 4)
     assert join_numerics({"fast": fast}) is fast
     with pytest.raises(ConfigError, match="--numerics: unknown 'exact'"):
-        parse_numerics("fast,exact")
+        engines_by_numerics("fast,exact", [])
 
 
 def test_several_lookaheads_of_a_mode_are_several_runs_and_one_is_best() -> None:
     runs = plan_runs(["ar", "sd", "ssd"], ["sd=3,1", "ssd=2"], 4)
     assert runs == [Run("ar", "ar", 0), Run("sd@1", "sd", 1), Run("sd@3", "sd", 3), Run("ssd", "ssd", 2)]
     report = measured(Player(), runs)
-    assert sum(row["best"] for row in report["runs"] if row["mode"] == "sd") == 1
+    assert sum(row.best for row in report.runs if row.mode == "sd") == 1
 
 
 @pytest.mark.parametrize(
@@ -238,6 +223,6 @@ def test_divergence(tokens: tuple[int, ...], others: tuple[int, ...], position: 
 
 def test_a_summary_of_nothing_has_no_rates() -> None:
     summary = summarise([])
-    assert summary["tokens"] == 0
-    assert summary["tokens_per_second"] is None
-    assert summary["accepted_per_position"] == []
+    assert summary.tokens == 0
+    assert summary.tokens_per_second is None
+    assert summary.accepted_per_position == ()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, preflight
-from launcher.commands.bench import overrides_for
+from launcher.bench.plan import overrides_for
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host.cores import about_binding
@@ -155,8 +155,6 @@ def test_a_port_in_use_is_refused_before_anything_starts(capsys: pytest.CaptureF
 
 
 def test_the_engine_is_started_deep_and_wide_enough_for_every_run() -> None:
-    from launcher.bench.benchmark import plan_runs
-
     runs = plan_runs(["ar", "sd", "ssd"], ["ssd=3,7"], 4)
     assert overrides_for(runs, Config()) == ["speculation.lookahead=7"]
     assert overrides_for(plan_runs(["ar"], [], 4), Config()) == ["speculation.mode=ar"]

@@ -14,12 +14,20 @@ from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import asdict
 
+from launcher.bench.plan import plan_runs
+from launcher.bench.report import Machine as BenchMachine
+from launcher.bench.report import Report, Task
 from ops.gpu import bench, carry, counters, device_tests, large_target, report, result
 from ops.gpu.result import Finding, Machine, Number, Result, Setting, judged, left_out
+from ssd_runtime.config import load_config
+from ssd_runtime.speculation.types import SamplingParams
+from tests.unit.test_bench import Player, measured
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "ops" / "gpu"
@@ -259,13 +267,16 @@ def test_verifications_are_told_apart_by_what_the_draft_did_meanwhile() -> None:
     ],
 )
 def test_tokens_that_differ_are_wrong_where_equal_ones_are_promised(device, numerics, label, status) -> None:
-    spread = {"p50": 1.0}
-    run = {"name": "ar", "tokens_per_second": 5.0, "speedup": 1.0, "tokens_per_round": 1.0, "acceptance": None}
-    run |= {"hit_rate": None, "verify_ms": spread, "wait_ms": spread, "draft_step_ms": {"p50": None}}
-    about = {"identical_tokens": False, "differing_outputs": 1, "compared_outputs": 3}
-    made = {"runs": [run], "workload": {"config": {"engine": {"numerics": numerics}}}, **about}
-    first, same = bench.findings(made | ({"label": "scripted"} if label else {}), device)
-    assert (first.numbers[0], first.numbers[3].value) == (Number("tokens/s", 5.0), "")
+    said = "scripted" if label else None
+    made = Report(
+        **asdict(measured(Player(broken="ssd"), plan_runs(["ar", "ssd"], [], 4))) | {"label": said},
+        machine=BenchMachine("host", (), "system", "3", "2", "plain", "2026-01-02", {}),
+        workload=Task("embedded", 2, 13, 1, SamplingParams(), load_config(None, [f"engine.numerics={numerics}"])),
+    )
+    written = msgspec.json.decode(msgspec.json.encode(made), type=Report)
+    assert written == made
+    first, _, same = bench.findings(written, device)
+    assert (first.numbers[0], first.numbers[3].value) == (Number("tokens/s", 100.0), "")
     assert same.status == status
 
 

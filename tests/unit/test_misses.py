@@ -40,10 +40,10 @@ def test_the_report_compares_both_arms_over_all_and_repeat_by_repeat() -> None:
         for number in range(3)
     ]
     found = report(rounds, 2, {"a": {(1, 2)}})
-    assert found["kept"] == pytest.approx(2.0 / (1.25 + 2.25))
-    assert found["kept_by_repeat"] == pytest.approx([1 / 1.25, 1 / 2.25])
-    assert found["identical"]
-    assert not report(rounds, 2, {"a": {(1, 2), (1, 3)}})["identical"]
+    assert found.kept == pytest.approx(2.0 / (1.25 + 2.25))
+    assert list(found.kept_by_repeat) == pytest.approx([1 / 1.25, 1 / 2.25])
+    assert found.identical
+    assert not report(rounds, 2, {"a": {(1, 2), (1, 3)}}).identical
 
 
 def test_one_sequence_a_round_is_forgotten_where_it_is_asked_for(

@@ -30,14 +30,14 @@ def test_line_separators_inside_a_prompt_do_not_split_it(tmp_path: Path) -> None
     [
         (b'{"prompt": "x"}\nnot json\n', "line 2: not JSON"),
         (b'{"id": 1}\n', "line 1: expected"),
-        (b'{"prompt": "  "}\n', "line 1: expected"),
+        (b'{"prompt": "  "}\n', "line 1: the prompt is empty"),
         (b'["x"]\n', "line 1: expected"),
         (b"\n\n", "there is no prompt in it"),
         (b"\xff\xfe", "not UTF-8"),
-        (b'{"prompt": "x"}\n{"a": ' + b"[" * 50_000, "line 2: a number too long, or nested too deeply"),
-        (b'{"prompt": ' + b"9" * 50_000 + b"}", "line 1: a number too long"),
-        (b'{"prompt": "\\ud800"}', "line 1: the prompt has half of a surrogate pair"),
-        (b'{"prompt": "x", "id": [[]]}', "line 1: id and set must be text or a number"),
+        (b'{"prompt": "x"}\n{"a": ' + b"[" * 50_000, "line 2: not JSON"),
+        (b'{"prompt": ' + b"9" * 50_000 + b"}", "line 1: expected .* out of range"),
+        (b'{"prompt": "\\ud800"}', "line 1: not JSON"),
+        (b'{"prompt": "x", "id": [[]]}', "line 1: expected .* got `array`"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from launcher.bench.prompts import Prompt
 from launcher.cli import main
 from launcher.study import folder, live, page
-from launcher.study.coupling import Rejection, Rule, Variant, reject, variant_oracle
+from launcher.study.coupling import Rejection, Rule, Variant, reject
 from launcher.study.figures import POLICIES, Point
-from launcher.study.recording import Limits, Pass, Record, Text, write_texts
+from launcher.study.recording import Pass, Record, Text, write_texts
 from launcher.study.walk import Rate, expect, miss_rates, walk
 from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate
 from ssd_runtime.config import EngineConfig, SpeculationConfig
@@ -52,7 +55,7 @@ def pair() -> tuple[Decoder, Decoder]:
 
 def recorded(pair: tuple[Decoder, Decoder], temperature: float, max_tokens: int = 80) -> tuple[Text, Record]:
     params = SamplingParams(temperature=temperature, seed=3)
-    (text,) = write_texts(pair[0], [PROMPT], params, Limits(max_tokens, K), lambda step: None)
+    (text,) = write_texts(pair[0], [PROMPT], params, max_tokens, (), lambda step: None)
     rules = [Rule(c, 2) for c in (1.0, 0.4)]
     return text, Pass(*pair, 96, K, B + 2, rules).record(text)
 
@@ -90,6 +93,24 @@ def test_the_miss_rate_falls_with_the_fan_out_and_ends_where_all_is_prepared(pai
     assert rates[0] > rates[1] > rates[2] == 0.0
 
 
+def variant_oracle(p_V: Tensor, q_V: Tensor, z_V: Tensor, chosen: int) -> tuple[float, float, float]:
+    """`Variant` of one position by definition: over all pairs of a draft token and its fate.
+
+    Args:
+        p_V, q_V: what target and draft sample from.
+        z_V: the draft's logits, by which candidates are ranked.
+    """
+    accepted_V = torch.minimum(torch.ones_like(p_V), p_V / q_V.clamp(min=1e-300))
+    joint_V = q_V * (1.0 - accepted_V)  # of the draft's token and its rejection
+    residual_V = (p_V - q_V).clamp(min=0.0)
+    emitted_by_draft = float(q_V[chosen] * accepted_V[chosen])
+    emitted = emitted_by_draft
+    if joint_V.sum() > 0:
+        emitted += float(joint_V.sum() * residual_V[chosen] / residual_V.sum())
+    above = float(joint_V[z_V > z_V[chosen]].sum() / joint_V.sum()) if joint_V.sum() > 0 else 0.0
+    return float((q_V * accepted_V).sum()), emitted_by_draft / emitted, above
+
+
 @pytest.mark.parametrize("c", [1.0, 0.5, 0.0])
 def test_chances_under_rejection_are_those_of_the_definition(c: float) -> None:
     generator = torch.Generator().manual_seed(int(10 * c))
@@ -114,18 +135,17 @@ def test_expected_rounds_are_the_mean_of_random_ones() -> None:
     variant = Variant(torch.ones(24), torch.tensor(accepted).double(), torch.tensor(above).double())
     counts = [1, 2, 1, 2]
     expected = expect(Rejection(torch.tensor(ranks), {}), [variant] * 3, counts)
-    rounds, hits, tokens, times = 0, 0, 0, 4000
+    rounds, hits, times = 0, 0, 4000
     for _ in range(times):
         start = 1
         while start + 3 < 24:
             k = next((k for k in range(3) if generator.random() >= accepted[start + k]), 3)
             place = start + k
             passed = k < 3 and generator.random() < above[place]  # the rejected token stood before it
-            rounds, tokens, hits = rounds + 1, tokens + k + 1, hits + (ranks[place] - passed < counts[k])
+            rounds, hits = rounds + 1, hits + (ranks[place] - passed < counts[k])
             start = place + 1
-    assert expected.rounds == pytest.approx(rounds / times, rel=0.02)
-    assert expected.hits == pytest.approx(hits / times, rel=0.03)
-    assert expected.tokens == pytest.approx(tokens / times, rel=0.02)
+    assert sum(expected.rounds) == pytest.approx(rounds / times, rel=0.02)
+    assert sum(expected.hits) == pytest.approx(hits / times, rel=0.03)
 
 
 def test_a_rate_has_the_error_of_its_texts() -> None:
@@ -144,16 +164,17 @@ def test_live_figures_measure_every_policy_and_backup_as_often_as_they_say() -> 
         yield Player()
 
     prompts = [Prompt(name, "s", name) for name in "abc"]
-    speeds = list(live.figure4_speed(engines, prompts, [0.0, 1.0], 13, 4, steps.append))
-    assert len(steps) == live.figure4_steps(3, 2)
+    speeds = live.figure4_speed(prompts, [0.0, 1.0], 13, 4)
+    points = speeds.measure(engines, steps.append)
+    assert len(steps) == speeds.num_steps
     names = ["ar", "sd", "ssd, uniform", "ssd, geometric", "ssd, confidence"]
-    assert list(dict.fromkeys(point.series for point in speeds)) == names
-    ssd = [(point.y, point.over_sd) for point in speeds if point.series.startswith("ssd")]
+    assert list(dict.fromkeys(point.series for point in points)) == names
+    ssd = [(point.y, point.over_sd) for point in points if point.series.startswith("ssd")]
     assert ssd == [(pytest.approx(400.0), pytest.approx(4.0))] * 6
     steps.clear()
-    batches = list(live.figure6(engines, prompts, [1, 2], 13, 4, steps.append))
-    assert len(steps) == live.figure6_steps(3, [1, 2])
-    assert len(batches) == 2 * (2 + len(live.backups()))
+    batches = live.figure6(prompts, [1, 2], 13, 4)
+    assert len(batches.measure(engines, steps.append)) == 2 * (2 + len(live.backups()))
+    assert len(steps) == batches.num_steps
     assert {overrides[0] for overrides in asked[3:]} == {f"speculation.backup={name}" for name in live.backups()}
 
 
@@ -177,7 +198,8 @@ class Drifting(Player):
 
 def test_what_the_machine_does_between_two_engines_is_not_in_the_ratio_to_sd() -> None:
     prompts = [Prompt("a", "s", "a")]
-    points = live.figure4_speed(lambda extra: nullcontext(Drifting()), prompts, [0.0], 13, 4, lambda done: None)
+    figure = live.figure4_speed(prompts, [0.0], 13, 4)
+    points = figure.measure(lambda overrides: nullcontext(Drifting()), lambda done: None)
     found = {point.series: point for point in points}
     ssd = [found[f"ssd, {policy}"] for policy in POLICIES]
     assert [point.y for point in ssd] == [pytest.approx(400 / factor) for factor in (1, 2, 3)]
@@ -187,24 +209,21 @@ def test_what_the_machine_does_between_two_engines_is_not_in_the_ratio_to_sd() -
     assert found["sd"].error == pytest.approx(stdev(speeds) / 3**0.5)
 
 
-OLD_PAGE = """# ssd study: big bf16 <- small int8
-
-- target, draft: big bf16, small int8
-- sizes: K = 6, B = 24, 36 prompts, up to 128 tokens each
-- machine: cpu X, cores 0-1
-- date: 2026-01-02
-
-    ssd study --config x.toml --out here
-"""
 OLD_COLUMNS = "figure,series,temperature,x,y,error,rounds,note"
 
 
-def old_study(path: Path, page: str = OLD_PAGE, **figures: str) -> Path:
-    """A directory as it was written before studies could grow."""
+def old_study(path: Path, about: dict[str, Any] | None = None, **figures: str) -> Path:
+    """A directory as it was written before ratios to SD were, of one run; `about` says what is other in study.json."""
     path.mkdir()
-    (path / "README.md").write_text(page)
+    run = {"command": "ssd study --out here", "machine": "cpu X, cores 0-1", "date": "2026-01-02"}
+    run |= {"num_prompts": 36, "max_tokens": 128}
+    subject = {"target": "big bf16", "draft": "small int8", "lookahead": 6, "budget": 24}
+    other = about or {}
+    known = {"format": 1, "subject": {**subject, **other}}
+    known["figures"] = {name: {**run, **other} for name in (stem.removeprefix("figure") for stem in figures)}
+    (path / "study.json").write_text(json.dumps({**known, **other}))
     for stem, row in figures.items():
-        (path / f"{stem.replace('_', '-')}.csv").write_text(f"{OLD_COLUMNS}\n{row}\n")
+        (path / f"{stem}.csv").write_text(f"{OLD_COLUMNS}\n{row}\n")
     return path
 
 
@@ -213,39 +232,40 @@ def test_a_study_takes_in_figures_measured_elsewhere_and_keeps_remarks(
 ) -> None:
     here = old_study(tmp_path / "here", figure4="4,uniform,0.0,0.0,0.75,0.1,7,2.5")
     (here / "REMARKS.md").write_text("## What it says\n\nMuch.\n")
-    page = OLD_PAGE.replace("2026-01-02", "2026-03-04").replace("36 prompts", "8 prompts")
+    later = {"date": "2026-03-04", "num_prompts": 8}
     live = {"figure6": "6,sd,0.0,2,10.5,,7,", "figure4": "4,uniform,0.0,0.0,0.5,0.1,7,2.5"}
-    there = old_study(tmp_path / "there", page, **live)
+    there = old_study(tmp_path / "there", later, **live)
     command = ["study", "--out", str(here), "--merge", str(there)]
     assert main(command) == 0, capsys.readouterr().err
     text = (here / "README.md").read_text()
     assert "## What it says\n\nMuch.\n" in text
     assert "2026-01-02, cpu X, cores 0-1; 36 prompts, up to 128 tokens each; numbers: figure4.csv" in text
     assert "2026-03-04, cpu X, cores 0-1; 8 prompts, up to 128 tokens each; numbers: figure6.csv" in text
-    assert text.count("    ssd study --config x.toml --out here\n") == 2
+    assert text.count("    ssd study --out here\n") == 2
     assert "| uniform | 0.750 ± 0.100 |" in text  # what was here stays
     assert "| sd | 10.5 |" in text
     assert "ar and sd ran in the first of them" in text
     assert all((here / f"figure{figure}.png").read_bytes().startswith(b"\x89PNG") for figure in (4, 6))
-    # From now on study.json says what the page said; drawn again, all is the same.
+    # Drawn again, all is the same.
     assert main(["study", "--out", str(here), "--redraw"]) == 0
     assert (here / "README.md").read_text() == text
     assert (here / "figure4.csv").read_text().startswith(OLD_COLUMNS + "\n")
 
 
 @pytest.mark.parametrize(
-    ("page", "message"),
+    ("about", "message"),
     [
-        (OLD_PAGE.replace("K = 6", "K = 5"), "holds a study with lookahead = 6, not 5"),
-        (OLD_PAGE.replace("small int8", "small int4"), "holds a study with draft = small int8, not small int4"),
-        ("# Something else", "does not begin as the page of a study does"),
+        ({"lookahead": 5}, "holds a study with lookahead = 6, not 5"),
+        ({"draft": "small int4"}, "holds a study with draft = small int8, not small int4"),
+        ({"format": 2}, "study.json: Invalid value 2 - at `$.format`"),
+        ({"num_prompts": "many"}, "study.json: Expected `int`, got `str`"),
     ],
 )
 def test_a_study_of_something_else_is_not_taken_in(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], page: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], about: dict[str, Any], message: str
 ) -> None:
     here = old_study(tmp_path / "here", figure4="4,uniform,0.0,0.0,0.75,0.1,7,2.5")
-    there = old_study(tmp_path / "there", page, figure6="6,sd,0.0,2,10.5,,7,")
+    there = old_study(tmp_path / "there", about, figure6="6,sd,0.0,2,10.5,,7,")
     assert main(["study", "--out", str(here), "--merge", str(there)]) == 2
     error = capsys.readouterr().err
     assert message in error
