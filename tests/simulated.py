@@ -20,13 +20,13 @@ from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import DraftStep
 from ssd_runtime.engine import engine as engine_module
-from ssd_runtime.leader import draft_state, drafts, link_speculator
+from ssd_runtime.leader import draft_peer, drafts, link_speculator
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 from tests.engines import InProcess, SteppedDraft, in_process
 
-TIMED = (engine_module, draft_state, drafts, link_speculator)
+TIMED = (engine_module, draft_peer, drafts, link_speculator)
 
 
 class Clock:
@@ -77,7 +77,7 @@ class TimedTarget:
 
 
 class TimedDraft(SteppedDraft):
-    """A `DraftConnection` that drafts while the target's clock runs, one step after the other."""
+    """A `DraftPeer` that drafts while the target's clock runs, one step after the other."""
 
     def __init__(self, clock: Clock, costs: Costs, *args: Any) -> None:
         super().__init__(*args)
