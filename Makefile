@@ -70,8 +70,8 @@ test: $(TESTING) fetch
 # and text, what a GPU session carries); and repetitions that are slow in plain torch (further distributions, other modes
 # and lengths of the same identity, 64 tokens of the real model).
 # tests/process, but for test_cli_ranks.py, always runs its ranks in plain torch.
-PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench*.py cli.py config.py \
-  control.py dependencies.py gpu_session.py logs.py memory.py messages* metrics.py model_files.py nodes.py processes.py prompts.py \
+PLAIN_LEFT_OUT := $(addprefix --ignore-glob=tests/unit/test_,cuda_* decoder_layers.py backup.py bench*.py cli.py \
+  cli_commands.py config.py control*.py dependencies.py gpu_session.py logs.py memory.py messages* metrics.py model_files.py nodes.py processes.py prompts.py \
   rank.py tokenizer_text.py topology.py torchrun.py trace.py tree.py setup.py)
 PLAIN_E2E := $(addprefix tests/e2e/,"test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[ssd-3-relative]" \
   "test_token_identity.py::test_one_sequence_gets_the_tokens_of_plain_decoding[sd-5-twin]" \

@@ -1,4 +1,5 @@
-"""Chat templates of well-known families, written anew after how their texts look: short, each with what is its own."""
+"""Chat templates of well-known families, written anew after how their texts look: short, each with what is its own;
+and conversations for them."""
 
 from __future__ import annotations
 
@@ -250,4 +251,25 @@ FAMILIES = {
     "deepseek": DEEPSEEK,
     "zephyr": ZEPHYR,
     "command r": COMMAND_R,
+}
+
+
+Messages = list[dict[str, str]]
+
+
+def said(*turns: tuple[str, str]) -> Messages:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+CONVERSATIONS = {
+    "one question": said(("user", "hi")),
+    "a system": said(("system", " Be brief.\n"), ("user", "  hi  ")),
+    "several turns": said(
+        ("system", "Be kind."), ("user", "1 < 2 & 'q'?"), ("assistant", "<think>\nhm\n</think>\n\nyes"), ("user", "ok")
+    ),
+    "no system": said(("user", "a"), ("assistant", "\nb\n"), ("user", "c"), ("assistant", "d"), ("user", "e")),
+    "unicode": said(("user", "naïve 你好 🙂 \u2028 e\u0301"), ("assistant", "мир\t"), ("user", "{{ 7 * 7 }}{% if %}")),
+    "nothing": said(("user", "")),
+    "ends with the assistant": said(("user", "a"), ("assistant", "b</think>c")),
+    "wrong turns": said(("assistant", "b"), ("tool", "t"), ("user", "a")),
 }

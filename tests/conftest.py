@@ -1,4 +1,4 @@
-"""Fixtures of every suite: one torch thread, no deadline a pause could break, the embedded model, fetched once."""
+"""What every suite has: one torch thread, no deadline a pause could break, operators, the embedded model, fetched once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# A loaded machine may pause any process for a second, in the middle of an example or of drawing one. Examples are new
+from cuda_ext import ops, reference
 from ssd_runtime.model.files import catalogue, fetch
 
+# A loaded machine may pause any process for a second, in the middle of an example or of drawing one. Examples are new
 # in every run, so that they find something some day; where CI is set they are the same, as hypothesis itself has it.
 settings.register_profile(
     "patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
@@ -56,3 +57,19 @@ def smollm2_path() -> str:
     """The file of the embedded model, brought into the cache if it is not there."""
     fetch.fetch("smollm2-135m-instruct")
     return catalogue.resolve("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with SSD_CUDA_EXT=0."""
+    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def operators(request: pytest.FixtureRequest) -> str:
+    """As with SSD_CUDA_EXT=0 and =1."""
+    if request.param == "plain":
+        request.getfixturevalue("plain_operators")
+    elif ops.backend() != "compiled":
+        pytest.skip("cuda_ext._C is not built")
+    return request.param

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ext import ops, reference
+from cuda_ext import reference
 from ssd_runtime.config import Dtype, EngineConfig, Numerics, SpeculationConfig
 from ssd_runtime.engine import engine
 from ssd_runtime.engine.numerics import WINDOW, needs_windows, spare_slots
@@ -26,21 +26,6 @@ from tests.tiny_models import CPU, RandomWeights, tiny_architecture
 
 VOCAB = 512
 MODES = ("sd", "sd-colocated", "ssd")
-
-
-@pytest.fixture(params=["plain", "compiled"])
-def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As with SSD_CUDA_EXT=0 and =1."""
-    if request.param == "plain":
-        monkeypatch.setattr(ops, "_kernels", lambda: reference)
-    elif ops.backend() != "compiled":
-        pytest.skip("cuda_ext._C is not built")
-    return request.param
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
 
 
 def close_calls(dtype: Dtype) -> tuple[Decoder, Decoder]:
@@ -122,7 +107,7 @@ def nudged(operator: Callable[..., Tensor], width: bool) -> Callable[..., Tensor
     ("dtype", "name"), [("bf16", "linear_bf16"), ("int8", "linear_int8"), ("bf16", "paged_attention")]
 )
 def test_rounding_by_shape_shows_without_it_and_not_with_it(
-    plain: None, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, name: str
+    plain_operators: None, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, name: str
 ) -> None:
     models = close_calls(dtype)
     operator = nudged(getattr(reference, name), width=name == "paged_attention")
@@ -147,7 +132,7 @@ def test_outputs_that_share_their_prompt_are_rounded_as_each_alone(operators: st
 
 
 def test_where_rounding_goes_by_shape_only_whole_chunks_of_a_prompt_are_shared(
-    plain: None, monkeypatch: pytest.MonkeyPatch
+    plain_operators: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = close_calls("bf16")
     monkeypatch.setattr(reference, "linear_bf16", nudged(reference.linear_bf16, width=False))

@@ -12,13 +12,13 @@ from ssd_runtime.config import EngineConfig
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.text.tokenizer import Tokenizer
 from tests.engines import InProcess, in_process
-from tests.tiny_models import tiny_decoder, write_hf
-from tests.unit.test_leader import ASKED, serve, tokens_of
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.from_model(write_hf(tmp_path_factory.mktemp("model") / "tiny"))
+from tests.played_leader import (
+    ASKED,
+    serve,
+    tokenizer_fixture,  # noqa: F401
+    tokens_of,
+)
+from tests.tiny_models import tiny_decoder
 
 
 def process(fails_after: int | None = None) -> InProcess:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cuda_ext import ops, reference
+from cuda_ext import reference
 from ssd_runtime.engine.numerics import WINDOW, FreshTokens, Rounding
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
@@ -24,20 +24,6 @@ from tests.tiny_models import PagedRun, tiny_architecture, tiny_decoder
 BLOCK = 16
 LLAMA_8B: dict[str, Any] = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096}
 LLAMA_8B |= {"intermediate_size": 14336, "vocab_size": 128256, "max_position": 131072}
-
-
-@pytest.fixture(params=["plain", "compiled"])
-def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(ops, "_kernels", lambda: reference)
-    elif ops.backend() != "compiled":
-        pytest.skip("cuda_ext._C is not built")
-    return request.param
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
 
 
 class Pool:
@@ -100,7 +86,9 @@ def test_a_forward_reads_nothing_back_and_needs_one_copy(operators: str, family:
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_attention_in_blocks_reads_nothing_back(plain: None, monkeypatch: pytest.MonkeyPatch, many: bool) -> None:
+def test_attention_in_blocks_reads_nothing_back(
+    plain_operators: None, monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
     monkeypatch.setattr(reference.attention, "MOST", 500)
     decoder = meta_decoder(tiny_architecture())
     pool = Pool(decoder, 40, 33, 7)
@@ -178,7 +166,7 @@ def mutants() -> dict[str, tuple[str, Callable[..., Any], type[Exception]]]:
 
 @pytest.mark.parametrize("mutant", mutants())
 def test_an_operator_that_reads_a_value_or_mixes_devices_is_noticed(
-    plain: None, monkeypatch: pytest.MonkeyPatch, mutant: str
+    plain_operators: None, monkeypatch: pytest.MonkeyPatch, mutant: str
 ) -> None:
     name, addition, shows = mutants()[mutant]
     operator = getattr(reference, name)
@@ -189,7 +177,7 @@ def test_an_operator_that_reads_a_value_or_mixes_devices_is_noticed(
         watched(lambda: decoder.forward(pool.trunks(5, 1, 3).build(), pool.kv))
 
 
-def test_a_second_copy_is_noticed(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_copy_is_noticed(plain_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     norm = reference.rms_norm
     monkeypatch.setattr(reference, "rms_norm", lambda x_ND, *rest: norm(x_ND * torch.tensor([1.0], device=META), *rest))
     decoder = meta_decoder(tiny_architecture())
@@ -207,7 +195,7 @@ LARGE: dict[str, tuple[list[int], Callable[[Pool], RowBuilder]]] = {
 
 
 @pytest.mark.parametrize("batch", LARGE)
-def test_a_forward_of_llama_8b_needs_less_than_2_gb_beside_weights_and_cache(plain: None, batch: str) -> None:
+def test_a_forward_of_llama_8b_needs_less_than_2_gb_beside_weights_and_cache(plain_operators: None, batch: str) -> None:
     lengths, collect = LARGE[batch]
     decoder = meta_decoder(tiny_architecture(**LLAMA_8B))  # of two layers, as good as 32: nothing of one is left
     pool = Pool(decoder, *lengths)

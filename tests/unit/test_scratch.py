@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_ext import ops, reference
 from ssd_runtime.config import EngineConfig
 from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
@@ -73,10 +72,7 @@ def forward_peak(arch: Architecture, sequences: int, context: int, add: Callable
     return peak_bytes(lambda: decoder.forward(batch, kv))
 
 
-@pytest.fixture(autouse=True)
-def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose every tensor is seen."""
-    monkeypatch.setattr(ops, "_kernels", lambda: reference)
+pytestmark = pytest.mark.usefixtures("plain_operators")  # whose every tensor is seen
 
 
 @pytest.mark.parametrize(
