@@ -19,13 +19,13 @@ from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, Mode
+from ssd_runtime.draft.colocated import ColocatedSpeculator
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.speculator import NoSpeculation, Speculator
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
 from ssd_runtime.leader.acceptor import DraftAcceptor, Terms
-from ssd_runtime.leader.colocated import ColocatedSpeculator
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.leader.leader import Leader, Stop
 from ssd_runtime.leader.link_speculator import LinkSpeculator
@@ -67,7 +67,7 @@ class TargetRank(Rank):
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
         known_as = self._own_host() if has_peers or self._place.drafts_may_come else None
-        server = ControlServer(
+        server = ControlServer.bind(
             config.serve.host,
             config.serve.port,
             known_as=known_as,
@@ -148,6 +148,7 @@ class TargetRank(Rank):
             yield speculators, None, None
             return
         with contextlib.closing(LinkHost(self._own_host())) as host:
+            host.check()
             acceptor = self._acceptor(server, host, tokenizer, loaded.engine.pool_blocks)
             try:
                 if awaited := self._place.num_drafts or int(config.deployment.draft_required):
@@ -193,10 +194,6 @@ class TargetRank(Rank):
             ranks,
             self._place.num_drafts,
             num_blocks,
+            self._place.link_gpu,
         )
-        return DraftAcceptor(
-            server,
-            host,
-            terms,
-            lambda address, timing: host.open(address, timing, **self._frames_travel_by()),
-        )
+        return DraftAcceptor(server, host, terms)

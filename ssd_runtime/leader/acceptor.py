@@ -11,25 +11,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
-from ssd_runtime.comm.control.handshake import check_hello
 from ssd_runtime.comm.control.messages import Refused, Shutdown
 from ssd_runtime.comm.control.sockets import ControlServer
-from ssd_runtime.comm.link.faces import LinkTiming, TargetLink
+from ssd_runtime.comm.link.endpoint import LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost
-from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.leader.draft_peer import DraftPeer
-from ssd_runtime.leader.draft_state import DraftConnection
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.02
 PULSE_S = 0.5  # between two looks whether the connection of one draft is there, however many knock
 SPARE_BUILDS = 2  # beyond one a place: for drafts that come in place of one that left while its link was built
 CLOSING_S = 3.0  # longest wait for the threads that close links, at the end
-
-OpenLink = Callable[[LinkAddress, LinkTiming], TargetLink]
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Terms:
         ranks: numbers of drafts, one for each that may be there at a time.
         residents: how many of these, the first, belong to drafts of the leader's own torchrun.
         num_blocks: of the target's KV pool; a draft's is to be as large.
+        gpu: of this rank, where frames travel between GPUs.
     """
 
     config_digest: str
@@ -52,6 +51,26 @@ class Terms:
     ranks: range = range(1, 2)
     residents: int = 0
     num_blocks: int = 0
+    gpu: torch.device | None = None
+
+    def mismatch(self, hello: Hello) -> str | None:
+        """Why a draft that says this does not fit, written for the user; None if all is well."""
+        if hello.version != PROTOCOL_VERSION:
+            return f"protocol version {hello.version} of the {hello.role}, the target speaks {PROTOCOL_VERSION}"
+        if hello.role != "draft" or hello.rank < 0:
+            return f"rank {hello.rank} says it is a {hello.role}; only a draft (rank 0 or above) may join"
+        if hello.config_digest != self.config_digest:
+            return (
+                f"configuration {hello.config_digest} of the draft, {self.config_digest} of the target: "
+                "start both with the same [engine], [speculation] and [link] sections"
+            )
+        if hello.num_blocks < self.num_blocks:
+            return (
+                f"the draft's KV pool has {hello.num_blocks} blocks and the target's {self.num_blocks}: "
+                f"start both with engine.num_blocks = {hello.num_blocks}"
+            )
+        difference = self.vocabulary.differs_from(hello.vocabulary)
+        return f"target's and draft's {difference}: choose a draft of the target's family" if difference else None
 
     def ranks_for(self, hello: Hello) -> range:
         """The numbers that this draft may have."""
@@ -77,18 +96,16 @@ class DraftAcceptor:
         server: the leader's control socket.
         host: where links are made.
         terms: what a draft must fit.
-        open_link: builds the target's end of a link; blocks.
     """
 
-    def __init__(self, server: ControlServer, host: LinkHost, terms: Terms, open_link: OpenLink) -> None:
+    def __init__(self, server: ControlServer, host: LinkHost, terms: Terms) -> None:
         self._server = server
         self._host = host
         self._terms = terms
-        self._open_link = open_link
         self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
         self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
-        self._ready: list[DraftConnection] = []
+        self._ready: list[DraftPeer] = []
         self._threads: list[threading.Thread] = []
 
     @property
@@ -98,9 +115,7 @@ class DraftAcceptor:
 
     def knock(self, identity: bytes, hello: Hello) -> str | None:
         """Answer a Hello; if it is welcome its link is built from now on. Returns why it does not fit, or None."""
-        terms = self._terms
-        reason = check_hello(hello, terms.config_digest, terms.vocabulary, terms.num_blocks)
-        if reason is not None:
+        if reason := self._terms.mismatch(hello):
             self._server.send(identity, Refused(reason))
             return reason
         self._settle()
@@ -154,14 +169,14 @@ class DraftAcceptor:
 
     def _build(self, visit: _Visit, address: LinkAddress) -> None:
         try:
-            self._built.put((visit, self._open_link(address, self._terms.timing)))
+            self._built.put((visit, self._host.open(address, self._terms.timing, self._terms.gpu)))
         except PeerLost as lost:
             self._built.put((visit, lost))
         except Exception as error:  # the place is to be free again
             log.exception("this is a bug")
             self._built.put((visit, PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")))
 
-    def arrived(self) -> list[DraftConnection]:
+    def arrived(self) -> list[DraftPeer]:
         """Drafts whose link was built since the last call."""
         self._settle()
         ready, self._ready = self._ready, []
@@ -182,9 +197,8 @@ class DraftAcceptor:
             else:  # it knocked again, or left, while this link was being built
                 self._in_background(link.close, "link-close")
 
-    def let_go(self, draft: DraftConnection) -> None:
+    def let_go(self, draft: DraftPeer) -> None:
         """Close a draft that is lost, without waiting."""
-        assert isinstance(draft, DraftPeer)
         self._visits = {key: visit for key, visit in self._visits.items() if visit.peer is not draft}
         self._in_background(draft.close_link, "link-close")
 
@@ -203,7 +217,7 @@ class DraftAcceptor:
                     f"{came} came within {deadline_s:g} s: start a draft rank beside the target, or with --role "
                     "draft where it has a torchrun of its own, or choose speculation.mode ar or sd-colocated"
                 )
-            for identity, message in self._server.poll(POLL_S / 10):
+            for identity, message in self._server.poll(POLL_S):
                 if not isinstance(message, Hello):
                     self._server.send(identity, Refused("the engine is still loading", again=True))
                 elif reason := self.knock(identity, message):

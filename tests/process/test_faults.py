@@ -16,7 +16,7 @@ import zmq
 from ssd_runtime.comm.control.client_messages import Failed, Generate
 from ssd_runtime.comm.control.messages import Message, Refused
 from ssd_runtime.comm.control.sockets import ControlPeer
-from ssd_runtime.comm.link.endpoint import GroupDraftLink
+from ssd_runtime.comm.link.endpoint import DraftLink
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError
@@ -88,18 +88,18 @@ def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, 
 
 
 @contextlib.contextmanager
-def joined(target: Target) -> Iterator[GroupDraftLink]:
+def joined(target: Target) -> Iterator[DraftLink]:
     """A link to the target as a draft has it."""
     with impostor(target.address, target.config) as link:
         target.until("the impostor is linked", lambda status: status.draft == "linked")
         yield link
 
 
-def frames(link: GroupDraftLink) -> Iterator[OutcomeFrame]:
+def frames(link: DraftLink) -> Iterator[OutcomeFrame]:
     """What the target asks, until it has had enough."""
     with contextlib.suppress(PeerLost):
         while True:
-            yield from link.wait_outcomes(0.2)
+            yield from link.receive(0.2)
 
 
 def test_a_draft_that_answers_garbage_is_lost_and_nobody_is_hurt(target: Target) -> None:
@@ -125,7 +125,7 @@ def lies(frame: OutcomeFrame) -> TreeFrame:
 def test_a_draft_that_lies_is_not_believed(target: Target) -> None:
     with Streams(target.address, LENGTH) as streams, joined(target) as link:
         for told, frame in enumerate(frames(link)):
-            link.push_tree(lies(frame))
+            link.send(lies(frame))
             if streams.failure or (told > 50 and len(streams.answers) > 1):
                 break
     assert_all_right(streams, target)
@@ -196,7 +196,7 @@ def test_whatever_a_client_sends_is_refused_and_the_streams_go_on(target: Target
     ]
     with (
         Streams(target.address, LENGTH) as streams,
-        contextlib.closing(ControlPeer(target.address)) as sender,
+        contextlib.closing(ControlPeer.connect(target.address)) as sender,
     ):
         eventually(lambda: bool(streams.answers), WAIT_S, "an answer")
         for change in odd:
@@ -217,7 +217,7 @@ def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target
     over = threading.Event()
 
     def flood() -> None:
-        with contextlib.closing(ControlPeer(target.address)) as control:
+        with contextlib.closing(ControlPeer.connect(target.address)) as control:
             for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count()):
                 with contextlib.suppress(PeerLost):  # its own queue is full
                     control.send(Generate(f"flood-{number}", prompt="x", max_tokens=3000, ignore_eos=True))
@@ -256,7 +256,7 @@ def test_a_mode_that_the_engine_was_not_started_for_is_refused_and_loads_nothing
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_one_too_many_may_come_later(target: Target) -> None:
-    with joined(target), contextlib.closing(ControlPeer(target.address)) as control:
+    with joined(target), contextlib.closing(ControlPeer.connect(target.address)) as control:
         control.send(hello(target.config, "x", "another"))
         refused = control.wait_for(Refused, timeout_s=WAIT_S)
         assert isinstance(refused, Refused)

@@ -105,7 +105,7 @@ def never_read(engine: Engine, chance: random.Random) -> None:
 
 def cancel_what_is_others(engine: Engine, chance: random.Random) -> None:
     """Ids of requests that run, or never did."""
-    with contextlib.closing(ControlPeer(engine.address)) as control:
+    with contextlib.closing(ControlPeer.connect(engine.address)) as control:
         for name in engine.running_ids() + [f"never-{i}" for i in range(100)]:
             control.send(Cancel(name))
         control.send(GetStatus())
@@ -115,7 +115,7 @@ def cancel_what_is_others(engine: Engine, chance: random.Random) -> None:
 def knock_without_end(engine: Engine, chance: random.Random) -> None:
     """As one draft or as many, which never come to their links."""
     said = hello(engine.config, "knocking")
-    with contextlib.closing(ControlPeer(engine.address)) as control:
+    with contextlib.closing(ControlPeer.connect(engine.address)) as control:
         for number in range(HELLOS):
             instance = "knocking" if chance.random() < 0.5 else f"knocking-{number}"
             with contextlib.suppress(PeerLost):  # its own queue is full
@@ -138,8 +138,8 @@ def lie_about_time(engine: Engine, chance: random.Random) -> None:
     with impostor(engine.address, engine.config) as link, contextlib.suppress(PeerLost):
         for _ in range(200):
             microseconds, rows = (chance.choice((0, 1, most)) for most in (MOST_STEP_US, MOST_STEP_ROWS))
-            link.push_tree(TreeFrame(0, (), int(microseconds), int(rows)))
-            link.poll_outcomes()
+            link.send(TreeFrame(0, (), int(microseconds), int(rows)))
+            link.receive()
             engine.run_until(time.monotonic() + 0.005)
     engine.new_draft()
 

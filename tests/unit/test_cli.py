@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli, preflight
-from launcher.bench.plan import overrides_for
+from launcher.bench.plan import overrides_for, plan_runs
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host.cores import about_binding

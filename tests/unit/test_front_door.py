@@ -19,7 +19,7 @@ from ssd_runtime.comm.control.codec import encode
 from ssd_runtime.comm.control.draft_messages import Hello
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.control.sockets import ControlServer
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import Config, EngineConfig
@@ -60,8 +60,8 @@ def served(tokenizer: Tokenizer) -> Iterator[Served]:
     process = in_process(target, target, EngineConfig(max_model_len=256, max_num_seqs=4))
     stop = Stop()
     terms = Terms("digest", VOCABULARY, FrameShape.of(4, 6, 8, 0), LinkTiming(build=1.0), range(2, 4))
-    with ControlServer("127.0.0.1", 0) as server, contextlib.closing(LinkHost("127.0.0.1")) as host:
-        acceptor = DraftAcceptor(server, host, terms, host.open)
+    with ControlServer.bind("127.0.0.1", 0) as server, contextlib.closing(LinkHost("127.0.0.1")) as host:
+        acceptor = DraftAcceptor(server, host, terms)
         leader = Leader(Config(), process.engine, tokenizer, server, process.link, acceptor, {}, stop, "key")
         thread = threading.Thread(target=leader.run, daemon=True)
         thread.start()
