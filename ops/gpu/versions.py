@@ -17,6 +17,7 @@ IMPORTED = {  # module: distribution
     "numpy": "numpy",
     "zmq": "pyzmq",
     "msgpack": "msgpack",
+    "msgspec": "msgspec",
     "click": "click",
     "tokenizers": "tokenizers",
     "safetensors": "safetensors",
