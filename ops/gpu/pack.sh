@@ -5,9 +5,9 @@
 #
 #   ops/gpu/pack.sh ENVIRONMENT CARRY        ENVIRONMENT is environment.sh's; CARRY/part-1, CARRY/part-2, ... are made
 #
-# CARRIES is model (the default) or nccl. WHEELS names the packages (default pyzmq gguf), GPU_PYTHON the Python they are
-# for (default 3.12). The extension is built in a copy of the tree, ENVIRONMENT/tree, since the tree has one for its own
-# torch.
+# CARRIES is model (the default) or nccl. WHEELS names the packages (default pyzmq gguf msgspec), GPU_PYTHON the Python
+# they are for (default 3.12). The extension is built in a copy of the tree, ENVIRONMENT/tree, since the tree has one for
+# its own torch.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ENVIRONMENT=$(realpath "$1") CARRY=$2
@@ -31,7 +31,7 @@ bring() {
 }
 
 rm -rf "$ENVIRONMENT/wheels" "$ENVIRONMENT/nccl"
-for package in ${WHEELS:-pyzmq gguf}; do bring wheels "$package"; done
+for package in ${WHEELS:-pyzmq gguf msgspec}; do bring wheels "$package"; done
 if [ "${CARRIES:-model}" = nccl ]; then bring nccl "nvidia-nccl-cu13>=2.31"; fi
 
 files=("_C.abi3.so=$TREE/cuda_ext/_C.abi3.so")

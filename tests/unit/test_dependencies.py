@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.tiny_models import write_hf
 
 ROOT = Path(__file__).parents[2]
+EVERYWHERE = {"torch", "numpy", "msgspec"}
 MODULE_OF = {"pyzmq": "zmq", "nvidia-ml-py": "pynvml"}  # the others are imported as they are called
 WITHOUT_ALL = """
 import sys
@@ -58,15 +59,15 @@ def run_without(missing: set[str], code: str, *arguments: str, **environment: st
     return done.stdout
 
 
-def test_engine_and_drafter_need_torch_alone_and_a_hugging_face_model_nothing_of_gguf(tmp_path):
-    missing = dependencies() - {"torch", "numpy"}
+def test_engine_and_drafter_need_torch_and_msgspec_alone_and_a_hugging_face_model_nothing_of_gguf(tmp_path):
+    missing = dependencies() - EVERYWHERE
     assert {"zmq", "gguf", "msgpack", "pynvml", "tokenizers", "safetensors", "jinja2"} <= missing
     run_without(missing, WITHOUT_ALL, write_hf(tmp_path / "model"))
 
 
-def test_the_suite_for_gpus_needs_torch_pytest_and_hypothesis_alone():
+def test_the_suite_for_gpus_needs_beside_these_pytest_and_hypothesis_alone():
     """And is skipped where there is no GPU; none of pytest's plugins is there, so none of their options."""
-    missing = dependencies("test") - {"torch", "numpy", "pytest", "hypothesis"}
+    missing = dependencies("test") - EVERYWHERE - {"pytest", "hypothesis"}
     said = run_without(missing, GPU_TESTS, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", CUDA_VISIBLE_DEVICES="")
     assert re.search(r"\d+ skipped", said)
     assert "no GPU" in said or "CPU build" in said
