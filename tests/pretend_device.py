@@ -36,8 +36,7 @@ PRODUCT = [Path(package.__file__ or "").parent for package in (ssd_runtime, cuda
 PASSING_ON = [
     "cuda_ext/ops.py",
     "cuda_ext/compiled.py",
-    "cuda_ext/upload.py",
-    "ssd_runtime/speculation/sampling/readback.py",
+    "cuda_ext/transfer.py",
 ]
 
 # Those of the product's operators that have CUDA kernels where the library was built with nvcc.

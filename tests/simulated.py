@@ -22,7 +22,7 @@ from ssd_runtime.draft.drafter import DraftStep
 from ssd_runtime.engine import engine as engine_module
 from ssd_runtime.leader import draft_state, drafts, link_speculator
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.ranking import Choice
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 from tests.engines import InProcess, SteppedDraft, in_process
 
