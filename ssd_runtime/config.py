@@ -115,13 +115,11 @@ class SpeculationConfig:
         adapt: whether mode `ssd` chooses K and B by measurement, down to no speculation where it does not pay; then
             lookahead and budget are the most of each.
         fan_out: how the budget is spread over the fork positions.
-        fan_out_list: F_0..F_K for fan_out "list".
         budget: B, bonus candidates prepared in one verification (sum of F_k): of one sequence, on average over the
             batch.
         recycle: candidates from earlier in the sequence that the draft forwards as bets on its own next token; the
             first leads a chain of as many tokens.
-        backup: what speculates after a miss; "auto": the draft, an n-gram or nothing, whichever promises more tokens
-            per second by measured times.
+        backup: what speculates after a miss.
         coupling: how draft and target randomness relate. "shared-noise" is exact and drafter-invariant: the tokens are
             the same in every mode. "rejection" is the scheme of the papers: the draft samples tokens of its own, the
             target accepts them with probability min(1, p/q); exact in distribution only.
@@ -134,11 +132,10 @@ class SpeculationConfig:
     mode: Mode = "ssd"
     lookahead: Annotated[int, Within(0, MOST_LOOKAHEAD)] = 6
     adapt: bool = True
-    fan_out: Literal["uniform", "geometric", "confidence", "list"] = "confidence"
-    fan_out_list: Annotated[tuple[Annotated[int, Within(0, 1024)], ...], AtMost(MOST_LOOKAHEAD + 1)] = ()
+    fan_out: Literal["uniform", "geometric", "confidence"] = "confidence"
     budget: Annotated[int, Within(1, 1024)] = 8
     recycle: Annotated[int, Within(0, 1024)] = 3
-    backup: Literal["draft", "ngram", "none", "auto"] = "draft"
+    backup: Literal["draft", "ngram", "none"] = "draft"
     coupling: Coupling = "shared-noise"
     top_m: Annotated[int, Within(1, 1024)] = 32
     saguaro_c: Annotated[float, Within(0.0, 1.0)] = 1.0
@@ -381,7 +378,6 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 def _validate(config: Config) -> None:
     """Raise ConfigError for values that do not go together."""
     engine, speculation = config.engine, config.speculation
-    _validate_fan_out(speculation)
     _validate_coupling(speculation)
     _validate_devices(config)
     words = engine.max_num_seqs * (speculation.budget + 1) * (speculation.lookahead + 1)
@@ -424,19 +420,6 @@ def _validate_devices(config: Config) -> None:
             raise ConfigError(
                 f"config key '{role}.dtype' = {dtype} runs on the CPU only, not on {where}: set {role}.dtype = bf16"
             )
-
-
-def _validate_fan_out(speculation: SpeculationConfig) -> None:
-    counts, key = speculation.fan_out_list, "config key 'speculation.fan_out_list'"
-    if speculation.fan_out != "list":
-        if counts:
-            raise ConfigError(f'{key} is for speculation.fan_out = "list", which is {speculation.fan_out!r}')
-        return
-    if len(counts) != speculation.lookahead + 1:
-        wanted = f"speculation.lookahead + 1 = {speculation.lookahead + 1} numbers"
-        raise ConfigError(f"{key} must have {wanted}, not {list(counts)}")
-    if sum(counts) > speculation.budget:
-        raise ConfigError(f"{key} sums to {sum(counts)}: raise speculation.budget = {speculation.budget} to that")
 
 
 def _validate_coupling(speculation: SpeculationConfig) -> None:

@@ -36,7 +36,7 @@ def read_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     """
     name = "the embedded prompt set" if path is None else str(path)
     if path is None:
-        text = resources.files("launcher").joinpath("prompts.jsonl").read_text(encoding="utf-8")
+        text = resources.files("launcher.bench").joinpath("prompts.jsonl").read_text(encoding="utf-8")
     else:
         text = read_text(path, "prompts", MOST_BYTES)
     lines = enumerate(text.split("\n"), 1)

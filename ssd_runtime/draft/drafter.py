@@ -58,7 +58,7 @@ class Drafter:
         self._engine = engine
         self._speculation = speculation
         self._vocab_size = min(vocab_size or decoder.arch.vocab_size, decoder.arch.vocab_size)
-        self._fan_out = fan_out_policy(speculation.fan_out, speculation.fan_out_list)
+        self._fan_out = fan_out_policy(speculation.fan_out)
         self._rule = proposal_rule(speculation)
         self._num_blocks = engine.pool_blocks + tree_blocks(engine, speculation)
         self._kv = decoder.new_kv(self._num_blocks * engine.block_size)

@@ -19,7 +19,7 @@ from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.metrics import Samples, percentiles
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
-from ssd_runtime.speculation.planning.ngrams import NgramIndex
+from ssd_runtime.speculation.planning.backup import NgramIndex
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors, processors_of
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Speculation, TokenLogprob
 

@@ -1,4 +1,8 @@
-"""What each rank of one host gets: its GPU and its CPU cores. Arithmetic over roles; asks no driver, moves nobody."""
+"""What each rank of one host gets: its GPU and its CPU cores. Arithmetic over roles; asks no driver, moves nobody.
+
+So every rank finds its own place alone, and whoever plans finds the same. A rank on a GPU gets CPU cores too: its
+process launches kernels and carries the link, and would lose its turns to a draft that computes on the same core.
+"""
 
 from __future__ import annotations
 

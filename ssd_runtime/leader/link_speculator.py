@@ -14,13 +14,12 @@ from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.planning.backup import AutoBackup, BackupChoice, JustInTime, Missed
+from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import LEAST_SECONDS, CostModel, believable
-from ssd_runtime.speculation.planning.ngrams import Match, NgramRecord
 from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
 
-Backup = Literal["draft", "ngram", "none", "auto"]
+Backup = Literal["draft", "ngram", "none"]
 MOST_STEPS = 256  # told of one round
 IDLE_SIGNS = 3  # of one draft that is waited for, in a row, none of which brings a token
 
@@ -49,11 +48,6 @@ class LinkSpeculator:
         self._vocab_size = vocab_size
         self._cache = SpeculationCache()
         self._costs = costs
-        self._just_in_time = JustInTime(costs)
-        self._auto = AutoBackup(costs)
-        self._ngrams_of_all = NgramRecord()
-        self._ngrams: dict[int, NgramRecord] = {}  # by sequence; backup `auto` only
-        self._choices: dict[int, BackupChoice] = {}  # of the round in hand, by sequence; backup `auto` only
         self._planner = planner
         self._plan: Plan | None = None  # of the round in hand
         self._proposed: Proposals | None = None
@@ -66,13 +60,10 @@ class LinkSpeculator:
     def admit(self, sequences: Sequences[Sequence]) -> None:
         for sequence in sequences:
             self._cache.admit(sequence.sequence_id)
-            if self._backup == "auto":
-                self._ngrams[sequence.sequence_id] = NgramRecord(self._ngrams_of_all)
         self.drafts.admit(sequences)
 
     def finish(self, sequence: Sequence) -> None:
         self._cache.finish(sequence.sequence_id)
-        self._ngrams.pop(sequence.sequence_id, None)
         self.drafts.finish(sequence)
 
     def check(self) -> None:
@@ -95,7 +86,6 @@ class LinkSpeculator:
         hits = [self._hit(sequence, tokens) for sequence, tokens in zip(batch, found, strict=True)]
         waiting = time.monotonic()
         missed = [sequence for sequence, hit in zip(batch, hits, strict=True) if hit is False]
-        self._choices = self._choose(missed, len(batch), may_wait=True not in hits) if self._backup == "auto" else {}
         pending = self._pending(batch, missed, may_wait=True not in hits)
         if pending:
             self._wait_for(pending, round)
@@ -115,23 +105,9 @@ class LinkSpeculator:
         """Who waits for the draft. A miss never holds up a hit: in SSD only where nobody could go on at once."""
         if batch[0].request.mode == "sd":
             waiting = [sequence for sequence in batch if self._most(sequence)]
-        elif self._backup == "auto":
-            waiting = [sequence for sequence in missed if self._choices[sequence.sequence_id].waits]
         else:
             waiting = missed if may_wait and self._backup == "draft" else []
         return [sequence for sequence in waiting if self.drafts.draft_for(sequence.sequence_id)]
-
-    def _choose(self, missed: list[Sequence], sequences: int, may_wait: bool) -> dict[int, BackupChoice]:
-        """Backup `auto`: learn what became of earlier matches, and weigh this round's."""
-        found = []
-        for sequence in missed:
-            record, match = self._ngrams[sequence.sequence_id], self._ngram(sequence)
-            record.learn(sequence.tokens)
-            record.expect(match, len(sequence.tokens))
-            drafted = self._most(sequence) if may_wait and self.drafts.draft_for(sequence.sequence_id) else 0
-            found.append(Missed(len(match.tokens), record.rate(match.suffix), drafted))
-        choices = self._auto.choose(found, sequences)
-        return {sequence.sequence_id: choice for sequence, choice in zip(missed, choices, strict=True)}
 
     def observe(
         self,
@@ -145,7 +121,6 @@ class LinkSpeculator:
             tokens = sum(outcome.num_accepted + 1 for outcome in outcomes)
             seconds = self._propose_seconds + verify_seconds
             asked = sum(hit is not None for hit in hits)
-            self._costs.ended(tokens / len(outcomes), seconds)
             self._planner.observe(
                 MeasuredRound(len(outcomes), tokens, seconds, sum(hit is True for hit in hits), asked)
             )
@@ -196,7 +171,7 @@ class LinkSpeculator:
         answered = [sequence for sequence in pending if self.drafts.answer_for(sequence.sequence_id)]
         # By what has come, usable or not: waiting makes no branch usable.
         lengths, most = [len(self._branch(sequence)) for sequence in answered], [self._most(one) for one in answered]
-        if pending[0].request.mode == "ssd" and self._just_in_time.enough(lengths, most):
+        if pending[0].request.mode == "ssd" and drafted_enough(self._costs, lengths, most):
             return []
         return [
             sequence.sequence_id
@@ -209,15 +184,11 @@ class LinkSpeculator:
             assert sequence.outcome is not None
             proposals = self._cache.proposals(sequence.sequence_id, sequence.turn - 1, sequence.outcome)
             return Speculation(tokens, Source.DRAFT, proposals[: len(tokens)])
-        if self._backup in ("ngram", "auto") or not self.drafts.draft_for(sequence.sequence_id):
-            choice = self._choices.get(sequence.sequence_id)
-            match = self._ngram(sequence).tokens[: choice.ngram if choice else None]
+        if self._backup == "ngram" or not self.drafts.draft_for(sequence.sequence_id):
+            match = sequence.ngrams.match(sequence.tokens, self._most(sequence))
             if match:
                 return Speculation(match, Source.NGRAM)
         return Speculation()
-
-    def _ngram(self, sequence: Sequence) -> Match:
-        return sequence.ngrams.match(sequence.tokens, self._most(sequence))
 
     def _row(self, sequence: Sequence, speculation: Speculation) -> OutcomeRow:
         assert sequence.outcome is not None

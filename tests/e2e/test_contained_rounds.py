@@ -286,7 +286,7 @@ def test_a_draft_in_the_targets_process_that_raises_costs_no_token(method: str) 
     assert serve(TabularModel(table()), bystanders("sd-colocated"), before=break_it) == unharmed()
 
 
-@pytest.mark.parametrize("policy", ["uniform", "geometric", "list", "confidence"])
+@pytest.mark.parametrize("policy", ["uniform", "geometric", "confidence"])
 @pytest.mark.parametrize("coupling", ["shared-noise", "rejection"])
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_a_draft_whose_logits_are_no_numbers_guesses_on(policy: str, coupling: str, value: float) -> None:
@@ -294,7 +294,7 @@ def test_a_draft_whose_logits_are_no_numbers_guesses_on(policy: str, coupling: s
     blind[:, ::2] = value
     hot = [request(prompt, "ssd", max_tokens=20, params=SamplingParams(temperature=1.0)) for prompt in PROMPTS]
     cold = [request(prompt, mode, max_tokens=20) for prompt, mode in zip(PROMPTS, MODES[1:], strict=True)]
-    shape = {"fan_out": policy, "fan_out_list": (1, 1, 2, 2), "coupling": coupling}
+    shape = {"fan_out": policy, "coupling": coupling}
     for asked in (hot, cold):
         found = serve(TabularModel(table()), asked, TabularModel(blind), **shape)
         assert [one.reason for one in found] == ["length"] * 3

@@ -17,7 +17,7 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.request import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.planning.planner import Round
+from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import in_process, random_steps, request
 from tests.tiny_models import CPU, RandomWeights, tiny_architecture
@@ -63,7 +63,7 @@ class Restless:
     def plan(self, sequences: int) -> Plan:
         return Plan(self._chance.randint(0, LOOKAHEAD), self._chance.randint(1, self._budget))
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: MeasuredRound) -> None:
         pass
 
     def forget(self) -> None:
@@ -82,8 +82,8 @@ CHECKED: list[int] = []  # tokens of each example
 )
 @given(
     draft=st.sampled_from(["relative", "relative", "relative", "stranger"]),
-    backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
-    fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
+    backup=st.sampled_from(["draft", "ngram", "none"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     budget=st.integers(2, 8),
     recycle=st.integers(0, 3),
     restless=st.booleans(),
@@ -95,7 +95,6 @@ def check(draft, backup, fan_out, budget, recycle, restless, seed, modes, lookah
     speculation = SpeculationConfig(
         lookahead=LOOKAHEAD,
         fan_out=fan_out,
-        fan_out_list=(0, 0, 1, 0, 0, 1),
         budget=budget,
         recycle=recycle,
         backup=backup,

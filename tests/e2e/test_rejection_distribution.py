@@ -21,7 +21,7 @@ import functools
 
 import pytest
 
-from ssd_runtime.speculation.planning import backup
+from ssd_runtime.leader import link_speculator
 from tests.enumeration import CRITICAL_Z
 from tests.tabular_runs import GREEDY, TEMPERATURES, TOKENS, Case, Texts
 
@@ -43,7 +43,7 @@ ROWS = {
 
 @pytest.fixture(autouse=True)
 def _waits_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backup.JustInTime, "enough", lambda _, lengths, most: lengths == most)
+    monkeypatch.setattr(link_speculator, "drafted_enough", lambda _, lengths, most: lengths == most)
 
 
 @functools.cache

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ssd_runtime.comm.link import frames
 from ssd_runtime.draft import drafter
+from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation import verify
 from ssd_runtime.speculation.noise import Stream, extend_text, text_key, uniform_noise
-from ssd_runtime.speculation.planning import backup
 from ssd_runtime.speculation.rejection import acceptance as rejection
 from ssd_runtime.speculation.rejection import proposal
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
@@ -46,7 +46,7 @@ Verify = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def _waits_do_not_depend_on_the_clock(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(backup.JustInTime, "enough", lambda _, lengths, most: lengths == most)
+    monkeypatch.setattr(link_speculator, "drafted_enough", lambda _, lengths, most: lengths == most)
 
 
 # ---- the mistakes, in the engine -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.leader.link_speculator import LinkSpeculator
-from ssd_runtime.speculation.planning.backup import AutoBackup, Choice
+from ssd_runtime.speculation.planning.backup import NgramIndex
 from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import InProcess, request
@@ -85,15 +85,18 @@ def waits_for_odd_tokens(self: LinkSpeculator, pending: list[Sequence]) -> list[
 
 def test_plans_waits_and_backups_that_change_at_will_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(4)
-    monkeypatch.setattr(
-        AutoBackup,
-        "choose",
-        lambda _, missed, sequences: [
-            Choice(one.draft > 0 and chance.random() < 0.5, chance.randint(0, one.ngram)) for one in missed
-        ],
-    )
+    match = NgramIndex.match
+
+    def some_wait(self: LinkSpeculator, _: object, missed: list[Sequence], may_wait: bool) -> list[Sequence]:
+        return [one for one in missed if may_wait and chance.random() < 0.5]
+
+    def some_tokens(self: NgramIndex, tokens: list[int], count: int) -> tuple[int, ...]:
+        return match(self, tokens, chance.randint(0, count))
+
+    monkeypatch.setattr(LinkSpeculator, "_pending", some_wait)
+    monkeypatch.setattr(NgramIndex, "match", some_tokens)
     monkeypatch.setattr(LinkSpeculator, "_lacking", waits_for_odd_tokens)
-    speculation = {"backup": "auto", "budget": 9, "fan_out": "confidence", "recycle": 2}
+    speculation = {"backup": "ngram", "budget": 9, "fan_out": "confidence", "recycle": 2}
     # Few at a time: now and then all of a batch miss, and somebody waits.
     case = Case(5, speculation, steps=None, planner=Restless, hits=(0.1, 0.9))
     for found in case.judge(case.run("at will", requests=5, batch=3)).values():

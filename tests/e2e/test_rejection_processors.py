@@ -12,7 +12,7 @@ import torch
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.engine.request import Request
-from ssd_runtime.speculation.planning import backup
+from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation.sampling.processors import History, LogitsProcessors, process_history
 from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import SamplingParams
@@ -34,7 +34,7 @@ PARAMS = (
 
 @pytest.fixture(autouse=True)
 def _waits_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backup.JustInTime, "enough", lambda _, lengths, most: lengths == most)
+    monkeypatch.setattr(link_speculator, "drafted_enough", lambda _, lengths, most: lengths == most)
 
 
 def asked(mode: str, kinds: tuple[SamplingParams, ...], requests: int) -> list[Request]:

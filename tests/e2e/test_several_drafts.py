@@ -279,7 +279,7 @@ def test_an_idle_draft_helps_with_what_is_left_until_it_is_needed() -> None:
     count=st.sampled_from([1, 2, 5]),
     num_drafts=st.integers(1, 3),
     events=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=5),
-    backup=st.sampled_from(["draft", "ngram", "none", "auto"]),
+    backup=st.sampled_from(["draft", "ngram", "none"]),
     speed=st.integers(0, 10**6),
     sd=st.booleans(),
 )

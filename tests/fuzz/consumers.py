@@ -36,7 +36,7 @@ from tests.tabular import TabularModel
 
 VOCAB = 300
 ENGINE = EngineConfig(max_model_len=48, max_num_seqs=3, block_size=8, prefill_chunk=16)
-SPECULATION = SpeculationConfig(lookahead=3, budget=4, backup="auto")
+SPECULATION = SpeculationConfig(lookahead=3, budget=4)
 SHAPE = FrameShape.of(ENGINE.max_num_seqs, SPECULATION.lookahead, SPECULATION.budget)
 SERVED = 40  # polls after which a leader's clients cancel what they asked for
 

@@ -115,26 +115,6 @@ def test_the_digest_covers_what_both_roles_must_agree_on() -> None:
     assert Config().digest() not in {other.digest() for other in others}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["speculation.fan_out_list=[1, 2]"], "is for speculation.fan_out"),
-        (["speculation.fan_out=list"], r"lookahead \+ 1 = 7 numbers"),
-        (["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1]"], r"lookahead \+ 1 = 7 numbers"),
-        (["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, -1]"], "between 0 and 1024, not -1"),
-        (["speculation.fan_out=list", "speculation.fan_out_list=[2, 2, 2, 2, 2, 2, 2]"], "sums to 14: raise"),
-    ],
-)
-def test_a_fan_out_list_must_fit_the_rest(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_config(None, overrides)
-
-
-def test_a_fan_out_list_is_read() -> None:
-    config = load_config(None, ["speculation.fan_out=list", "speculation.fan_out_list=[1, 1, 1, 1, 1, 1, 2]"])
-    assert config.speculation.fan_out_list == (1, 1, 1, 1, 1, 1, 2)
-
-
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_nccl_is_refused_where_an_end_of_the_link_is_on_a_cpu(role: str) -> None:
     both = ["target.device=cuda", "draft.device=cuda", "draft.dtype=bf16", "link.backend=nccl"]

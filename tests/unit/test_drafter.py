@@ -116,7 +116,7 @@ def test_outcomes_of_a_finished_sequence_are_nothing() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    fan_out=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
+    fan_out=st.sampled_from(["uniform", "geometric", "confidence"]),
     backup=st.sampled_from(["draft", "ngram", "none"]),
     lookahead=st.integers(1, 6),
     budget=st.integers(1, 12),
@@ -133,7 +133,6 @@ def test_the_pool_suffices_when_every_sequence_fills_its_share(
         budget=budget,
         recycle=recycle,
         fan_out=fan_out,
-        fan_out_list=(1,) * (lookahead + 1),
         backup=backup,  # type: ignore[arg-type]
     )
     # Of one prompt three run at once in a pool for less than three: they share a block of it.

@@ -11,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut, least_chance
-from ssd_runtime.speculation.drafting.counts import CountedFanOut, GeometricGains, geometric_shares, uniform_counts
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
+from ssd_runtime.speculation.drafting.counts import GeometricFanOut, PowerLawEstimate, uniform_counts
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
 SURE = Ranking((10, 11, 12, 13), (0.0, 9.0, 9.5, 9.9))
 TORN = Ranking((20, 21, 22, 23), (0.0, 0.01, 3.0, 4.0))
+
+
+def geometric_shares(budget: float, length: int, acceptance: float, exponent: float) -> list[float]:
+    """F_0..F_K by Theorem 12: F_k = F_0 a^{k/(1+r)} for k < K and F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}."""
+    weights = [acceptance ** (k / (1.0 + exponent)) for k in range(length + 1)]
+    weights[-1] *= (1.0 - acceptance) ** (-1.0 / (1.0 + exponent))
+    return [budget * weight / sum(weights) for weight in weights]
 
 
 def expected_misses(counts: Sequence[float], acceptance: float, exponent: float) -> float:
@@ -35,11 +42,11 @@ def spreads(budget: int, positions: int) -> Iterator[tuple[int, ...]]:
         yield tuple(after - before for before, after in itertools.pairwise(edges))
 
 
-NAMES = ("uniform", "geometric", "confidence", "list")
+NAMES = ("uniform", "geometric", "confidence")
 
 
-def policy(name: str, length: int) -> FanOut:
-    return fan_out_policy(name, [3] * (length + 1))  # type: ignore[arg-type]
+def policy(name: str) -> FanOut:
+    return fan_out_policy(name)  # type: ignore[arg-type]
 
 
 def counts(forks: Sequence[Fork], length: int) -> list[int]:
@@ -56,14 +63,14 @@ def wide(length: int, candidates: int = 210, **changes: float) -> Verified:
 def test_counts_sum_to_the_budget(budget: int, length: int) -> None:
     verified = wide(length)
     for name in ("uniform", "geometric"):
-        forks = policy(name, length).forks(verified, budget)
+        forks = policy(name).forks(verified, budget)
         assert len(forks) == budget
         assert forks == sorted(forks, key=lambda fork: -fork.gain)
 
 
 @given(budget=st.integers(1, 100), length=st.integers(0, 9))
 def test_uniform_is_even_and_gives_the_rest_to_the_end(budget: int, length: int) -> None:
-    found = counts(policy("uniform", length).forks(wide(length), budget), length)
+    found = counts(policy("uniform").forks(wide(length), budget), length)
     assert found == uniform_counts(budget, length)
     assert sum(found) == budget
     assert sorted(found) == found
@@ -73,12 +80,12 @@ def test_uniform_is_even_and_gives_the_rest_to_the_end(budget: int, length: int)
 @given(length=st.integers(1, 6), temperature=st.sampled_from([0.0, 0.3, 0.7, 1.0]), data=st.data())
 def test_geometric_is_theorem_12_with_what_was_learned(length: int, temperature: float, data: st.DataObject) -> None:
     """Its marginal gains give the theorem's shares to the nearest whole number, for the estimates of the class."""
-    verified, gains = wide(length, temperature=temperature), GeometricGains()
+    verified, geometric = wide(length, temperature=temperature), GeometricFanOut()
     for _ in range(data.draw(st.integers(0, 60))):
-        gains.observe(verified, data.draw(st.integers(0, length)), data.draw(st.integers(1, 40)))
-    acceptance, power_law = gains.estimates(verified)
+        geometric.observe(verified, data.draw(st.integers(0, length)), data.draw(st.integers(1, 40)))
+    acceptance, power_law = geometric.estimates(verified)
     shares = geometric_shares(100, length, min(max(acceptance.rate, 0.01), 0.99), power_law.law[1])
-    found = counts(CountedFanOut(gains).forks(verified, 100), length)
+    found = counts(geometric.forks(verified, 100), length)
     for count, share in zip(found, shares, strict=True):
         assert abs(count - share) <= 1.0 + 1e-6 * share
 
@@ -100,12 +107,12 @@ def test_theorem_12_cannot_be_bettered_by_moving_candidates(acceptance: float, e
 @pytest.mark.parametrize(("budget", "length"), [(20, 1), (30, 2), (40, 3)])
 def test_geometric_is_the_best_of_all_spreads_up_to_rounding(acceptance: float, budget: int, length: int) -> None:
     """By brute force, with at least two candidates a position: below that the power law says nothing."""
-    gains = GeometricGains()
-    estimate, power_law = gains.estimates(wide(length))
+    geometric = GeometricFanOut()
+    estimate, power_law = geometric.estimates(wide(length))
     for accepted in ([True] * round(20 * acceptance) + [False] * round(20 * (1 - acceptance))) * 60:
         estimate.observe_one(accepted)
     exponent = power_law.law[1]
-    found = counts(CountedFanOut(gains).forks(wide(length), budget), length)
+    found = counts(geometric.forks(wide(length), budget), length)
     costs = {
         spread: expected_misses(spread, acceptance, exponent)
         for spread in spreads(budget, length + 1)
@@ -116,16 +123,14 @@ def test_geometric_is_the_best_of_all_spreads_up_to_rounding(acceptance: float, 
 
 
 def test_geometric_learns_apart_for_temperatures_and_after_misses() -> None:
-    gains = GeometricGains()
+    geometric = GeometricFanOut()
     kinds = [wide(2, temperature=t, after_hit=hit) for t in (0.0, 0.3, 0.7, 1.0) for hit in (True, False)]
-    before = [
-        [estimate.rate for estimate in gains.estimates(kind)[:1]] + [gains.estimates(kind)[1].law] for kind in kinds
-    ]
+    before = [geometric.estimates(kind)[0].rate for kind in kinds], [geometric.estimates(kind)[1].law for kind in kinds]
     for _ in range(50):
-        gains.observe(kinds[3], 0, 30)
-    for index, (kind, was) in enumerate(zip(kinds, before, strict=True)):
-        acceptance, power_law = gains.estimates(kind)
-        assert ((acceptance.rate, power_law.law) == tuple(was)) == (index != 3)
+        geometric.observe(kinds[3], 0, 30)
+    for index, (kind, rate, law) in enumerate(zip(kinds, *before, strict=True)):
+        acceptance, power_law = geometric.estimates(kind)
+        assert ((acceptance.rate, power_law.law) == (rate, law)) == (index != 3)
 
 
 @pytest.mark.parametrize(("scale", "exponent"), [(0.5, 0.4), (0.3, 1.0), (0.9, 2.0)])
@@ -148,13 +153,6 @@ def test_a_power_law_is_always_a_law(ranks: list[tuple[int | None, int]]) -> Non
         scale, exponent = estimate.law
         assert 0 < scale <= 1
         assert 0.1 <= exponent <= 4
-
-
-def test_a_list_is_taken_as_written() -> None:
-    listed = fan_out_policy("list", [1, 0, 2, 5])
-    assert counts(listed.forks(wide(3), 8), 3) == [1, 0, 2, 5]
-    assert counts(listed.forks(wide(2), 8), 2) == [1, 0, 5]  # a shorter speculation ends with "all accepted" too
-    assert counts(listed.forks(wide(3), 4), 3) == [1, 0, 1, 2]  # a smaller budget takes from every position
 
 
 FORKS = st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 5), st.integers(0, 8)), max_size=7)
@@ -210,7 +208,7 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 ) -> None:
     rankings = [data.draw(st.sampled_from([SURE, TORN])) if there else None for there in known]
     speculation = data.draw(st.lists(st.integers(10, 24), min_size=len(known) - 1, max_size=len(known) - 1))
-    wanted = policy(name, len(speculation)).forks(Verified(speculation, rankings), budget)
+    wanted = policy(name).forks(Verified(speculation, rankings), budget)
     assert len(wanted) <= budget
     (forks,) = divide_budget([wanted], budget)
     assert len(forks) == len({fork[:2] for fork in forks})
@@ -222,14 +220,14 @@ def test_forks_are_distinct_within_the_budget_and_never_what_the_speculation_den
 
 
 def test_counted_policies_take_the_best_candidates_of_each_position() -> None:
-    forks = policy("uniform", 1).forks(Verified([20], [TORN, SURE]), 4)
+    forks = policy("uniform").forks(Verified([20], [TORN, SURE]), 4)
     assert {fork[:2] for fork in forks} == {(0, 21), (0, 22), (1, 10), (1, 11)}
 
 
 def test_a_position_that_is_not_ranked_yet_keeps_its_places() -> None:
-    for name in ("uniform", "geometric", "list"):
-        forks = policy(name, 1).forks(Verified([20], [TORN, None]), 4)
-        known = policy(name, 1).forks(Verified([20], [TORN, SURE]), 4)
+    for name in ("uniform", "geometric"):
+        forks = policy(name).forks(Verified([20], [TORN, None]), 4)
+        known = policy(name).forks(Verified([20], [TORN, SURE]), 4)
         (share,) = divide_budget([forks], 4)
         assert [fork for fork in known if fork.position == 0] == share
 

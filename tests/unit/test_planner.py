@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssd_runtime.speculation.planning.backup import JustInTime
+from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import CostModel, Line, expected_tokens
 from ssd_runtime.speculation.planning.planner import LONGEST_INTERVAL, AdaptivePlanner, MeasuredRound, Planner
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation
@@ -42,14 +42,13 @@ class World:
         tokens, milliseconds = 0, 0.0
         drafted = Plan(0, 0)  # what was drafted during the last verification
         steps_done = 0
-        just_in_time = JustInTime(costs)
         for _ in range(rounds):
             plan = planner.plan(self.sequences)
             ready = min(plan.lookahead, drafted.lookahead, max(0, steps_done - 1))
             missed = chance.random() < min(1.0, self.miss * max(1, drafted.budget) ** -0.75) if ready else True
             length, waited = (0 if missed else ready), 0.0
             if not length and self.sequences == 1:  # waits as the engine does
-                while not just_in_time.enough([length], [plan.lookahead]):
+                while not drafted_enough(costs, [length], [plan.lookahead]):
                     length, waited = length + 1, waited + self._step(1)
                     costs.drafted(self._step(1) / 1e3, 1)
             accepted = [self._accepted(chance, length) for _ in range(self.sequences)]

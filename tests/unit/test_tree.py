@@ -206,9 +206,9 @@ def test_a_speculation_of_the_target_itself_becomes_the_trunk() -> None:
     assert grown.branches()
 
 
-@pytest.mark.parametrize("policy", ["uniform", "geometric", "confidence", "list"])
+@pytest.mark.parametrize("policy", ["uniform", "geometric", "confidence"])
 def test_forks_leave_out_the_token_that_was_sent(policy: str) -> None:
-    grown = Grown(lookahead=3, budget=30, fan_out=fan_out_policy(policy, (9, 9, 9, 9)))  # type: ignore[arg-type]
+    grown = Grown(lookahead=3, budget=30, fan_out=fan_out_policy(policy))  # type: ignore[arg-type]
     grown.grow_fully()
     grown.advance(0, rank((1,)).tokens[0])
     grown.tree.resolve(3)
@@ -293,7 +293,7 @@ def test_branches_come_likeliest_first() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    policy=st.sampled_from(["uniform", "geometric", "confidence", "list"]),
+    policy=st.sampled_from(["uniform", "geometric", "confidence"]),
     predraft=st.booleans(),
     lookahead=st.integers(0, 4),
     budget=st.integers(1, 9),
@@ -308,7 +308,7 @@ def test_whatever_the_outcomes_every_slot_is_accounted_for_and_nothing_is_forwar
     grown = Grown(
         lookahead=lookahead,
         max_position=end,
-        fan_out=fan_out_policy(policy, (2, 0, 1, 3, 3)),  # type: ignore[arg-type]
+        fan_out=fan_out_policy(policy),  # type: ignore[arg-type]
         predraft=predraft,
         budget=budget,
         recycle=recycle,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
 from ssd_runtime.leader.link_speculator import IDLE_SIGNS
-from ssd_runtime.speculation.planning.backup import AutoBackup, JustInTime, Missed
+from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, CostModel, Line
 from ssd_runtime.speculation.planning.planner import AdaptivePlanner, MeasuredRound
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
@@ -32,7 +32,7 @@ def verify(costs: CostModel, lengths: list[tuple[int, int]], seconds: float, dra
 STEPS = st.lists(
     st.tuples(st.just("drafted"), ABSURD, ROWS)
     | st.tuples(st.just("verified"), ABSURD, LENGTHS, st.integers(1, 4))
-    | st.tuples(st.just("ended"), st.floats(0, 5), ABSURD)
+    | st.tuples(st.just("ended"), ABSURD)
     | st.just(("forget",)),
     max_size=40,
 )
@@ -40,7 +40,7 @@ STEPS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(steps=STEPS, sequences=st.integers(1, 8), lookahead=st.integers(0, 5), budget=st.integers(1, 9))
-def test_whatever_was_observed_there_is_a_plan_and_a_choice(
+def test_whatever_was_observed_there_is_a_plan_and_an_end_of_waiting(
     steps: list[tuple], sequences: int, lookahead: int, budget: int
 ) -> None:
     costs = CostModel()
@@ -51,22 +51,16 @@ def test_whatever_was_observed_there_is_a_plan_and_a_choice(
         elif step[0] == "verified":
             verify(costs, step[2], step[1], step[3])
         elif step[0] == "ended":
-            costs.ended(*step[1:])
-            planner.observe(MeasuredRound(sequences, sequences, min(max(0.0, step[2]), MOST_SECONDS), 0, sequences))
+            planner.observe(MeasuredRound(sequences, sequences, min(max(0.0, step[1]), MOST_SECONDS), 0, sequences))
         else:
             costs.forget_drafts()
             planner.forget()
         plan = planner.plan(sequences)
         assert 0 <= plan.lookahead <= lookahead
         assert 0 <= plan.budget <= budget
-        missed = [Missed(3, 0.5, lookahead), Missed(0, 0.5, 0)]
-        for choice, one in zip(AutoBackup(costs).choose(missed, sequences), missed, strict=True):
-            assert 0 <= choice.ngram <= one.ngram
-        assert JustInTime(costs).enough([0, 2], [lookahead, 2]) in (True, False)
+        assert drafted_enough(costs, [0, 2], [lookahead, 2]) in (True, False)
         for line in (costs.step, costs.verification):
             assert not line.known or all(0.0 < line.at(rows) < math.inf for rows in (0, 1, 40, 2**16))
-        assert costs.rate is None or 0.0 < costs.rate < math.inf
-        assert 0.0 <= costs.unfinished_seconds < math.inf
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,7 +70,6 @@ def test_a_line_is_above_zero_everywhere(points: list[tuple[float, float]], rows
     for at, seconds in points:
         line.observe(at, seconds)
     assert 0.0 < line.at(rows) < math.inf
-    assert 0.0 <= line.slope < math.inf
 
 
 class Liar(SteppedDraft):
@@ -92,7 +85,7 @@ class Liar(SteppedDraft):
 
 
 def test_a_draft_that_lies_about_its_steps_costs_no_token_and_is_forgotten_when_it_goes() -> None:
-    engine, speculation = EngineConfig(max_model_len=256), SpeculationConfig(lookahead=3, budget=4, backup="auto")
+    engine, speculation = EngineConfig(max_model_len=256), SpeculationConfig(lookahead=3, budget=4)
     asked = request((1, 2, 3), "ssd", max_tokens=150, request_id="ssd")
     (plain,) = in_process(tiny_decoder(0), tiny_decoder(1), engine).run([replace(asked, mode="ar")])
     process = in_process(tiny_decoder(0), tiny_decoder(1), engine, speculation, make_rank=Liar)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, ScaleEstimate
 from ssd_runtime.speculation.drafting.fan_out import Fork, Verified
 from ssd_runtime.speculation.drafting.sampled_confidence import SampledOutcomes
 from ssd_runtime.speculation.sampling.ranking import Ranking
@@ -38,19 +38,17 @@ class ConfidenceFanOut:
     Outcomes that hardly ever happen are not drafted for, even when the budget has room (`least_chance`).
     """
 
-    EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-    PRIOR = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    EDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the classes of margin, in logits
+    PRIOR = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # P(same choice) of each class before anything was seen
     SCALES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # logits
     FLOOR = 1e-4  # of the weight of a candidate, so that none is impossible
+    MOST_KNOWN = 2048
 
     def __init__(self) -> None:
         self._agrees = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.PRIOR]
-        self._likelihoods = [-abs(math.log(scale / 0.7)) for scale in self.SCALES]  # of what was seen, in logarithms
-        self._keep = 0.5 ** (1.0 / 256.0)
-        self._scale = 0.7
-        self._known: dict[
-            int, tuple[Ranking, list[float]]
-        ] = {}  # shares at this scale; a ranking is asked in every step
+        self._scale = ScaleEstimate(self.SCALES, 0.7)
+        # Chances at this scale, by the identity of a ranking, which is asked about in every drafting step.
+        self._known: dict[int, tuple[Ranking, list[float]]] = {}
         self._sampled = SampledOutcomes()
 
     def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
@@ -60,66 +58,44 @@ class ConfidenceFanOut:
         for k, ranking in enumerate(verified.rankings):
             if ranking is None:  # an n-gram's token, or one not forwarded yet: nothing is known from here on
                 break
-            if ranking.sampled is None:
-                accepted_chance = self._add_chosen(outcomes, verified, k, ranking, reach, least)
-            else:
-                accepted_chance = self._add_sampled(outcomes, verified, k, ranking, reach, least)
-            reach *= accepted_chance
+            token, accepted = verified.token(k), least
+            for candidate, chance in self._emitted(verified, k, ranking):
+                if candidate == token:
+                    accepted = chance
+                elif reach * chance >= least:
+                    outcomes.append(Fork(k, candidate, reach * chance))
+                elif candidate != ranking.tokens[0]:
+                    break  # what comes later is less likely still
+            reach *= accepted
         outcomes.sort(key=lambda fork: -fork.gain)
         return outcomes[:budget]
 
-    def _add_chosen(
-        self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float, least: float
-    ) -> float:
-        """The outcomes at position k where the draft's first choice is its token; the chance that it is accepted."""
-        accepted = verified.token(k)
-        accepted_chance = least
-        for rank, chance in enumerate(self.chances(ranking)):
-            if ranking.tokens[rank] == accepted:
-                accepted_chance = chance
-            elif reach * chance >= least:
-                outcomes.append(Fork(k, ranking.tokens[rank], reach * chance))
-            elif rank:
-                break  # later ranks are less likely still
-        return accepted_chance
-
-    def _add_sampled(
-        self, outcomes: list[Fork], verified: Verified, k: int, ranking: Ranking, reach: float, least: float
-    ) -> float:
-        """The same where the draft's token was sampled. A token that was not (an n-gram's) has p for its chance."""
-        token = verified.token(k)
-        if token is not None and token == ranking.sampled:
-            accepted_chance = self._sampled.accepted(ranking)
-            candidates = self._sampled.instead(ranking, verified.temperature)
-            reach *= 1.0 - accepted_chance
-        else:
-            candidates = self._sampled.bonus(ranking, verified.temperature)
-            accepted_chance = dict(candidates).get(token, least) if token is not None else 0.0
-        for candidate, chance in candidates:
-            if reach * chance >= least and candidate != token:
-                outcomes.append(Fork(k, candidate, reach * chance))
-        return accepted_chance
+    def _emitted(self, verified: Verified, k: int, ranking: Ranking) -> Iterable[tuple[int, float]]:
+        """What may come out at position k once it is reached and its chance, falling behind the likeliest token."""
+        if ranking.sampled is None:
+            return zip(ranking.tokens, self.chances(ranking), strict=False)
+        return self._sampled.chances(ranking, verified.temperature, verified.token(k))
 
     def chances(self, ranking: Ranking) -> Iterator[float]:
         """The chance that the target chooses the first, second, ... token of a ranking."""
         agree = self._class(ranking).rate
         yield agree
-        for share in self._shares(ranking):
-            yield (1.0 - agree) * share
+        for chance in self._instead(ranking):
+            yield (1.0 - agree) * chance
 
-    def _shares(self, ranking: Ranking) -> list[float]:
+    def _instead(self, ranking: Ranking) -> list[float]:
         """The chances of the second, third, ... token where it is not the first."""
         known = self._known.get(id(ranking))
         if known is None or known[0] is not ranking:
-            if len(self._known) >= 2048:
+            if len(self._known) >= self.MOST_KNOWN:
                 self._known.clear()
-            others = self._others(ranking, self._scale)
-            total = sum(others)
-            known = self._known[id(ranking)] = ranking, [weight / total for weight in others]
+            weights = self._weights(ranking, self._scale.value)
+            total = sum(weights)
+            known = self._known[id(ranking)] = ranking, [weight / total for weight in weights]
         return known[1]
 
-    def _others(self, ranking: Ranking, scale: float) -> list[float]:
-        """How the second, third, ... tokens weigh against each other, falling."""
+    def _weights(self, ranking: Ranking, scale: float) -> list[float]:
+        """How these tokens weigh against each other at a scale, falling."""
         others = ranking.margins[1:]
         return [
             math.exp((others[0] - margin) / scale) / math.sqrt(rank) + self.FLOOR
@@ -127,30 +103,27 @@ class ConfidenceFanOut:
         ]
 
     def _class(self, ranking: Ranking) -> AcceptanceEstimate:
-        margin = ranking.margins[1] if len(ranking.margins) > 1 else float("inf")
+        margin = ranking.margins[1] if len(ranking.margins) > 1 else math.inf
         return self._agrees[bisect_right(self.EDGES, margin)]
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
-        chosen = (*verified.speculation[:num_accepted], bonus_token)
-        for k, (ranking, token) in enumerate(zip(verified.rankings, chosen, strict=False)):
+        emitted = (*verified.speculation[:num_accepted], bonus_token)
+        for k, (ranking, token) in enumerate(zip(verified.rankings, emitted, strict=False)):
             if ranking is None:
                 break
-            if ranking.sampled is not None:
-                sampled = verified.token(k) == ranking.sampled
-                accepted = k < num_accepted if sampled else None
+            if ranking.sampled is None:
+                self._learn(ranking, token)
+            else:
+                accepted = k < num_accepted if verified.token(k) == ranking.sampled else None
                 self._sampled.observe(ranking, verified.temperature, token, accepted=accepted)
-                continue
-            agreed = token == ranking.tokens[0]
-            self._class(ranking).observe_one(agreed)
-            if not agreed and token in ranking.tokens:
-                self._learn_scale(ranking, ranking.tokens.index(token) - 1)
 
-    def _learn_scale(self, ranking: Ranking, other: int) -> None:
-        for index, scale in enumerate(self.SCALES):
-            others = self._others(ranking, scale)
-            likelihood = self._likelihoods[index] * self._keep + math.log(others[other] / sum(others))
-            self._likelihoods[index] = likelihood
-        best = self.SCALES[max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)]
-        if best != self._scale:
-            self._scale = best
-            self._known.clear()
+    def _learn(self, ranking: Ranking, token: int) -> None:
+        """The target has chosen this token."""
+        agreed = token == ranking.tokens[0]
+        self._class(ranking).observe_one(agreed)
+        if not agreed and token in ranking.tokens:
+            before, place = self._scale.value, ranking.tokens.index(token) - 1
+            weights_S = [self._weights(ranking, scale) for scale in self.SCALES]
+            self._scale.observe([weights[place] / sum(weights) for weights in weights_S])
+            if self._scale.value != before:
+                self._known.clear()

@@ -1,82 +1,45 @@
-"""Fan-outs that count: so many candidates at each position, whatever the text. Knows no trees.
+"""The fan-outs of the paper: so many candidates at each position, whatever the text. Knows no trees.
 
-`uniform` and `list` are fixed shapes; `geometric` is Theorem 12 of arXiv 2603.03251 with everything in it estimated
-online.
+`uniform` is a fixed shape; `geometric` is Theorem 12 of arXiv 2603.03251 with everything in it estimated online.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Protocol
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, PowerLawEstimate
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, Fork, Verified
 
 TEMPERATURE_CLASSES = (0.0, 0.4, 0.8)  # upper ends: greedy, .3, .7; what is above is the last class
 
 
-class CountedFanOut:
-    """The policies of the paper.
+def most_gainful(verified: Verified, gains: Sequence[Sequence[float]], budget: int) -> list[Fork]:
+    """The best `budget` forks, later positions first among equals.
 
     Args:
-        gains: what the first, second, ... candidate at each position is worth.
+        gains: at each position, what its first, second, ... candidate is worth, falling.
     """
-
-    def __init__(self, gains: Gains) -> None:
-        self._gains = gains
-
-    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
-        found: list[Fork] = []
-        length = len(verified.speculation)
-        for k, ranking in enumerate(verified.rankings):
-            tokens = [UNKNOWN] * budget if ranking is None else verified.candidates(k)[:budget]
-            gains = self._gains.at(k, length, len(tokens), verified)
-            found += [Fork(k, token, gain) for token, gain in zip(tokens, gains, strict=False)]
-        found.sort(key=lambda fork: (-fork.gain, -fork.position))
-        return found[:budget]
-
-    def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
-        self._gains.observe(verified, num_accepted, bonus_token)
+    found: list[Fork] = []
+    for k, ranking in enumerate(verified.rankings):
+        tokens = [UNKNOWN] * budget if ranking is None else verified.candidates(k)
+        found += [Fork(k, token, gain) for token, gain in zip(tokens, gains[k], strict=False)]
+    found.sort(key=lambda fork: (-fork.gain, -fork.position))
+    return found[:budget]
 
 
-class Gains(Protocol):
-    """The worth of candidates by position and rank."""
-
-    def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
-        """Of up to `count` candidates at position k of a speculation of `length` tokens, falling."""
-
-    def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None: ...
-
-
-class UniformGains:
+class UniformFanOut:
     """The same number at every position; what is over goes to the end."""
 
-    def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
-        return [-float(rank) for rank in range(count)]
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
+        return most_gainful(verified, [[-float(rank) for rank in range(budget)]] * len(verified.rankings), budget)
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         pass
 
 
-class ListedGains:
-    """F_0..F_K as written in the configuration; the last one is for "all accepted", also of a shorter speculation.
-
-    With a smaller budget than their sum every position gives up the same part.
-    """
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self._counts = tuple(counts)
-
-    def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
-        listed = self._counts[-1] if k == length else self._counts[k]
-        return [-rank / listed for rank in range(min(count, listed))]
-
-    def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
-        pass
-
-
-class GeometricGains:
+class GeometricFanOut:
     """Theorem 12: acceptance a, and the power law c F^-r of missing, estimated online for each class of requests.
 
     A class is a range of temperatures, after a hit or after a miss: Figure 3 of the paper shows four different laws.
@@ -95,12 +58,14 @@ class GeometricGains:
             self._classes[key] = (AcceptanceEstimate(), PowerLawEstimate())
         return self._classes[key]
 
-    def at(self, k: int, length: int, count: int, verified: Verified) -> list[float]:
+    def forks(self, verified: Verified, budget: int, allowed: int | None = None) -> list[Fork]:
         acceptance, power_law = self.estimates(verified)
         a = min(max(acceptance.rate, 0.01), 0.99)
         scale, r = power_law.law
-        weight = a**k * (1.0 - a if k < length else 1.0) * scale * r
-        return [weight * (j - 0.5) ** -(1.0 + r) for j in range(1, count + 1)]
+        falling = [scale * r * (j - 0.5) ** -(1.0 + r) for j in range(1, budget + 1)]
+        last = len(verified.speculation)
+        chances = [a**k * (1.0 - a if k < last else 1.0) for k in range(last + 1)]
+        return most_gainful(verified, [[chance * gain for gain in falling] for chance in chances], budget)
 
     def observe(self, verified: Verified, num_accepted: int, bonus_token: int) -> None:
         acceptance, power_law = self.estimates(verified)
@@ -111,22 +76,57 @@ class GeometricGains:
             power_law.observe(rank, len(candidates))
 
 
-def uniform_counts(budget: int, length: int) -> list[int]:
-    """F_0..F_K for a speculation of `length` tokens, as even as whole numbers allow; what is over goes to the end."""
-    positions = length + 1
-    share, over = divmod(budget, positions)
-    return [share + (k >= positions - over) for k in range(positions)]
+class PowerLawEstimate:
+    """The law c F^-r of missing a bonus token with F candidates (Definition 11 of arXiv 2603.03251), learned online.
 
-
-def geometric_shares(budget: float, length: int, acceptance: float, exponent: float) -> list[float]:
-    """F_0..F_K by Theorem 12: F_k = F_0 a^{k/(1+r)} for k < K and F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}.
+    The miss rate is counted at fan-outs 1, 2, 4, 8 and 16; c and r are the straight line through the logarithms,
+    each weighted by how surely it is known.
 
     Args:
-        budget: B, the sum of the result.
-        length: K, the speculation length.
-        acceptance: a, inside (0, 1).
-        exponent: r, the power-law exponent of the miss rate.
+        scale, exponent: c and r assumed before anything was seen. The defaults are Figure 3 of the paper at T = 0,
+            primary speculation: miss rates .226 and .080 at F = 2 and 8.
+        weight: how many outcomes the prior counts for at each fan-out; it is never forgotten.
+        memory: outcomes after which an observation has lost half its weight.
+
+    Attributes:
+        law: (c, r), r kept between .1 and 4.
     """
-    weights = [acceptance ** (k / (1.0 + exponent)) for k in range(length + 1)]
-    weights[-1] *= (1.0 - acceptance) ** (-1.0 / (1.0 + exponent))
-    return [budget * weight / sum(weights) for weight in weights]
+
+    FAN_OUTS = (1, 2, 4, 8, 16)
+
+    def __init__(self, scale: float = 0.38, exponent: float = 0.75, weight: float = 8.0, memory: float = 512.0) -> None:
+        self._prior = [min(1.0, scale * fan_out**-exponent) for fan_out in self.FAN_OUTS]
+        self._weight = weight
+        self._keep = 0.5 ** (1.0 / memory)
+        self._missed = [0.0] * len(self.FAN_OUTS)
+        self._seen = [0.0] * len(self.FAN_OUTS)
+        self.law = self._fit()
+
+    def observe(self, rank: int | None, candidates: int) -> None:
+        """The bonus token was candidate number `rank` (1 is the likeliest) of `candidates`, or none of them."""
+        for index, fan_out in enumerate(self.FAN_OUTS):
+            if fan_out <= candidates:  # beyond, a token that is not found would say nothing
+                self._missed[index] = self._missed[index] * self._keep + (rank is None or rank > fan_out)
+                self._seen[index] = self._seen[index] * self._keep + 1.0
+        self.law = self._fit()
+
+    def _fit(self) -> tuple[float, float]:
+        points = []
+        for fan_out, prior, missed, seen in zip(self.FAN_OUTS, self._prior, self._missed, self._seen, strict=True):
+            counted = seen + self._weight
+            rate = (missed + prior * self._weight) / counted
+            # The variance of a logarithm of a rate is (1 - rate) / (rate x count).
+            points.append((math.log(fan_out), math.log(rate), counted * rate / max(1.0 - rate, 0.01)))
+        total = sum(weight for _, _, weight in points)
+        mean_x = sum(x * weight for x, _, weight in points) / total
+        mean_y = sum(y * weight for _, y, weight in points) / total
+        spread = sum(weight * (x - mean_x) ** 2 for x, _, weight in points)
+        slope = sum(weight * (x - mean_x) * (y - mean_y) for x, y, weight in points) / spread
+        exponent = min(max(-slope, 0.1), 4.0)
+        return min(1.0, math.exp(mean_y + exponent * mean_x)), exponent
+
+
+def uniform_counts(budget: int, length: int) -> list[int]:
+    """F_0..F_K for a speculation of `length` tokens, as even as whole numbers allow; what is over goes to the end."""
+    each, over = divmod(budget, length + 1)
+    return [each + (k > length - over) for k in range(length + 1)]

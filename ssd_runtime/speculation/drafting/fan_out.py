@@ -83,8 +83,8 @@ def divide_budget(wanted: Sequence[Sequence[Fork]], budget: int) -> list[list[Fo
         ((fork, owner) for owner, forks in enumerate(wanted) for fork in forks),
         key=lambda item: (-item[0].gain, -item[0].position),
     )
-    shares: list[list[Fork]] = [[] for _ in wanted]
+    divided: list[list[Fork]] = [[] for _ in wanted]
     for fork, owner in ordered[: max(0, budget)]:
         if fork.token != UNKNOWN:
-            shares[owner].append(fork)
-    return shares
+            divided[owner].append(fork)
+    return divided

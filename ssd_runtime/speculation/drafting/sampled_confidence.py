@@ -18,37 +18,37 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
+from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, ScaleEstimate
 from ssd_runtime.speculation.sampling.ranking import Ranking
-
-EDGES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)  # of q
 
 
 class SampledOutcomes:
     """Chances of the outcomes at one position of a speculation that was sampled."""
 
+    EDGES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97)  # of the classes of q
     ACCEPTED = (0.5, 0.55, 0.65, 0.75, 0.85, 0.9, 0.95, 0.99)  # by class, before anything was seen
     LIKELIEST = (0.05, 0.1, 0.2, 0.35, 0.6, 0.8, 0.9, 0.97)
 
     def __init__(self) -> None:
         self._accepted = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.ACCEPTED]
         self._likeliest = [AcceptanceEstimate(prior, weight=8.0, memory=512.0) for prior in self.LIKELIEST]
-        self._bonus = Shares()
-        self._instead = Shares()
+        self._bonus = BonusChances()
+        self._instead = BonusChances()
 
-    def accepted(self, ranking: Ranking) -> float:
-        """The chance that the sampled token is accepted."""
-        return self._accepted[self._class(_chance(ranking))].rate
+    def chances(self, ranking: Ranking, temperature: float, drafted: int | None) -> list[tuple[int, float]]:
+        """What may come out at a position once it is reached, and its chance: falling behind the first.
 
-    def instead(self, ranking: Ranking, temperature: float) -> list[tuple[int, float]]:
-        """What is emitted after a rejection, and how likely it is then, the likeliest first."""
-        return self._instead.of(*_without(ranking, ranking.draft_token), temperature)
-
-    def bonus(self, ranking: Ranking, temperature: float) -> list[tuple[int, float]]:
-        """What is emitted after a whole speculation, and how likely it is then, the likeliest first."""
-        first = self._likeliest[self._class(_share_of_first(ranking, temperature))].rate
-        others = self._bonus.of(*_without(ranking, ranking.tokens[0]), temperature)
-        return [(ranking.tokens[0], first), *((token, (1.0 - first) * chance) for token, chance in others)]
+        Args:
+            drafted: the token that is verified there; None for the place of the bonus. One that was not sampled (an
+                n-gram's) is accepted with p, as a bonus is drawn.
+        """
+        if drafted is None or drafted != ranking.sampled:
+            first = self._of_first(ranking, temperature).rate
+            others = self._bonus.of(*_without(ranking, ranking.tokens[0]), temperature)
+            return [(ranking.tokens[0], first), *((token, (1.0 - first) * chance) for token, chance in others)]
+        accepted = self._of_drafted(ranking).rate
+        others = self._instead.of(*_without(ranking, drafted), temperature)
+        return [(drafted, accepted), *((token, (1.0 - accepted) * chance) for token, chance in others)]
 
     def observe(self, ranking: Ranking, temperature: float, token: int, *, accepted: bool | None) -> None:
         """What was emitted at a position.
@@ -57,59 +57,47 @@ class SampledOutcomes:
             accepted: whether it is the token that was sampled; None: nothing was verified there, it is the bonus.
         """
         if accepted is not None:
-            self._accepted[self._class(_chance(ranking))].observe_one(accepted)
+            self._of_drafted(ranking).observe_one(accepted)
         if accepted is False:
             self._instead.observe(*_without(ranking, ranking.draft_token), temperature, token)
         # Accepted or not, what is emitted is a draw from p.
-        self._likeliest[self._class(_share_of_first(ranking, temperature))].observe_one(token == ranking.tokens[0])
+        self._of_first(ranking, temperature).observe_one(token == ranking.tokens[0])
         if token != ranking.tokens[0]:
             self._bonus.observe(*_without(ranking, ranking.tokens[0]), temperature, token)
 
-    @staticmethod
-    def _class(q: float) -> int:
-        return bisect_right(EDGES, q)
+    def _of_drafted(self, ranking: Ranking) -> AcceptanceEstimate:
+        """Of the sampled token, by its q."""
+        assert ranking.proposal is not None
+        q = ranking.proposal.weights[ranking.proposal.tokens.index(ranking.draft_token)]
+        return self._accepted[bisect_right(self.EDGES, q)]
+
+    def _of_first(self, ranking: Ranking, temperature: float) -> AcceptanceEstimate:
+        """Of the likeliest token, by its q as far as the ranking goes; Saguaro's C does not change it."""
+        return self._likeliest[bisect_right(self.EDGES, 1.0 / sum(_weights(ranking.margins, temperature)))]
 
 
-class Shares:
+class BonusChances:
     """How the chance of some tokens falls with the draft's logits: exp(-margin / (temperature scale)), and the chance
     that it is one of them at all."""
 
     SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
     def __init__(self) -> None:
-        self._likelihoods = [-abs(math.log(scale)) for scale in self.SCALES]  # of what was seen, in logarithms
-        self._keep = 0.5 ** (1.0 / 256.0)
+        self._scale = ScaleEstimate(self.SCALES, 1.0)
         self._known = AcceptanceEstimate(0.8, weight=4.0, memory=256.0)
-        self._scale = 1.0
 
     def of(self, tokens: Sequence[int], margins: Sequence[float], temperature: float) -> list[tuple[int, float]]:
         """The tokens and their chances, falling."""
-        weights = _weights(margins, temperature * self._scale)
+        weights = _weights(margins, temperature * self._scale.value)
         total = sum(weights)
         return [(token, self._known.rate * weight / total) for token, weight in zip(tokens, weights, strict=True)]
 
     def observe(self, tokens: Sequence[int], margins: Sequence[float], temperature: float, token: int) -> None:
         """It was this one."""
         self._known.observe_one(token in tokens)
-        if token not in tokens or len(tokens) < 2:
-            return
-        place = tokens.index(token)
-        for index, scale in enumerate(self.SCALES):
-            weights = _weights(margins, temperature * scale)
-            likelihood = math.log(max(weights[place] / sum(weights), 1e-6))
-            self._likelihoods[index] = self._likelihoods[index] * self._keep + likelihood
-        self._scale = self.SCALES[max(range(len(self.SCALES)), key=self._likelihoods.__getitem__)]
-
-
-def _chance(ranking: Ranking) -> float:
-    """q of the token that was sampled."""
-    assert ranking.proposal is not None
-    return ranking.proposal.weights[ranking.proposal.tokens.index(ranking.draft_token)]
-
-
-def _share_of_first(ranking: Ranking, temperature: float) -> float:
-    """q of the likeliest token, as far as the ranking goes; Saguaro's C does not change it."""
-    return 1.0 / sum(_weights(ranking.margins, temperature))
+        if token in tokens and len(tokens) > 1:
+            weights_S = [_weights(margins, temperature * scale) for scale in self.SCALES]
+            self._scale.observe([weights[tokens.index(token)] / sum(weights) for weights in weights_S])
 
 
 def _without(ranking: Ranking, token: int) -> tuple[list[int], list[float]]:

@@ -187,7 +187,7 @@ class TokenTree:
         """The nodes the next forward should run on, parents before children; empty when there is nothing to gain.
 
         Args:
-            forks: the share that this sequence got of what `forks` wanted.
+            forks: what this sequence got of what `forks` wanted.
             depth: tokens that a branch drafted ahead should have, 0 for no drafting ahead; the lookahead if not given.
         """
         depth = self._lookahead if depth is None else min(depth, self._lookahead)

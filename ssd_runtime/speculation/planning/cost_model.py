@@ -43,33 +43,23 @@ class Line:
 
     def __init__(self, memory: float = 64.0) -> None:
         self._keep = 0.5 ** (1.0 / memory)
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._sums: tuple[float, ...] = (0.0,) * 5  # of 1, rows, seconds, rows^2, rows x seconds
 
     def observe(self, rows: float, seconds: float) -> None:
-        keep = self._keep
-        self._weight = self._weight * keep + 1.0
-        self._x = self._x * keep + rows
-        self._y = self._y * keep + seconds
-        self._xx = self._xx * keep + rows * rows
-        self._xy = self._xy * keep + rows * seconds
+        fresh = (1.0, rows, seconds, rows * rows, rows * seconds)
+        self._sums = tuple(self._keep * total + one for total, one in zip(self._sums, fresh, strict=True))
 
     @property
     def known(self) -> bool:
-        return self._weight > 0.0
+        return self._sums[0] > 0.0
 
     def at(self, rows: float) -> float:
         """Seconds for so many rows. Only when `known`."""
-        return max(LEAST_SECONDS, self._y / self._weight + self.slope * (rows - self._x / self._weight))
-
-    @property
-    def slope(self) -> float:
-        """Seconds for one more row. Only when `known`."""
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - mean_x**2
-        if spread < 1e-3 * max(1.0, mean_x):
-            return 0.0
-        slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / spread)
-        return min(slope, mean_y / mean_x)
+        x, y, xx, xy = (total / self._sums[0] for total in self._sums[1:])
+        spread, slope = xx - x**2, 0.0
+        if spread >= 1e-3 * max(1.0, x):
+            slope = min(max(0.0, (xy - x * y) / spread), y / x)
+        return max(LEAST_SECONDS, y + slope * (rows - x))
 
 
 class CostModel:
@@ -81,19 +71,18 @@ class CostModel:
         step_seconds, token_seconds, verify_seconds: moving averages; a token is one that came out of a round, so its
             time counts what was drafted in vain.
         steps_per_token: drafting steps over tokens of a sequence.
-        acceptance: of the tokens of a source; n-grams have records of their own (ngrams.py).
+        acceptance: of the tokens of drafts.
     """
 
     def __init__(self) -> None:
         self.verification, self.verify_seconds = Line(), Smoothed()
-        self._round_tokens, self._round_seconds = Smoothed(0.95), Smoothed(0.95)
         self.forget_drafts()
 
     def forget_drafts(self) -> None:
         """A draft has come or gone: what was learned of drafting is learned anew."""
         self.step, self.step_seconds, self.token_seconds = Line(), Smoothed(), Smoothed()
-        self.steps_per_token, self._busy_seconds = Smoothed(0.95), Smoothed(0.95)
-        self.acceptance = {Source.DRAFT: AcceptanceEstimate()}
+        self.steps_per_token = Smoothed(0.95)
+        self.acceptance = AcceptanceEstimate()
         self._steps, self._drafting = 0, 0.0  # heard of since the last round, and their seconds
 
     def drafted(self, seconds: float, rows: int) -> None:
@@ -115,28 +104,10 @@ class CostModel:
             emitted = drafts * sum(outcome.num_accepted + 1 for outcome in outcomes) / len(outcomes)
             self.token_seconds.observe(self._drafting / emitted)
             self.steps_per_token.observe(self._steps / emitted)
-        self._busy_seconds.observe(self._drafting / drafts)
         self._steps, self._drafting = 0, 0.0
         for speculation, outcome in zip(speculations, outcomes, strict=True):
-            if speculation.source in self.acceptance:
-                self.acceptance[speculation.source].observe(outcome.num_accepted, len(speculation.tokens))
-
-    def ended(self, tokens: float, seconds: float) -> None:
-        """A round has ended that brought so many tokens a sequence in so many seconds, waiting and verification."""
-        self._round_tokens.observe(tokens)
-        self._round_seconds.observe(believable(seconds, LEAST_SECONDS, MOST_SECONDS))
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second of one sequence over the last rounds; None before the first."""
-        tokens, seconds = self._round_tokens.value, self._round_seconds.value
-        return (tokens / seconds or None) if tokens and seconds else None  # or so little that it is nothing
-
-    @property
-    def unfinished_seconds(self) -> float:
-        """What is left, on average, of the step that a draft is at when it is asked for something else."""
-        busy, seconds, step = self._busy_seconds.value, self._round_seconds.value, self.step_seconds.value
-        return min(1.0, busy / seconds) * step / 2 if busy and seconds and step else 0.0
+            if speculation.source == Source.DRAFT:
+                self.acceptance.observe(outcome.num_accepted, len(speculation.tokens))
 
 
 def expected_tokens(length: float, acceptance: float) -> float:

@@ -8,11 +8,12 @@ less often. What it decides changes when tokens come and never which.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
-from ssd_runtime.speculation.types import Plan, Source
+from ssd_runtime.speculation.types import Plan
 
 FIRST_LOOK = 24  # rounds before plain decoding is tried for the first time
 LONGEST_INTERVAL = 4096
@@ -70,30 +71,22 @@ class FixedPlanner:
 
 
 @dataclass
-class _Rate:
-    """Tokens per second of one way to decode, over the last rounds."""
+class _Ratio:
+    """Of two sums over the last rounds: tokens a second, misses a lookup."""
 
-    tokens: float = 0.0
-    seconds: float = 0.0
+    above: float = 0.0
+    below: float = 0.0
 
-    def observe(self, tokens: float, seconds: float) -> None:
+    def observe(self, above: float, below: float) -> None:
         keep = 0.9
-        self.tokens, self.seconds = keep * self.tokens + tokens, keep * self.seconds + seconds
-
-    @property
-    def known(self) -> bool:
-        return self.seconds > 0.0
-
-    @property
-    def value(self) -> float:
-        return self.tokens / self.seconds
+        self.above, self.below = keep * self.above + above, keep * self.below + below
 
 
 @dataclass
 class _Batch:
     """What is known of one batch size."""
 
-    rates: dict[bool, _Rate] = field(default_factory=lambda: {True: _Rate(), False: _Rate()})
+    rates: dict[bool, _Ratio] = field(default_factory=lambda: {True: _Ratio(), False: _Ratio()})  # tokens a second
     speculates: bool = True  # what is in force, looks aside
     since_look: int = 0
     interval: int = FIRST_LOOK
@@ -115,24 +108,19 @@ class AdaptivePlanner:
         self.forget()
 
     def forget(self) -> None:
-        self._batches: dict[int, _Batch] = {}
+        self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)  # by sequences
         self._chosen: dict[int, tuple[int, Plan]] = {}  # sequences -> rounds it has served, K and B
-        self._misses = _Rate()  # "tokens" are misses, "seconds" lookups, both at the chosen budget
+        self._misses = _Ratio()  # of lookups, at the chosen budget
         self._same = 0  # rounds in a row that speculated, or did not
 
     # -- whether -------------------------------------------------------------------------------------------------
 
     def plan(self, sequences: int) -> Plan:
-        speculates = self._most.lookahead > 0 and self._whether(self._batch(sequences))
+        speculates = self._most.lookahead > 0 and self._whether(self._batches[sequences])
         now = self._how_much(sequences) if speculates else Plan(0, 0)
         self._same = self._same + 1 if bool(now.lookahead) == bool(self._now.lookahead) else 0
         self._now = now
         return now
-
-    def _batch(self, sequences: int) -> _Batch:
-        if sequences not in self._batches:
-            self._batches[sequences] = _Batch()
-        return self._batches[sequences]
 
     def _whether(self, batch: _Batch) -> bool:
         if batch.looking:
@@ -150,15 +138,15 @@ class AdaptivePlanner:
         """A look is over: stay, and look less often; or change, and look again soon."""
         speculating, plain = batch.rates[True], batch.rates[False]
         better = batch.speculates
-        if speculating.known and plain.known:
-            better = speculating.value > plain.value
+        if speculating.below and plain.below:
+            better = speculating.above / speculating.below > plain.above / plain.below
         batch.interval = min(2 * batch.interval, LONGEST_INTERVAL) if better == batch.speculates else 2 * FIRST_LOOK
         batch.speculates = better
 
     def observe(self, round: MeasuredRound) -> None:
         speculated = self._now.lookahead > 0
         if self._same >= COLD_ROUNDS[speculated]:
-            self._batch(round.sequences).rates[speculated].observe(round.tokens, round.seconds)
+            self._batches[round.sequences].rates[speculated].observe(round.tokens, round.seconds)
             if round.lookups:
                 self._misses.observe(round.lookups - round.hits, round.lookups)
 
@@ -187,7 +175,7 @@ class AdaptivePlanner:
         Nobody waits for a longer one, nor for a missed sequence of a batch; one alone may wait for the draft.
         """
         costs, k = self._costs, plan.lookahead
-        a = costs.acceptance[Source.DRAFT].rate
+        a = costs.acceptance.rate
         verify = costs.verification.at(sequences * (1 + k))
         # One step for the last token of the trunk and the first forks, then one for each token of the branch behind it;
         # bets may save steps.
@@ -206,6 +194,6 @@ class AdaptivePlanner:
 
     def _miss(self, budget: int) -> float:
         """The chance of a miss at a budget, from the misses seen at the present one."""
-        seen = (self._misses.tokens + 0.2) / (self._misses.seconds + 1.0)
+        seen = (self._misses.above + 0.2) / (self._misses.below + 1.0)
         present = max(1, self._now.budget or self._most.budget)
         return float(min(1.0, seen * (present / budget) ** MISS_EXPONENT))
