@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cuda_ext import reference
 from ssd_runtime.speculation.noise import signed
-from ssd_runtime.speculation.sampling.ranking import Draw
+from ssd_runtime.speculation.sampling.ranking import Choice
 from ssd_runtime.speculation.types import SamplingParams
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -186,8 +186,8 @@ def check_match(kernels: Kernels, case: tuple[Tensor, Tensor, Tensor]) -> None:
 
 # ---- sample_shared_noise
 
-DRAWS = st.builds(
-    Draw,
+CHOICES = st.builds(
+    Choice,
     params=st.builds(
         SamplingParams,
         temperature=st.sampled_from([0.0, 0.1, 0.7, 1.0, 1.5]),
@@ -201,24 +201,24 @@ DRAWS = st.builds(
 
 
 @st.composite
-def samples(draw) -> tuple[Tensor, list[Draw], int, int]:
-    draws = draw(st.lists(DRAWS, max_size=3))
+def samples(draw) -> tuple[Tensor, list[Choice], int, int]:
+    choices = draw(st.lists(CHOICES, max_size=3))
     vocabulary, spread = draw(st.sampled_from([1, 7, 100, 1000, 3001])), draw(st.sampled_from([0.0, 0.5, 3.0, 20.0]))
-    logits = random(len(draws), len(draws), vocabulary + 3)[:, 1 : vocabulary + 1] * spread
+    logits = random(len(choices), len(choices), vocabulary + 3)[:, 1 : vocabulary + 1] * spread
     if draw(st.booleans()):
         logits[:, vocabulary // 3 :: 5] = -torch.inf
-    if draws and draw(st.booleans()):
+    if choices and draw(st.booleans()):
         logits[-1, vocabulary // 2] = draw(st.sampled_from([torch.nan, torch.inf]))
-    return logits.to(draw(DTYPES)), draws, draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([0, 1, 64128]))
+    return logits.to(draw(DTYPES)), choices, draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([0, 1, 64128]))
 
 
-def sample_arguments(logits: Tensor, draws: list[Draw], count: int, first_token: int) -> tuple:
-    params = [draw.params for draw in draws]
+def sample_arguments(logits: Tensor, choices: list[Choice], count: int, first_token: int) -> tuple:
+    params = [one.params for one in choices]
     doubles = [
         torch.tensor([getattr(p, name) for p in params], dtype=torch.float64)
         for name in ("temperature", "top_p", "min_p")
     ]
-    seeds, positions = ints([signed(p.seed) for p in params]), ints([draw.position for draw in draws])
+    seeds, positions = ints([signed(p.seed) for p in params]), ints([one.position for one in choices])
     return (
         logits,
         doubles[0],
@@ -232,7 +232,7 @@ def sample_arguments(logits: Tensor, draws: list[Draw], count: int, first_token:
     )
 
 
-def check_sample(kernels: Kernels, case: tuple[Tensor, list[Draw], int, int]) -> None:
+def check_sample(kernels: Kernels, case: tuple[Tensor, list[Choice], int, int]) -> None:
     arguments = sample_arguments(*case)
     moved = (kernels.on(a) if isinstance(a, Tensor) else a for a in arguments)
     tokens, scores = (result.cpu() for result in kernels.ops.sample_shared_noise(*moved))

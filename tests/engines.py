@@ -15,7 +15,8 @@ from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.colocated import ColocatedSpeculator
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
-from ssd_runtime.engine.sequence import Delta, Request, Sequence, TextStream
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import Delta, Sequence, TextStream
 from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.leader.draft_peer import DraftPeer
@@ -202,7 +203,7 @@ def in_process(
     }
     tracer = Tracer("test", enabled=False)
     process = InProcess(
-        Engine(target, engine, speculation.lookahead, speculators, tracer, speculation.coupling),  # type: ignore[arg-type]
+        Engine.on(target, engine, speculation.lookahead, speculators, tracer, speculation.coupling),  # type: ignore[arg-type]
         rank,
         colocated,
         link,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows
 from tests.tiny_models import CPU, tiny_architecture
 
 

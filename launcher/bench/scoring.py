@@ -12,9 +12,9 @@ from torch import Tensor
 from launcher.bench.divergence import Divergence
 from launcher.bench.prompts import Prompt
 from ssd_runtime.config import Config
-from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
+from ssd_runtime.model.batch import RowBuilder
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.load import load_decoder

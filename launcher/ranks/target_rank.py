@@ -88,7 +88,7 @@ class TargetRank(Rank):
             ):
                 speculation = config.speculation
                 with self._models.making_pool(loaded.engine.pool_blocks):
-                    engine = Engine(
+                    engine = Engine.on(
                         loaded.target,
                         loaded.engine,
                         speculation.lookahead,

@@ -22,14 +22,14 @@ from launcher.bench.scoring import BLOCK, CHUNK, Scorer
 from launcher.study.coupling import Rejection, Rule, reject
 from ssd_runtime.config import Config, EngineConfig, ModelConfig
 from ssd_runtime.engine.engine import Engine
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.host.cores import Role
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.files.catalogue import resolve
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.text.tokenizer import Tokenizer
-from ssd_runtime.speculation.sampling.ranking import Draw, Ranking, rank_tokens
+from ssd_runtime.speculation.sampling.ranking import Choice, Ranking, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.trace import Tracer
 
@@ -79,7 +79,7 @@ def write_texts(
     """Let the target answer every prompt by plain decoding, AT_ONCE together; prompt i with seed `params.seed` + i."""
     length = max(map(len, prompts)) + max_tokens
     config = EngineConfig(max_model_len=length, max_num_seqs=min(AT_ONCE, len(prompts)), block_size=BLOCK)
-    engine = Engine(target, config, 0, {"ar": NoSpeculation()}, Tracer("study", enabled=False))
+    engine = Engine.on(target, config, 0, {"ar": NoSpeculation()}, Tracer("study", enabled=False))
     sequences = []
     for index, prompt in enumerate(prompts):
         own = replace(params, seed=params.seed + index)
@@ -157,8 +157,8 @@ class Pass:
         return {place: tuple(rankings) for place, rankings in found.items()}
 
     def _rank(self, logits_RV: Tensor, params: SamplingParams, position: int) -> list[Ranking]:
-        draws = [Draw(params, position + row) for row in range(len(logits_RV))]
-        return rank_tokens(logits_RV[:, : self.vocab_size].contiguous(), draws, max(WIDEST + 1, self.width))
+        choices = [Choice(params, position + row) for row in range(len(logits_RV))]
+        return rank_tokens(logits_RV[:, : self.vocab_size].contiguous(), choices, max(WIDEST + 1, self.width))
 
     def _shared(self, draft_RV: Tensor, vocab_size: int) -> Tensor:
         """The draft's logits over the target's vocabulary."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from ops.gpu.result import Finding, Number, Setting, judged, run_step
 from ops.gpu.timing import device_of, relative_error
 from ssd_runtime.config import Dtype
-from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.batch import RowBuilder
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from tests.tiny_models import RandomWeights, tiny_architecture

@@ -16,7 +16,7 @@ from ops.gpu.carry import sha256
 from ops.gpu.result import Finding, Number, Setting, judged, run_step
 from ops.gpu.timing import device_of
 from ssd_runtime.config import MODES, NUMERICS, EngineConfig, Mode, Numerics, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.files.catalogue import CATALOGUE, resolve
 from ssd_runtime.model.load import load_decoder

@@ -14,11 +14,10 @@ import torch
 
 from ops.gpu.result import Finding, Number, Setting, run_step
 from ops.gpu.timing import copy_rate, device_of, median_ms, read_rate
-from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.batch import ForwardBatch
+from ssd_runtime.model.batch import ForwardBatch, RowBuilder
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.memory import block_bytes, weight_bytes

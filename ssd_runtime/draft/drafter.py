@@ -17,18 +17,17 @@ from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.sequence import DraftedSequence, check_admission
-from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.sharing import take_over
 from ssd_runtime.kv.table import BlockTable, ScratchSlots, copy_branch, raise_faults
+from ssd_runtime.model.batch import RowBuilder
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.memory import chain_nodes, tree_blocks
 from ssd_runtime.speculation.drafting.fan_out import Fork, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
 from ssd_runtime.speculation.drafting.tree import NO_SLOT, Node, TokenTree
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.sampling.processors import process_rows
-from ssd_runtime.speculation.sampling.ranking import Draw, Ranking, rank_tokens
+from ssd_runtime.speculation.sampling.ranking import Choice, Ranking, rank_tokens
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Proposal, SamplingParams, Source, TreeFrame
 
 log = logging.getLogger(__name__)
@@ -246,20 +245,16 @@ class Drafter:
             rows.want_logits()
 
     def _rank(self, logits_RV: Tensor, nodes: Sequence[tuple[DraftedSequence, Node]]) -> None:
-        draws = [Draw(sequence.params, node.position + 1) for sequence, node in nodes]
+        choices = [_choice(sequence, node) for sequence, node in nodes]
         # No position gets more than all drafts of a sequence have for one on average; at one inside the speculation its
         # own token is left out.
         wanted = [self._allowed * sequence.portion[1] for sequence, _ in nodes if sequence.tree.predraft]
         count = 1 + max(wanted, default=0)
-        logits_RV = process_rows(
-            logits_RV[:, : self._vocab_size],
-            [(sequence.processors, _path(node) if sequence.processors else ()) for sequence, node in nodes],
-        )
+        logits_RV = logits_RV[:, : self._vocab_size]
         if self._rule is None:
-            rankings = rank_tokens(logits_RV.contiguous(), draws, count)
+            rankings = rank_tokens(logits_RV, choices, count)
         else:
-            texts = [node.text for _, node in nodes]
-            rankings = propose_tokens(logits_RV.contiguous(), draws, texts, count, self._rule)
+            rankings = propose_tokens(logits_RV, choices, count, self._rule)
         for (sequence, node), ranking in zip(nodes, rankings, strict=True):
             sequence.tree.record(node, ranking if ranking.tokens else self._blind(sequence.params))
 
@@ -283,9 +278,14 @@ class Drafter:
         return TreeFrame(self._round, tuple(branches), step_us, step.rows if step else 0)
 
 
-def _path(node: Node) -> list[int]:
-    """The tokens that lead to a node from the root, which the sequence has."""
-    return [above.token for above in node.ancestors()[1:]]
+def _choice(sequence: DraftedSequence, node: Node) -> Choice:
+    """The token behind a node: the path that leads to it from the root, which the sequence has, is speculated."""
+    position = node.position + 1
+    if sequence.processors is None:
+        return Choice(sequence.params, position, text=node.text)
+    path = tuple(above.token for above in node.ancestors()[1:])
+    rows = range(len(path), len(path) + 1)
+    return Choice(sequence.params, position - len(path), rows, path, sequence.processors, node.text)
 
 
 def proposal_rule(speculation: SpeculationConfig) -> ProposalRule | None:

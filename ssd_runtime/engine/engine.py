@@ -14,25 +14,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
-from functools import partial
 
-from torch import AcceleratorError, Tensor
+from torch import AcceleratorError
 
 from ssd_runtime.config import Coupling, EngineConfig, Mode
-from ssd_runtime.engine.numerics import FreshTokens, Rounding, share_unit, spare_slots
-from ssd_runtime.engine.rows import RowBuilder
+from ssd_runtime.engine.request import Request, RequestLimits
+from ssd_runtime.engine.runner import Runner, Verified, share_unit
 from ssd_runtime.engine.scheduler import Scheduler
-from ssd_runtime.engine.sequence import Delta, NoText, Request, Sequence, TextStream
-from ssd_runtime.engine.speculator import Proposals, Speculator, within_vocabulary
-from ssd_runtime.engine.verification import verified
-from ssd_runtime.errors import DeviceFault, PeerLost, RequestError
+from ssd_runtime.engine.sequence import Delta, NoText, Sequence, TextStream
+from ssd_runtime.engine.speculator import Proposals, Speculator
+from ssd_runtime.errors import DeviceFault, PeerLost
 from ssd_runtime.kv.pool import BlockAllocator
-from ssd_runtime.kv.table import BlockTable, raise_faults
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.device_memory import told
-from ssd_runtime.speculation.limits import check_processors, check_sampling
 from ssd_runtime.speculation.sampling.logprobs import token_logprobs
-from ssd_runtime.speculation.types import MOST_ALTERNATIVES, Outcome, Speculation
+from ssd_runtime.speculation.types import Outcome, Speculation
 from ssd_runtime.stalls import StallWatch
 from ssd_runtime.trace import Tracer
 
@@ -56,12 +53,13 @@ class Engine:
     """Decodes requests.
 
     Args:
-        decoder: the target model.
+        runner: the target model on its KV pool.
+        scheduler: who is decoded.
+        allocator: of the pool's blocks.
         config: sizes.
-        max_lookahead: the longest speculation a request may ask for.
-        speculators: how each mode speculates; a request in another mode is refused.
+        limits: what a request may ask for.
+        speculators: how each mode speculates.
         tracer: where rounds are recorded.
-        coupling: how speculations are verified; the speculators' drafts must be of the same mind.
 
     Attributes:
         watch: where the time between verifications went.
@@ -69,29 +67,47 @@ class Engine:
 
     def __init__(
         self,
+        runner: Runner,
+        scheduler: Scheduler,
+        allocator: BlockAllocator,
+        config: EngineConfig,
+        limits: RequestLimits,
+        speculators: Mapping[Mode, Speculator],
+        tracer: Tracer,
+    ) -> None:
+        self.scheduler = scheduler
+        self.allocator = allocator
+        self.watch = StallWatch()
+        self._runner = runner
+        self._config = config
+        self._limits = limits
+        self._speculators = speculators
+        self._tracer = tracer
+        self._next_id = 0
+        self._round = 0
+        self._last_verify: dict[int, tuple[int, float]] = {}  # sequence -> start of its last verification, its ms
+        self._failed: list[Progressed] = []  # in this round, by what befell them
+
+    @classmethod
+    def on(
+        cls,
         decoder: Model,
         config: EngineConfig,
         max_lookahead: int,
         speculators: Mapping[Mode, Speculator],
         tracer: Tracer,
         coupling: Coupling = "shared-noise",
-    ) -> None:
-        self._decoder = decoder
-        self._config = config
-        self._max_lookahead = max_lookahead
-        self._speculators = dict(speculators)
-        self._tracer = tracer
-        self._coupling = coupling
-        self.allocator = BlockAllocator(config.pool_blocks)
-        num_slots = config.pool_blocks * config.block_size
-        self._kv = decoder.new_kv(num_slots + spare_slots(decoder, config.numerics))
-        self._rounding = Rounding(decoder, config.numerics, spare_slot=num_slots)
-        self.scheduler = Scheduler(config)
-        self.watch = StallWatch()
-        self._next_id = 0
-        self._round = 0
-        self._last_verify: dict[int, tuple[int, float]] = {}  # sequence -> start of its last verification, its seconds
-        self._failed: list[Progressed] = []  # in this round, by what befell them
+    ) -> Engine:
+        """An engine on a target model, with a KV pool of its own.
+
+        Args:
+            max_lookahead: the longest speculation a request may ask for.
+            coupling: how speculations are verified; the speculators' drafts must be of the same mind.
+        """
+        runner = Runner.on(decoder, config, coupling)
+        limits = RequestLimits(decoder.arch.vocab_size, config.max_model_len, max_lookahead, tuple(speculators))
+        allocator = BlockAllocator(config.pool_blocks)
+        return cls(runner, Scheduler(config), allocator, config, limits, speculators, tracer)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -101,47 +117,15 @@ class Engine:
         Raises:
             RequestError: it could never be served as asked; the message names what to change.
         """
+        decoder, longest = self._runner.decoder, self._config.max_model_len
         if request.index == 0:  # the other outputs of a request differ in nothing that can be wrong
-            self._check(request)
-        table = BlockTable(self.allocator, self._config.block_size, self._config.max_model_len, self._decoder.device)
-        longest, unit = self._config.max_model_len, share_unit(self._decoder, self._config)
+            self._limits.check(request)
+        table = BlockTable(self.allocator, self._config.block_size, longest, decoder.device)
+        unit = share_unit(decoder, self._config)
         sequence = Sequence(self._next_id, request, table, text or NoText(), longest, unit)
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence
-
-    def _check(self, request: Request) -> None:
-        check_sampling(request.params)
-        check_processors(request.params, self._decoder.arch.vocab_size, request.eos_token_ids)
-        if request.params.min_tokens > request.max_tokens:
-            raise RequestError(f"min_tokens {request.params.min_tokens} is above max_tokens {request.max_tokens}")
-        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_ALTERNATIVES:
-            raise RequestError(f"logprobs must be between 0 and {MOST_ALTERNATIVES}, not {request.logprobs}")
-        length, longest = len(request.prompt_tokens), self._config.max_model_len
-        if length == 0:
-            raise RequestError("the prompt is empty: give at least one token")
-        if length >= longest:
-            raise RequestError(
-                f"the prompt has {length} tokens and engine.max_model_len is {longest}: "
-                "shorten the prompt or raise engine.max_model_len"
-            )
-        vocab_size = self._decoder.arch.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt_tokens):
-            raise RequestError(f"the prompt has token ids outside the vocabulary of {vocab_size} tokens")
-        if request.max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, not {request.max_tokens}")
-        if "" in request.stop:
-            raise RequestError("a stop string is empty: every text would stop at once")
-        if request.mode not in self._speculators:
-            raise RequestError(
-                f"mode {request.mode!r} is not served by this engine, which has {', '.join(self._speculators)}: "
-                f"start the engine with speculation.mode = {request.mode}"
-            )
-        if not 0 <= request.lookahead <= self._max_lookahead:
-            raise RequestError(
-                f"lookahead must be between 0 and speculation.lookahead = {self._max_lookahead}, "
-                f"not {request.lookahead}"
-            )
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Stop these sequences, wherever they are; those that have ended stay as they are."""
@@ -156,7 +140,7 @@ class Engine:
 
     def check(self) -> None:
         """Between requests: raise PeerLost if a rank of the target is gone."""
-        self._decoder.check()
+        self._runner.decoder.check()
 
     # -- one round -----------------------------------------------------------------------------------------------
 
@@ -202,7 +186,7 @@ class Engine:
         admitted = self.scheduler.admit()
         for sequence in admitted:
             with self._contained([sequence], "admitting"):
-                sequence.begin(self._decoder.arch.vocab_size)
+                sequence.begin(self._limits.vocab_size)
         for mode, speculator in self._speculators.items():
             if members := [one for one in admitted if one.request.mode == mode and not one.finish_reason]:
                 with self._contained(members, "admitting"):
@@ -220,24 +204,8 @@ class Engine:
         self.scheduler.share_prompt(sequence)
         start = sequence.table.length
         end = min(start + self._config.prefill_chunk, sequence.num_prompt)
-        sequence.table.reserve(end)
-        sequence.table.length = end
-        rows = RowBuilder(self._decoder.device)
-        rows.begin_sequence(sequence.table)
-        rows.add_trunk(sequence.tokens[start:end], start)
-        forward = rows.build()
-        progressed = []
-        if end < sequence.num_prompt:
-            self._decoder.choose(forward, self._kv, ())
-        else:
-            (outcome,), logits_RV = verified(
-                self._coupling,
-                [sequence],
-                [Speculation()],
-                partial(self._decoder.forward, forward, self._kv),
-                partial(self._decoder.choose, forward, self._kv),
-            )
-            progressed = [_commit(sequence, outcome, Speculation(), logits_RV)]
+        found = self._runner.prefill(sequence, start, end)
+        progressed = [_commit(found)] if found is not None else []
         end_ns = time.monotonic_ns()
         sequence.measured.prefill_seconds += (end_ns - start_ns) / 1e9
         self._tracer.complete("prefill", start_ns, end_ns, arguments={"tokens": end - start})
@@ -246,7 +214,7 @@ class Engine:
     def _verify_round(self, batch: list[Sequence], speculator: Speculator) -> list[Progressed]:
         self._round += 1
         propose_ns = time.monotonic_ns()
-        proposals = within_vocabulary(speculator.propose(batch, self._round), self._decoder.arch.vocab_size)
+        proposals = _within_vocabulary(speculator.propose(batch, self._round), self._limits.vocab_size)
         self.watch.lap("propose", proposals.wait_seconds)
         held_up = any(sequence.sequence_id in self._last_verify for sequence in batch)
         self.watch.end(self._round, held_up=held_up)
@@ -255,55 +223,34 @@ class Engine:
         found = self._verified(batch, proposals.speculations)
         verified_ns = time.monotonic_ns()
         self.watch.begin()
-        raise_faults(self._kv)
+        self._runner.raise_faults()
         progressed = []
-        for sequence, outcome, speculation, logits_LV in found:
+        verify_ms = (verified_ns - start_ns) / 1e6
+        for one in found:
+            sequence = one.sequence
             with self._contained([sequence], "committing"):
                 # The bonus token has no row yet; rejected rows go back.
-                sequence.table.rollback(len(sequence.tokens) + outcome.num_accepted)
-                progressed.append(_commit(sequence, outcome, speculation, logits_LV))
-                sequence.measured.verify_ms.append((verified_ns - start_ns) / 1e6)
-                self._last_verify[sequence.sequence_id] = (start_ns, (verified_ns - start_ns) / 1e6)
-        came = [(speculation, outcome) for sequence, outcome, speculation, _ in found if not sequence.failure]
-        outcomes = [outcome for _, outcome in came]
+                sequence.table.rollback(len(sequence.tokens) + one.outcome.num_accepted)
+                progressed.append(_commit(one))
+                sequence.measured.verify_ms.append(verify_ms)
+                self._last_verify[sequence.sequence_id] = (start_ns, verify_ms)
+        came = [one for one in found if not one.sequence.failure]
+        outcomes = [one.outcome for one in came]
         if came:
-            speculator.observe([speculation for speculation, _ in came], outcomes, (verified_ns - start_ns) / 1e9)
+            speculator.observe([one.speculation for one in came], outcomes, verify_ms / 1e3)
         self._trace_round(proposals, outcomes, propose_ns, start_ns, verified_ns)
         self.watch.lap("commit")
         return progressed
 
-    def _verified(
-        self, batch: Sequences[Sequence], speculations: Sequences[Speculation]
-    ) -> list[tuple[Sequence, Outcome, Speculation, Tensor | None]]:
-        """The outcome of every sequence that has one, and the logits of its rows if they are wanted.
+    def _verified(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> list[Verified]:
+        """What was decided for every sequence of which it could be.
 
         If it cannot be had of all together, of each alone: one may be to blame for what befell all.
         """
         with self._contained(batch if len(batch) == 1 else (), "verifying"):
-            fresh = self._fresh(batch, speculations)
-            outcomes, logits_RV = verified(
-                self._coupling,
-                batch,
-                speculations,
-                partial(self._rounding.forward, fresh, self._kv),
-                partial(self._rounding.choose, fresh, self._kv),
-            )
-            lengths = [1 + len(speculation.tokens) for speculation in speculations]
-            logits = [None] * len(batch) if logits_RV is None else logits_RV.split(lengths)
-            return list(zip(batch, outcomes, speculations, logits, strict=True))
+            return self._runner.verify(batch, speculations)
         alone = zip(batch, speculations, strict=True) if len(batch) > 1 else ()
         return [one for sequence, speculation in alone for one in self._verified([sequence], [speculation])]
-
-    def _fresh(self, batch: Sequences[Sequence], speculations: Sequences[Speculation]) -> list[FreshTokens]:
-        """1 + len(speculation) rows a sequence, their places in its table reserved."""
-        found = []
-        for sequence, speculation in zip(batch, speculations, strict=True):
-            start = len(sequence.tokens) - 1
-            fresh = (sequence.tokens[-1], *speculation.tokens)
-            sequence.table.reserve(start + len(fresh))
-            sequence.table.length = start + len(fresh)
-            found.append(FreshTokens(sequence.table, fresh, start))
-        return found
 
     # -- endings and measures ------------------------------------------------------------------------------------
 
@@ -346,9 +293,21 @@ class Engine:
         self._tracer.complete("commit", verified_ns, time.monotonic_ns())
 
 
-def _commit(sequence: Sequence, outcome: Outcome, speculation: Speculation, logits_LV: Tensor | None) -> Progressed:
+def _within_vocabulary(proposals: Proposals, vocab_size: int) -> Proposals:
+    """The same, cut where a draft of a larger table proposes a token that the target has not."""
+    if all(max(one.tokens, default=0) < vocab_size for one in proposals.speculations):
+        return proposals
+    cut = []
+    for one in proposals.speculations:
+        length = next((k for k, token in enumerate(one.tokens) if token >= vocab_size), len(one.tokens))
+        cut.append(replace(one, tokens=one.tokens[:length], proposals=one.proposals[:length]))
+    return replace(proposals, speculations=tuple(cut))
+
+
+def _commit(found: Verified) -> Progressed:
     """Commit, and tell what the raw logits of its rows say of the tokens that were not cut off, if it is asked."""
-    delta = sequence.commit(outcome, speculation)
+    sequence, logits_LV = found.sequence, found.logits_LV
+    delta = sequence.commit(found.outcome, found.speculation)
     if sequence.request.logprobs is not None and logits_LV is not None:
         count = len(delta.token_ids)
         logprobs = token_logprobs(logits_LV[:count], delta.token_ids, sequence.request.logprobs)

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import Literal, Protocol
 
 from ssd_runtime.comm.control.client_messages import RequestStatistics, Series
-from ssd_runtime.config import Mode
+from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.stop_strings import StopStrings
 from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.kv.table import BlockTable
@@ -21,7 +21,7 @@ from ssd_runtime.metrics import Samples, percentiles
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
 from ssd_runtime.speculation.planning.backup import NgramIndex
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors, processors_of
-from ssd_runtime.speculation.types import NO_TOKEN, Outcome, SamplingParams, Speculation, TokenLogprob
+from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Speculation, TokenLogprob
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -42,35 +42,6 @@ class NoText:
 
     def flush(self) -> str:
         return ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for, checked and tokenized.
-
-    Attributes:
-        stop: stop strings; the text ends before the first of them.
-        eos_token_ids: tokens that end the sequence; empty to go on regardless.
-        logprobs: how many alternatives to tell with the log-probability of each token; None for no log-probabilities.
-        index: which of the outputs of the request with this id.
-    """
-
-    request_id: str
-    prompt_tokens: tuple[int, ...]
-    params: SamplingParams
-    mode: Mode
-    lookahead: int
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-    index: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the prompt, and those that the parameters name: what its memory grows with."""
-        named = (self.params.allowed_tokens or (), self.params.banned_tokens, self.params.logit_bias)
-        return len(self.prompt_tokens) + sum(map(len, named))
 
 
 @dataclass(frozen=True)

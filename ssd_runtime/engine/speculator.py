@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from ssd_runtime.comm.control.draft_messages import Admit
@@ -26,17 +26,6 @@ class Proposals:
     hits: tuple[bool | None, ...]
     wait_seconds: float = 0.0
     draft_steps: tuple[tuple[float, int], ...] = ()
-
-
-def within_vocabulary(proposals: Proposals, vocab_size: int) -> Proposals:
-    """The same, cut where a draft of a larger table proposes a token that the target has not."""
-    if all(max(one.tokens, default=0) < vocab_size for one in proposals.speculations):
-        return proposals
-    cut = []
-    for one in proposals.speculations:
-        length = next((k for k, token in enumerate(one.tokens) if token >= vocab_size), len(one.tokens))
-        cut.append(replace(one, tokens=one.tokens[:length], proposals=one.proposals[:length]))
-    return replace(proposals, speculations=tuple(cut))
 
 
 def admission(sequence: Sequence, mode: Mode) -> Admit:

@@ -1,7 +1,7 @@
 """What a forward computes and chooses, as int64 words for the other target ranks, and back.
 
 Floats travel by their bits. `encode_...` and `decode_...` are inverse to each other up to what nobody looks at: of the
-sampling parameters only those of sampling.py travel, the rest being in the processors' tally. Knows no wire.
+sampling parameters only those of ranking.py travel, the rest being in the processors' tally. Knows no wire.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cuda_ext.ops import Span
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.noise import signed
-from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors, Tally
+from ssd_runtime.speculation.sampling.ranking import Choice
 from ssd_runtime.speculation.types import SamplingParams
 
 _CPU = torch.device("cpu")

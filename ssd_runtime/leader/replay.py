@@ -27,7 +27,7 @@ from ssd_runtime.leader.forward_codec import decode_batch, decode_choices, encod
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.device_memory import told
-from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows, row_by_row
 from ssd_runtime.speculation.sampling.vocab_parallel import decidable, decide
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ class LeadingDecoder:
             with self._announced(FrameKind.WHOLE_ROWS, torch.tensor(open_rows)):
                 logits_RV = self._shard.whole_rows(logits_RL[open_rows])
                 self._decoder.settle()
-            row_by_row = [choice.part(slice(row, row + 1)) for choice in choices for row in range(len(choice.rows))]
-            closed = iter(choose(logits_RV, [row_by_row[row] for row in open_rows]))
+            each = row_by_row(choices)
+            closed = iter(choose(logits_RV, [each[row] for row in open_rows]))
             return [next(closed) if token is None else token for token in tokens]
         return [token for token in tokens if token is not None]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ssd_runtime.comm.control.client_messages import Generate
 from ssd_runtime.config import Config
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.stop_strings import check_stop_strings
 from ssd_runtime.errors import RequestError
 from ssd_runtime.model.text.tokenizer import Tokenizer

@@ -1,7 +1,9 @@
-"""What one forward computes, as tensors, and what computes it. Knows no sequences, no scheduler."""
+"""What one forward computes: its rows, collected and as tensors, and what computes them. Knows no requests and no
+scheduler."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from cuda_ext.ops import Span
+from cuda_ext.transfer import uploaded
+from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.ranking import Choice
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,104 @@ class ForwardBatch:
     logit_rows_R: Tensor | None = None
 
 
+class RowBuilder:
+    """Collects the rows of several sequences, one sequence after the other, and makes a `ForwardBatch` of them.
+
+    Args:
+        device: where the batch is wanted. It travels there as one vector.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tables: list[BlockTable] = []
+        self._first_rows: list[int] = []  # of each table
+        self._reaches: list[int] = []  # likewise
+        self._tokens: list[int] = []  # of each row, as the four that follow
+        self._positions: list[int] = []
+        self._slots: list[int] = []
+        self._prefixes: list[int] = []
+        self._chains: list[Sequence[int]] = []
+        self._wanted: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def begin_sequence(self, table: BlockTable) -> None:
+        """The rows added from here on belong to the sequence of this table."""
+        self._tables.append(table)
+        self._first_rows.append(len(self))
+        self._reaches.append(0)
+
+    def add_trunk(self, tokens: Sequence[int], start: int) -> None:
+        """Consecutive tokens of the sequence from position `start`, written to their own places, causal."""
+        end = start + len(tokens)
+        self._tokens += tokens
+        self._positions += range(start, end)
+        self._slots += self._tables[-1].slots_of(start, end)
+        self._prefixes += range(start + 1, end + 1)
+        self._chains += [()] * len(tokens)
+        self._reaches[-1] = max(self._reaches[-1], end)
+
+    def add_branch_row(self, token: int, position: int, prefix: int, chain: Sequence[int]) -> None:
+        """A row of a tree: sees `prefix` positions of the sequence and the slots of `chain`, the last one its own."""
+        self._add(token, position, chain[-1], prefix, chain)
+
+    def add_padding(self, position: int, slot: int, prefix: int) -> None:
+        """A row that nobody asks for, on a slot that belongs to nobody: it keeps a place in the forward."""
+        self._add(0, position, slot, prefix, ())
+
+    def want_logits(self, count: int = 1) -> None:
+        """Logits are wanted of the last `count` rows added."""
+        self._wanted.extend(range(len(self) - count, len(self)))
+
+    def build(self) -> ForwardBatch:
+        """The batch. Logits come in the order they were asked for; of the last row if none was asked for."""
+        num_rows, depth = len(self), max(map(len, self._chains))
+        counts = [end - first for first, end in itertools.pairwise([*self._first_rows, num_rows])]
+        wanted = self._wanted or [num_rows - 1]
+        if wanted == list(range(num_rows)):
+            wanted = []
+        words = [*self._tokens, *self._positions, *self._slots, *self._prefixes]
+        for index, count in enumerate(counts):
+            words += [index] * count
+        if depth:
+            padding = [-1] * depth
+            for chain in self._chains:
+                words += chain
+                words += padding[len(chain) :]
+        words += wanted
+        lengths = [num_rows] * 5 + [num_rows * depth, len(wanted)]
+        tokens_N, positions_N, slots_N, prefix_N, sequence_N, chains, wanted_R = uploaded(words, self._device).split(
+            lengths
+        )
+        return ForwardBatch(
+            tokens_N=tokens_N,
+            positions_N=positions_N,
+            slots_N=slots_N,
+            sequence_N=sequence_N,
+            tables_SC=self._slots_of_tables(),
+            prefix_N=prefix_N,
+            chain_ND=chains.view(num_rows, depth),
+            spans=tuple(map(Span, counts, self._reaches)),
+            logit_rows_R=wanted_R if wanted else None,
+        )
+
+    def _slots_of_tables(self) -> Tensor:
+        width = max(1, *self._reaches)
+        if len(self._tables) == 1:
+            return self._tables[0].slots[None, :width]
+        return torch.stack([table.slots[:width] for table in self._tables])
+
+    def _add(self, token: int, position: int, slot: int, prefix: int, chain: Sequence[int]) -> None:
+        self._tokens.append(token)
+        self._positions.append(position)
+        self._slots.append(slot)
+        self._prefixes.append(prefix)
+        self._chains.append(chain)
+        if prefix > self._reaches[-1]:
+            self._reaches[-1] = prefix
+
+
 class Model(Protocol):
     """A decoder as the engine uses it: in this process (decoder.py) or spread over ranks (leader/replay.py).
 
@@ -72,5 +174,5 @@ class Model(Protocol):
     def choose(self, batch: ForwardBatch, kv_L2SGD: Tensor, choices: Sequence[Choice], first_row: int = 0) -> list[int]:
         """A forward, and the tokens chosen at its rows with logits from `first_row` on, as many as the choices have.
 
-        The same tokens as `speculation.choice.choose` on the logits of `forward`, which need not come together here.
+        The same tokens as `choose` of ranking.py on the logits of `forward`, which need not come together here.
         """

@@ -17,7 +17,7 @@ from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.model.layers import Layer, Linear
 from ssd_runtime.model.parallel import Shard
 from ssd_runtime.model.quantize import PackedLinear
-from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows
 
 
 class Decoder:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.files.source import WHOLE, Part, WeightSource
-from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.ranking import Choice
 from ssd_runtime.speculation.sampling.vocab_parallel import report
 
 _COLUMN_PARALLEL = ("gate_proj", "up_proj")

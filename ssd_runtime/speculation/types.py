@@ -52,7 +52,7 @@ class SamplingParams:
         banned_tokens: never chosen.
         min_tokens: the tokens that end a sequence are not chosen before so many. A stop string still ends it.
 
-    The order in which they act is that of processors.py, then sampling.py.
+    The order in which they act is that of processors.py, then ranking.py.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0

@@ -9,48 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssd_runtime.config import Coupling
 from ssd_runtime.speculation.rejection.acceptance import verify_by_rejection
-from ssd_runtime.speculation.sampling.choice import Choice, choose, processed
-from ssd_runtime.speculation.sampling.processors import LogitsProcessors
-from ssd_runtime.speculation.sampling.ranking import process_logits
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, process_logits, process_rows
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A speculation to be verified.
-
-    Attributes:
-        params: of the request.
-        position: of the first speculated token in the sequence; of the bonus token if there is none.
-        text: hash of the tokens before it (noise.py); only rejection sampling looks at it.
-        processors: of the sequence; None if it has none.
-    """
-
-    params: SamplingParams
-    position: int
-    speculation: Speculation
-    text: int = 0
-    processors: LogitsProcessors | None = None
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.speculation.tokens) + 1
-
-    @property
-    def choice(self) -> Choice:
-        """The target's own tokens at its rows."""
-        return Choice(self.params, self.position, range(self.num_rows), self.speculation.tokens, self.processors)
-
-    def is_settled_by_tokens(self, coupling: Coupling) -> bool:
-        """Whether the target's own tokens decide; if not, probabilities do."""
-        return coupling == "shared-noise" or self.params.temperature == 0.0
+def tokens_decide(coupling: Coupling, params: SamplingParams) -> bool:
+    """Whether the target's own tokens decide what is accepted; if not, probabilities do."""
+    return coupling == "shared-noise" or params.temperature == 0.0
 
 
 def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
@@ -67,28 +38,30 @@ def verify(chosen: Sequence[int], speculation: Sequence[int]) -> Outcome:
     return Outcome(num_accepted, chosen[num_accepted])
 
 
-def verify_by_tokens(chosen: Sequence[int], claims: Sequence[Claim]) -> list[Outcome]:
-    """The outcome of every claim, all of them settled by the target's own tokens, `num_rows` a claim in order."""
+def verify_by_tokens(chosen: Sequence[int], speculations: Sequence[Speculation]) -> list[Outcome]:
+    """The outcome of every speculation, each with one token chosen more than it has, in order."""
     rows = iter(chosen)
-    return [verify(list(itertools.islice(rows, claim.num_rows)), claim.speculation.tokens) for claim in claims]
+    return [verify(list(itertools.islice(rows, len(one.tokens) + 1)), one.tokens) for one in speculations]
 
 
-def verify_claims(coupling: Coupling, logits_RV: Tensor, claims: Sequence[Claim]) -> list[Outcome]:
-    """The outcome of every claim.
+def verify_by_logits(
+    coupling: Coupling, logits_RV: Tensor, choices: Sequence[Choice], speculations: Sequence[Speculation]
+) -> list[Outcome]:
+    """The outcome of every speculation, by tokens where these decide.
 
     Args:
-        logits_RV: of the model, `num_rows` rows a claim, in order.
+        logits_RV: of the model, for the rows of all choices in order.
+        choices: one a speculation, with a row behind each of its tokens and one before.
     """
-    rows = logits_RV.split([claim.num_rows for claim in claims])
-    by_tokens = [i for i, claim in enumerate(claims) if claim.is_settled_by_tokens(coupling)]
     outcomes: dict[int, Outcome] = {}
+    rows = logits_RV.split([len(choice.rows) for choice in choices])
+    by_tokens = [i for i, choice in enumerate(choices) if tokens_decide(coupling, choice.params)]
     if by_tokens:
-        same_RV = logits_RV if len(by_tokens) == len(claims) else torch.cat([rows[i] for i in by_tokens])
-        settled = [claims[i] for i in by_tokens]
-        chosen = choose(same_RV, [claim.choice for claim in settled])
-        outcomes = dict(zip(by_tokens, verify_by_tokens(chosen, settled), strict=True))
-    for i, claim in enumerate(claims):
+        same_RV = logits_RV if len(by_tokens) == len(choices) else torch.cat([rows[i] for i in by_tokens])
+        chosen = choose(same_RV, [choices[i] for i in by_tokens])
+        outcomes = dict(zip(by_tokens, verify_by_tokens(chosen, [speculations[i] for i in by_tokens]), strict=True))
+    for i, (choice, speculation) in enumerate(zip(choices, speculations, strict=True)):
         if i not in outcomes:
-            z_LV = [process_logits(logits_V, claim.params) for logits_V in processed(rows[i], [claim.choice])]
-            outcomes[i] = verify_by_rejection(z_LV, claim.speculation, claim.params.seed, claim.text)
-    return [outcomes[i] for i in range(len(claims))]
+            z_LV = [process_logits(logits_V, choice.params) for logits_V in process_rows(rows[i], [choice])]
+            outcomes[i] = verify_by_rejection(z_LV, speculation, choice.params.seed, choice.text)
+    return [outcomes[i] for i in range(len(choices))]

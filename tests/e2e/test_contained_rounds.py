@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.kv.pool import OutOfBlocks
 from ssd_runtime.model.batch import ForwardBatch

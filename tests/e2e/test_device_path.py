@@ -19,10 +19,10 @@ from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, Numerics, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
-from ssd_runtime.engine.rows import RowBuilder
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
+from ssd_runtime.model.batch import RowBuilder
 from ssd_runtime.model.load import decoder_from_weights
-from ssd_runtime.speculation.sampling.choice import Choice
+from ssd_runtime.speculation.sampling.ranking import Choice
 from ssd_runtime.speculation.sampling.vocab_parallel import decide, report
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess, in_process, random_steps, request

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation.planning.planner import MeasuredRound

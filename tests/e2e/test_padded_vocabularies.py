@@ -9,7 +9,7 @@ import pytest
 
 from cuda_ext import ops
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.sampling import ranking as sampling
 from ssd_runtime.speculation.types import SamplingParams, Source

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from cuda_ext import ops
 from cuda_ext.ops import Span
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.errors import RequestError
 from ssd_runtime.model.batch import ForwardBatch
 from ssd_runtime.speculation.sampling import processors
 from ssd_runtime.speculation.sampling.processors import History, process_history
-from ssd_runtime.speculation.sampling.ranking import Draw, choose_tokens
+from ssd_runtime.speculation.sampling.ranking import Choice, choose
 from ssd_runtime.speculation.types import SamplingParams, TokenLogprob
 from tests.e2e.test_token_identity import MODES, VOCAB, alone, models, outputs, prompt
 from tests.engines import in_process, random_steps, request
@@ -77,7 +77,7 @@ def plain_text(asked: Request) -> tuple[int, ...]:
         forward = ForwardBatch(*rows, (Span(count, count),), positions[-1:])
         logits_V = decoder.forward(forward, decoder.new_kv(count))[0]
         logits_V = process_history(logits_V, asked.params, History(asked.prompt_tokens, output, asked.eos_token_ids))
-        output += (*choose_tokens(logits_V[None], [Draw(asked.params, count)]),)
+        output += (*choose(logits_V[None], [Choice(asked.params, count)]),)
     return output
 
 

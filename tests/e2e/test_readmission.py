@@ -13,7 +13,7 @@ from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.types import Outcome, SamplingParams
 from tests.engines import InProcess, in_process, random_steps, request

@@ -95,12 +95,12 @@ def as_sent(sent: Proposal, vocab_size: int) -> Tensor:
     return q_V
 
 
-def not_renormalised(logits_RV, draws, texts, count, rule):
+def not_renormalised(logits_RV, choices, count, rule):
     """Sample from the truncated q, send what these tokens had before it was truncated."""
     rankings = []
-    found = proposal.propose_tokens(logits_RV, draws, texts, count, rule)
-    for logits_V, draw, ranking in zip(logits_RV, draws, found, strict=True):
-        whole_V = torch.softmax(process_logits(logits_V, draw.params), dim=0)
+    found = proposal.propose_tokens(logits_RV, choices, count, rule)
+    for logits_V, choice, ranking in zip(logits_RV, choices, found, strict=True):
+        whole_V = torch.softmax(process_logits(logits_V, choice.params), dim=0)
         weights = tuple(whole_V[list(ranking.proposal.tokens)].tolist())
         rankings.append(dataclasses.replace(ranking, proposal=Proposal(ranking.proposal.tokens, weights)))
     return rankings

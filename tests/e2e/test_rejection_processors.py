@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation.sampling.processors import History, LogitsProcessors, process_history
 from ssd_runtime.speculation.sampling.ranking import process_logits

@@ -13,7 +13,8 @@ from ssd_runtime.comm.control.messages import Admit
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
-from ssd_runtime.engine.sequence import Request, Sequence
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.speculation.drafting.fan_out import Fork, Verified
 from ssd_runtime.speculation.types import SamplingParams, Source

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request, Sequence
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.text.tokenizer import Detokenizer, Tokenizer

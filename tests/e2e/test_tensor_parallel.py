@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request
+from ssd_runtime.engine.request import Request
 from ssd_runtime.leader.replay import FrameKind, LeadingDecoder
 from ssd_runtime.model.batch import Model
 from ssd_runtime.model.load import decoder_from_weights

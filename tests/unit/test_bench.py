@@ -17,7 +17,7 @@ from ssd_runtime.comm.control.client_messages import Chunk, Finished, Generate, 
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.metrics import Percentiles
-from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens_oracle
+from ssd_runtime.speculation.sampling.ranking import Choice, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests.tiny_models import tiny_decoder
 
@@ -122,7 +122,7 @@ def test_the_gap_of_a_divergence_is_that_of_the_scores_that_were_compared() -> N
     for temperature in (0.0, 0.8):
         params = SamplingParams(temperature=temperature, seed=3)
         (logits_RV,) = list(Scorer(decoder, 8).score((*text, 0), len(text)))
-        (ranking,) = rank_tokens_oracle(logits_RV[-1:], [Draw(params, len(text))], 5)
+        (ranking,) = rank_tokens_oracle(logits_RV[-1:], [Choice(params, len(text))], 5)
         for token, margin in zip(ranking.tokens, ranking.margins, strict=True):
             assert logit_gap(decoder, text, (ranking.tokens[0], token), params) == pytest.approx(margin, abs=1e-4)
 

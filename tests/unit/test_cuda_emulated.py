@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cuda_ext import ops
-from ssd_runtime.engine import engine
+from ssd_runtime.engine import runner
 from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv import table as paged
-from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens, rank_tokens_oracle
+from ssd_runtime.speculation.sampling.ranking import Choice, rank_tokens, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from tests import cuda_cases, emulator
 from tests.cuda_cases import Kernels
@@ -92,14 +92,14 @@ def test_the_runtime_ranks_tokens_with_the_kernel_as_the_oracle_does(kernels, mo
     kernels.ops.configure(32, 1)
     monkeypatch.setattr(ops, "sample_shared_noise", kernels.ops.sample_shared_noise)
     monkeypatch.setattr(ops, "compiled_for", lambda device: True)
-    draws = [
-        Draw(SamplingParams(temperature=0.8, seed=2**64 - 3), 11),
-        Draw(SamplingParams(temperature=0.0), 4),
-        Draw(SamplingParams(temperature=1.2, top_k=9, top_p=0.8, min_p=0.01, seed=5), 2),
+    choices = [
+        Choice(SamplingParams(temperature=0.8, seed=2**64 - 3), 11),
+        Choice(SamplingParams(temperature=0.0), 4),
+        Choice(SamplingParams(temperature=1.2, top_k=9, top_p=0.8, min_p=0.01, seed=5), 2),
     ]
     logits = cuda_cases.random(0, 3, 300) * 3
-    expected = rank_tokens_oracle(logits, draws, 12)
-    for own, plain in zip(rank_tokens(logits, draws, 12), expected, strict=True):
+    expected = rank_tokens_oracle(logits, choices, 12)
+    for own, plain in zip(rank_tokens(logits, choices, 12), expected, strict=True):
         assert own.tokens == plain.tokens
         assert own.margins == pytest.approx(plain.margins, rel=1e-9, abs=1e-9)
 
@@ -108,7 +108,7 @@ def test_the_next_round_of_an_engine_reports_what_a_kernel_has_met(kernels, monk
     """As on a GPU, where the kernels of a round leave a fault behind and nothing else."""
     on_device, here = torch.empty(1, device="meta"), torch.empty(1)
     monkeypatch.setattr(ops, "raise_faults", lambda kv: kernels.ops.raise_faults(here))
-    monkeypatch.setattr(engine, "raise_faults", lambda kv: paged.raise_faults(on_device))
+    monkeypatch.setattr(runner, "raise_faults", lambda kv: paged.raise_faults(on_device))
     decoder = tiny_decoder(0)
     process = in_process(decoder, decoder)
     process.engine.add(request((1, 2, 3), "ar"))

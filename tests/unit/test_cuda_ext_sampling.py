@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cuda_ext import reference
 from ssd_runtime.kv.table import copy_branch_oracle
 from ssd_runtime.speculation.noise import gumbel_noise, noise_key, signed
-from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens_oracle
+from ssd_runtime.speculation.sampling.ranking import Choice, rank_tokens_oracle
 from ssd_runtime.speculation.types import SamplingParams
 from ssd_runtime.speculation.verify import verify
 
@@ -22,8 +22,8 @@ def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sample(backend, logits: torch.Tensor, draws: list[Draw], count: int) -> list[tuple[int, ...]]:
-    params = [draw.params for draw in draws]
+def sample(backend, logits: torch.Tensor, choices: list[Choice], count: int) -> list[tuple[int, ...]]:
+    params = [one.params for one in choices]
     ranked, scores = backend.sample_shared_noise(
         logits,
         torch.tensor([p.temperature for p in params], dtype=torch.float64),
@@ -31,15 +31,15 @@ def sample(backend, logits: torch.Tensor, draws: list[Draw], count: int) -> list
         torch.tensor([p.top_p for p in params], dtype=torch.float64),
         torch.tensor([p.min_p for p in params], dtype=torch.float64),
         torch.tensor([signed(p.seed) for p in params], dtype=torch.int64),
-        torch.tensor([draw.position for draw in draws], dtype=torch.int64),
+        torch.tensor([one.position for one in choices], dtype=torch.int64),
         count,
     )
     assert torch.equal(ranked >= 0, scores > -torch.inf)
     return [tuple(token for token in row if token >= 0) for row in ranked.tolist()]
 
 
-DRAWS = st.builds(
-    Draw,
+CHOICES = st.builds(
+    Choice,
     params=st.builds(
         SamplingParams,
         temperature=st.sampled_from([0.0, 0.1, 0.7, 1.0, 1.5]),
@@ -55,24 +55,24 @@ DRAWS = st.builds(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=150, deadline=None)
 @given(
-    draws=st.lists(DRAWS, max_size=5),
+    choices=st.lists(CHOICES, max_size=5),
     vocabulary=st.sampled_from([1, 7, 16, 100, 1000, 5003]),
     spread=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     count=st.sampled_from([1, 2, 8]),
 )
-def test_tokens_equal_those_of_the_oracle(backend, draws, vocabulary, spread, dtype, count):
-    logits = (random(len(draws), len(draws), vocabulary) * spread).to(dtype)
-    expected = [ranking.tokens for ranking in rank_tokens_oracle(logits, draws, count)]
-    assert sample(backend, logits, draws, count) == expected
+def test_tokens_equal_those_of_the_oracle(backend, choices, vocabulary, spread, dtype, count):
+    logits = (random(len(choices), len(choices), vocabulary) * spread).to(dtype)
+    expected = [ranking.tokens for ranking in rank_tokens_oracle(logits, choices, count)]
+    assert sample(backend, logits, choices, count) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_excluded_tokens_are_never_chosen(backend):
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 33] = 1.0
-    draws = [Draw(SamplingParams(temperature=t), 0) for t in (1.0, 0.0)]
-    assert sample(backend, logits, draws, 3) == [(33,), ()]
+    choices = [Choice(SamplingParams(temperature=t), 0) for t in (1.0, 0.0)]
+    assert sample(backend, logits, choices, 3) == [(33,), ()]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cuda_ext import ops
 from ssd_runtime.draft import drafter
-from ssd_runtime.engine import engine
+from ssd_runtime.engine import runner
 from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv import table as paged
 from tests.engines import in_process, request
@@ -35,7 +35,7 @@ def test_a_fault_says_what_the_kernel_said(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("mode", ["ar", "sd", "sd-colocated", "ssd"])
 def test_every_round_asks_for_the_faults_of_its_own_cache(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = [], []
-    monkeypatch.setattr(engine, "raise_faults", target.append)
+    monkeypatch.setattr(runner, "raise_faults", target.append)
     monkeypatch.setattr(drafter, "raise_faults", draft.append)
     model = tiny_decoder(0)
     process = in_process(model, model)
@@ -55,7 +55,7 @@ def test_every_round_asks_for_the_faults_of_its_own_cache(mode: str, monkeypatch
         assert not {id(kv) for kv in draft} & {id(kv) for kv in target}
 
 
-@pytest.mark.parametrize(("module", "mode"), [(engine, "ar"), (drafter, "sd-colocated")])
+@pytest.mark.parametrize(("module", "mode"), [(runner, "ar"), (drafter, "sd-colocated")])
 def test_a_fault_ends_the_engine(module: ModuleType, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(kv: Tensor) -> None:
         raise DeviceFault("a kernel has met a slot outside the pool")

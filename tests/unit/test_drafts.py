@@ -8,7 +8,8 @@ from collections import deque
 import pytest
 
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.engine.sequence import NoText, Request, Sequence
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import NoText, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.leader import draft_peer

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from ssd_runtime.config import EngineConfig, SpeculationConfig
-from ssd_runtime.engine.sequence import Request, Sequence
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.decoder import Decoder

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from cuda_ext import ops, reference
-from ssd_runtime.engine.numerics import WINDOW, FreshTokens, Rounding
-from ssd_runtime.engine.rows import RowBuilder
+from ssd_runtime.engine.runner import WINDOW, FreshTokens, Runner
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable, copy_branch
 from ssd_runtime.leader.forward_codec import decode_batch, encode_batch
+from ssd_runtime.model.batch import RowBuilder
 from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.speculation.sampling.processors import process_rows, processors_of
+from ssd_runtime.speculation.sampling.processors import processors_of
+from ssd_runtime.speculation.sampling.ranking import Choice, process_rows
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
 from tests.meta_models import META, MixedDevices, meta_decoder, meta_part, watched
@@ -107,9 +108,9 @@ def test_a_part_of_a_tensor_parallel_model_reads_nothing_back(operators: str, ra
 def test_windows_of_invariant_numerics_need_one_copy_each(operators: str) -> None:
     decoder = meta_decoder(tiny_architecture())
     pool = Pool(decoder, 40)
-    rounding = Rounding(decoder, "invariant", pool.scratch)
+    runner = Runner(decoder, pool.kv, "shared-noise", windows=True, spare_slot=pool.scratch)
     fresh = FreshTokens(pool.tables[0], [1] * 6, 2 * WINDOW - 2)  # in two windows
-    logits, uploads = watched(lambda: rounding.forward([fresh], pool.kv))
+    logits, uploads = watched(lambda: runner.forward([fresh]))
     assert (len(logits), uploads) == (6, 2)
 
 
@@ -145,7 +146,11 @@ def test_processors_of_logits_read_nothing_back() -> None:
         min_tokens=9,
     )
     processors = processors_of(params, range(20), 96, (95,))
-    rows = [(processors, ()), (None, ()), (processors, (5, 7))]
+    rows = [
+        Choice(params, 0, processors=processors),
+        Choice(params, 0),
+        Choice(params, 0, range(2, 3), (5, 7), processors),
+    ]
     z_RV, _ = watched(lambda: process_rows(torch.empty(3, 96, device=META, dtype=torch.bfloat16), rows))
     assert (z_RV.dtype, z_RV.device) == (torch.float32, META)
 

@@ -17,8 +17,8 @@ from ssd_runtime.errors import PeerLost
 from ssd_runtime.leader.forward_codec import decode_choices, encode_choices
 from ssd_runtime.leader.replay import NOTHING, FrameKind, LeadingDecoder, answer_idle
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors, Tally, processors_of
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows, row_by_row
 from ssd_runtime.speculation.types import SamplingParams
 from tests.target_ranks import parallel_decoder
 from tests.tiny_models import RandomWeights, tiny_architecture
@@ -67,10 +67,12 @@ def asked(draw) -> tuple[Choice, Tally | None]:
 def test_choices_arrive_as_they_were_sent(many):
     arrived = decode_choices(encode_choices([choice for choice, _ in many]), 2**31)
     for found, (choice, tally) in zip(arrived, many, strict=True):
-        assert [draw.key for draw in found.draws] == [draw.key for draw in choice.draws]
+        assert [one.key for one in row_by_row([found])] == [one.key for one in row_by_row([choice])]
         for name in ("temperature", "top_k", "top_p", "min_p"):
             assert getattr(found.params, name) == getattr(choice.params, name)
-        assert [text for _, text in found.texts] == [text for _, text in choice.texts]
+        if tally is not None:  # nobody else looks at them
+            assert [found.speculated[:row] for row in found.rows] == [choice.speculated[:row] for row in choice.rows]
+        assert found.rows == choice.rows
         assert (found.processors and found.processors.tally) == tally
 
 

@@ -12,10 +12,11 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.limits import check_processors
 from ssd_runtime.speculation.sampling.processors import (
     History,
+    LogitsProcessors,
     process_history,
-    process_rows,
     processors_of,
 )
+from ssd_runtime.speculation.sampling.ranking import Choice, process_rows
 from ssd_runtime.speculation.types import SamplingParams
 
 VOCAB = 12
@@ -37,6 +38,12 @@ def logits(rows: int, entropy: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(entropy)) * 3
 
 
+def behind(processors: LogitsProcessors | None, speculated: tuple[int, ...] = ()) -> Choice:
+    """The one row behind these tokens."""
+    rows = range(len(speculated), len(speculated) + 1)
+    return Choice(SamplingParams(), 0, rows, speculated, processors)
+
+
 @settings(max_examples=300, deadline=None)
 @given(params=PARAMS, prompt=TEXT, output=TEXT, speculated=TEXT, chunks=st.integers(1, 3), entropy=st.integers(0, 999))
 def test_every_row_of_a_speculation_gets_the_definition(params, prompt, output, speculated, chunks, entropy):
@@ -49,10 +56,11 @@ def test_every_row_of_a_speculation_gets_the_definition(params, prompt, output, 
         )
         return
     for start in range(0, len(output), chunks):
-        process_rows(logits_RV[:1], [(processors, speculated)])  # looking changes nothing
+        process_rows(logits_RV[:1], [behind(processors, speculated)])  # looking changes nothing
         processors.extend(output[start : start + chunks])
-    rows = [(processors, speculated[:count]) for count in range(len(speculated) + 1)]
-    found_RV = process_rows(logits_RV, rows)
+    every = Choice(params, 0, range(len(speculated) + 1), speculated, processors)
+    found_RV = process_rows(logits_RV, [every])
+    assert torch.equal(process_rows(logits_RV[-1:], [behind(processors, speculated)]), found_RV[-1:])
     for count, found_V in enumerate(found_RV):
         history = History(prompt, output + speculated[:count], end)
         assert torch.equal(found_V, process_history(logits_RV[count], params, history))
@@ -85,10 +93,10 @@ def test_the_order_is_penalties_bias_exclusion():
 
 def test_rows_without_processors_are_left_alone_and_cost_nothing():
     logits_RV = logits(3)
-    assert process_rows(logits_RV, [(None, ())] * 3) is logits_RV
+    assert process_rows(logits_RV, [behind(None)] * 3) is logits_RV
     before = logits_RV.clone()
     banned = processors_of(SamplingParams(banned_tokens=(5,)), (), VOCAB)
-    mixed_RV = process_rows(logits_RV, [(None, ()), (banned, ()), (None, ())])
+    mixed_RV = process_rows(logits_RV, [behind(None), behind(banned), behind(None)])
     assert torch.equal(logits_RV, before)
     assert torch.equal(mixed_RV[[0, 2]], before[[0, 2]])
     assert mixed_RV[1, 5] == -math.inf
@@ -107,7 +115,7 @@ def test_a_shorter_vocabulary_leaves_aside_what_lies_beyond_it():
     )
     processors = processors_of(params, (2, 11), 8, (10,))
     processors.extend((11, 3))
-    found = process_rows(torch.ones(1, 8), [(processors, (11, 4))])[0]
+    found = process_rows(torch.ones(1, 8), [behind(processors, (11, 4))])[0]
     expected = torch.ones(8)
     expected[[2, 3, 4]] /= 1.5
     assert torch.equal(found, expected)

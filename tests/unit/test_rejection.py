@@ -22,7 +22,7 @@ from ssd_runtime.speculation.rejection.acceptance import (
 )
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_oracle, propose_tokens
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
-from ssd_runtime.speculation.sampling.ranking import Draw, process_logits, rank_tokens
+from ssd_runtime.speculation.sampling.ranking import Choice, process_logits, rank_tokens
 from ssd_runtime.speculation.types import Outcome, Proposal, SamplingParams, Speculation
 
 RULES = st.builds(
@@ -138,9 +138,9 @@ def test_the_bonus_after_nothing_is_a_plain_draw():
 def test_proposals_equal_the_definition_and_candidates_are_ranked_by_logits(rule, size, count, entropy):
     logits_RV = random_logits(entropy, 3, size)
     params = [SamplingParams(t, top_k=size // 2, seed=entropy + row) for row, t in enumerate((0.3, 1.0, 1.7))]
-    draws = [Draw(one, position=row) for row, one in enumerate(params)]
     texts = [extend_text(EMPTY_TEXT, (entropy, row)) for row in range(3)]
-    for row, ranking in enumerate(propose_tokens(logits_RV, draws, texts, count, rule)):
+    choices = [Choice(one, row, text=texts[row]) for row, one in enumerate(params)]
+    for row, ranking in enumerate(propose_tokens(logits_RV, choices, count, rule)):
         z_V = process_logits(logits_RV[row], params[row])
         token, proposal = propose_oracle(z_V, rule, text_key(params[row].seed, texts[row], Stream.PROPOSAL))
         assert ranking.proposal is not None
@@ -155,25 +155,25 @@ def test_proposals_equal_the_definition_and_candidates_are_ranked_by_logits(rule
 
 def test_rows_at_temperature_0_are_ranked_as_ever():
     logits_RV = random_logits(1, 3, 40)
-    draws = [Draw(SamplingParams(t, seed=5), 7) for t in (0.0, 1.0, 0.0)]
-    rankings = propose_tokens(logits_RV, draws, [1, 2, 3], 4, ProposalRule())
-    assert rankings[0::2] == rank_tokens(logits_RV[0::2], draws[0::2], 4)
+    choices = [Choice(SamplingParams(t, seed=5), 7, text=text) for text, t in enumerate((0.0, 1.0, 0.0))]
+    rankings = propose_tokens(logits_RV, choices, 4, ProposalRule())
+    assert rankings[0::2] == rank_tokens(logits_RV[0::2], choices[0::2], 4)
     assert rankings[0].draft_token == int(logits_RV[0].argmax())
     assert rankings[0].proposal is None
 
 
 def test_a_draft_of_one_token_is_greedy_and_sends_nothing():
     logits_RV = random_logits(2, 1, 40)
-    (ranking,) = propose_tokens(logits_RV, [Draw(SamplingParams(1.0), 7)], [1], 4, ProposalRule(top_m=1))
+    (ranking,) = propose_tokens(logits_RV, [Choice(SamplingParams(1.0), 7)], 4, ProposalRule(top_m=1))
     assert ranking.draft_token == int(logits_RV[0].argmax())
     assert ranking.proposal is None
 
 
 def test_the_same_text_has_the_same_proposal_and_another_one_an_independent_one():
     logits_RV = random_logits(3, 1, 6).repeat(2000, 1)
-    draws = [Draw(SamplingParams(1.0, seed=8), 7)] * 2000
     texts = [extend_text(EMPTY_TEXT, (1, last)) for last in range(2000)]
-    first, again = (propose_tokens(logits_RV, draws, texts, 1, ProposalRule()) for _ in range(2))
+    choices = [Choice(SamplingParams(1.0, seed=8), 7, text=text) for text in texts]
+    first, again = (propose_tokens(logits_RV, choices, 1, ProposalRule()) for _ in range(2))
     assert first == again
     q_V = torch.softmax(logits_RV[0].double(), dim=0)
     counts_V = torch.bincount(torch.tensor([ranking.draft_token for ranking in first]), minlength=6)

@@ -13,8 +13,8 @@ from ssd_runtime.errors import RequestError
 from ssd_runtime.speculation.limits import check_sampling
 from ssd_runtime.speculation.sampling import ranking as sampling
 from ssd_runtime.speculation.sampling.ranking import (
-    Draw,
-    choose_tokens,
+    Choice,
+    choose,
     process_logits,
     rank_tokens,
     rank_tokens_oracle,
@@ -52,9 +52,9 @@ def test_fast_ranking_equals_the_definition(rows, vocab_size, count, scale, entr
     out_RV = torch.rand(len(rows), vocab_size, generator=generator) < excluded
     out_RV[:, 1] = False  # what processors.py excludes is never all
     logits_RV = logits_RV.masked_fill(out_RV, -torch.inf)
-    draws = [Draw(params, position=17 + row) for row, params in enumerate(rows)]
-    plain = rank_tokens_oracle(logits_RV, draws, count)
-    for fast in (rank_tokens(logits_RV, draws, count), rank_tokens_without_operators(logits_RV, draws, count)):
+    choices = [Choice(params, position=17 + row) for row, params in enumerate(rows)]
+    plain = rank_tokens_oracle(logits_RV, choices, count)
+    for fast in (rank_tokens(logits_RV, choices, count), rank_tokens_without_operators(logits_RV, choices, count)):
         assert [ranking.tokens for ranking in fast] == [ranking.tokens for ranking in plain]
         for mine, theirs in zip(fast, plain, strict=True):
             assert mine.margins == pytest.approx(theirs.margins, abs=1e-5)
@@ -62,7 +62,7 @@ def test_fast_ranking_equals_the_definition(rows, vocab_size, count, scale, entr
 
 def test_greedy_takes_the_lowest_of_equal_tokens():
     logits_RV = torch.tensor([[1.0, 5.0, 5.0, 0.0]])
-    assert choose_tokens(logits_RV, [Draw(SamplingParams(), 3)]) == [1]
+    assert choose(logits_RV, [Choice(SamplingParams(), 3)]) == [1]
 
 
 def test_processors_keep_what_they_should():
@@ -99,8 +99,8 @@ def test_one_token_has_the_distribution_of_the_softmax(temperature):
     logits_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 0.25, 1.5])
     probabilities = torch.softmax(logits_V / temperature, 0)
     trials = 20000
-    draws = [Draw(SamplingParams(temperature=temperature, seed=seed), 11) for seed in range(trials)]
-    chosen = torch.tensor(choose_tokens(logits_V.expand(trials, 8), draws))
+    choices = [Choice(SamplingParams(temperature=temperature, seed=seed), 11) for seed in range(trials)]
+    chosen = torch.tensor(choose(logits_V.expand(trials, 8), choices))
     observed = torch.bincount(chosen, minlength=8).double()
     expected = probabilities.double() * trials
     assert float(((observed - expected) ** 2 / expected).sum()) < 29.9
@@ -113,8 +113,8 @@ def test_three_tokens_have_the_joint_distribution_of_the_chain():
     state = torch.zeros(trials, dtype=torch.int64)
     texts = torch.zeros(trials, dtype=torch.int64)
     for position in range(3):
-        draws = [Draw(SamplingParams(temperature=1.0, seed=seed), 40 + position) for seed in range(trials)]
-        state = torch.tensor(choose_tokens(table_VV[state], draws))
+        choices = [Choice(SamplingParams(temperature=1.0, seed=seed), 40 + position) for seed in range(trials)]
+        state = torch.tensor(choose(table_VV[state], choices))
         texts = texts * 8 + state
     chances_VV = torch.softmax(table_VV, 1).double()
     expected = torch.tensor(

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_runtime.config import EngineConfig
+from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.scheduler import Scheduler
-from ssd_runtime.engine.sequence import NoText, Request, Sequence
+from ssd_runtime.engine.sequence import NoText, Sequence
 from ssd_runtime.errors import RequestError
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable

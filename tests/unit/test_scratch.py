@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.config import EngineConfig
-from ssd_runtime.engine.rows import RowBuilder
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.batch import ForwardBatch
+from ssd_runtime.model.batch import ForwardBatch, RowBuilder
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.layers import Layer
 from ssd_runtime.model.memory import MOST_SCORES, forward_bytes, logit_bytes, logit_copies, table_bytes
 from ssd_runtime.model.quantize import PlainLinear
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
-from ssd_runtime.speculation.sampling.choice import Choice, choose
-from ssd_runtime.speculation.sampling.processors import process_rows, processors_of
-from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
+from ssd_runtime.speculation.sampling.processors import processors_of
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.live_bytes import peak_bytes
 
@@ -157,16 +155,15 @@ def test_choosing_needs_what_is_computed_at_the_target() -> None:
 @pytest.mark.parametrize("coupling", ["shared-noise", "rejection"])
 def test_choosing_needs_what_is_computed_at_the_draft(coupling: str) -> None:
     rows, vocabulary = 24, 32768
-    draws = [Draw(PENALISED, 3)] * rows
     processors = processors_of(PENALISED, (1, 2, 3), vocabulary - 1, ())
+    choices = [Choice(PENALISED, 3, processors=processors)] * rows
 
     def rank() -> None:
         whole_RV = logits(rows, vocabulary)
-        rows_RV = process_rows(whole_RV[:, :-1], [(processors, ())] * rows).contiguous()
         if coupling == "shared-noise":
-            rank_tokens(rows_RV, draws, 9)
+            rank_tokens(whole_RV[:, :-1], choices, 9)
         else:
-            propose_tokens(rows_RV, draws, [0] * rows, 9, ProposalRule())
+            propose_tokens(whole_RV[:, :-1], choices, 9, ProposalRule())
 
     peak = peak_bytes(rank)
     assert peak <= logit_bytes(vocabulary, rows, logit_copies("draft", coupling, 1)) <= 2 * peak  # type: ignore[arg-type]

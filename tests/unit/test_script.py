@@ -14,7 +14,7 @@ from ssd_runtime.comm.collective import TargetGroup
 from ssd_runtime.model.load import load_decoder
 from ssd_runtime.model.random.models import FIRST_WORD
 from ssd_runtime.model.random.script import CANDIDATES, EXPONENT, HUNDRED, PERIOD, SCALE, Script
-from ssd_runtime.speculation.sampling.ranking import Draw, rank_tokens
+from ssd_runtime.speculation.sampling.ranking import Choice, rank_tokens
 from ssd_runtime.speculation.types import SamplingParams
 from tests.target_ranks import on_every_rank
 from tests.tiny_models import CPU, PagedRun
@@ -44,8 +44,8 @@ def test_so_many_first_tokens_of_each_hundred_are_the_scripts(agreement: float, 
     positions = range(3 * HUNDRED, 6 * HUNDRED)
     for seed in range(3):
         own_RV = 9.0 * (2.0 * torch.rand(len(positions), VOCAB, generator=torch.Generator().manual_seed(seed)) - 1.0)
-        draws = [Draw(SamplingParams(temperature, seed=seed), position) for position in positions]
-        rankings = rank_tokens(logits(agreement, positions, own_RV), draws, CANDIDATES)
+        choices = [Choice(SamplingParams(temperature, seed=seed), position) for position in positions]
+        rankings = rank_tokens(logits(agreement, positions, own_RV), choices, CANDIDATES)
         agrees = torch.tensor([ranking.tokens[0] for ranking in rankings]) == text(positions)
         assert agrees.view(-1, HUNDRED).sum(1).tolist() == [round(agreement * HUNDRED)] * 3
         assert all(min(ranking.tokens) >= FIRST_WORD for ranking in rankings)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.engine.sequence import Delta, Request, Sequence
+from ssd_runtime.engine.request import Request
+from ssd_runtime.engine.sequence import Delta, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Source, Speculation

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ssd_runtime.comm.control.draft_messages import Admit
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter
+from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.scheduler import Scheduler
-from ssd_runtime.engine.sequence import NoText, Request, Sequence
+from ssd_runtime.engine.sequence import NoText, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.sharing import Prompt, shared_rows, take_over
 from ssd_runtime.kv.table import BlockTable

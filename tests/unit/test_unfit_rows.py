@@ -16,17 +16,17 @@ from ssd_runtime.speculation.limits import check_sampling
 from ssd_runtime.speculation.rejection.acceptance import verify_by_rejection
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
 from ssd_runtime.speculation.sampling import ranking as sampling
-from ssd_runtime.speculation.sampling.choice import Choice
 from ssd_runtime.speculation.sampling.ranking import (
-    Draw,
-    choose_tokens,
+    Choice,
+    choose,
+    count_rows,
     process_logits,
     rank_tokens,
     rank_tokens_oracle,
 )
 from ssd_runtime.speculation.sampling.vocab_parallel import decidable, decide, report
 from ssd_runtime.speculation.types import GREEDY_UP_TO, NO_TOKEN, Outcome, SamplingParams, Speculation
-from ssd_runtime.speculation.verify import Claim, verify_claims
+from ssd_runtime.speculation.verify import tokens_decide, verify_by_logits
 
 PARAMS = st.builds(
     SamplingParams,
@@ -71,15 +71,14 @@ def plain():
 )
 def test_every_way_to_choose_gives_the_same_token_or_none(params, spoilt, size, scale, entropy, count):
     logits_V = row(spoilt, size, scale, entropy)
-    draw = Draw(params, 17)
-    (expected,) = rank_tokens_oracle(logits_V[None], [draw], count)
-    (compiled,) = rank_tokens(logits_V[None], [draw], count)
+    choice, half = Choice(params, 17), size // 2
+    (expected,) = rank_tokens_oracle(logits_V[None], [choice], count)
+    (compiled,) = rank_tokens(logits_V[None], [choice], count)
     with plain():
-        (by_torch,) = rank_tokens(logits_V[None], [draw], count)
+        (by_torch,) = rank_tokens(logits_V[None], [choice], count)
     assert compiled.tokens == by_torch.tokens == expected.tokens
     assert all(logits_V[token] > -torch.inf for token in expected.tokens)
     assert bool(expected.tokens) == math.isfinite(process_logits(logits_V, params).max())
-    choice, half = Choice(params, 17), size // 2
     if decidable(choice, size):
         parts = ((0, half), (half, size))
         reports = [report(logits_V[None, a:b], [choice.within(a, b)], a, size) for a, b in parts]
@@ -92,9 +91,9 @@ def test_noise_decides_among_equals_at_the_lowest_temperature_as_at_any():
     """Scores of many millions are coarse in float32: whoever sums them there must not lose a winner to rounding."""
     steps_V = torch.randint(0, 3, (3000,), generator=torch.Generator().manual_seed(1))
     logits_V = 1000.0 + steps_V * 2.0**-14
-    draws = [Draw(SamplingParams(temperature=1.1e-5, seed=seed), 3) for seed in range(60)]
-    logits_RV = logits_V.expand(len(draws), -1).contiguous()
-    assert choose_tokens(logits_RV, draws) == [one.tokens[0] for one in rank_tokens_oracle(logits_RV, draws, 1)]
+    choices = [Choice(SamplingParams(temperature=1.1e-5, seed=seed), 3) for seed in range(60)]
+    logits_RV = logits_V.expand(len(choices), -1).contiguous()
+    assert choose(logits_RV, choices) == [one.tokens[0] for one in rank_tokens_oracle(logits_RV, choices, 1)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -108,12 +107,14 @@ def test_noise_decides_among_equals_at_the_lowest_temperature_as_at_any():
 def test_rejection_sampling_chooses_what_is_allowed_or_nothing(params, spoilt, size, entropy, rule):
     logits_V = row(spoilt, size, 5.0, entropy)
     fit = math.isfinite(process_logits(logits_V, params).max())
-    claims = [Claim(params, 17, Speculation((token,) * length), 3) for token, length in ((0, 0), (0, 1), (1, 2))]
-    logits_RV = logits_V.expand(sum(claim.num_rows for claim in claims), size).contiguous()
-    for claim, outcome in zip(claims, verify_claims("rejection", logits_RV, claims), strict=True):
-        emitted = (*claim.speculation.tokens[: outcome.num_accepted], outcome.bonus_token)
+    speculations = [Speculation((token,) * length) for token, length in ((0, 0), (0, 1), (1, 2))]
+    choices = [Choice(params, 17, range(len(one.tokens) + 1), one.tokens, text=3) for one in speculations]
+    logits_RV = logits_V.expand(count_rows(choices), size).contiguous()
+    outcomes = verify_by_logits("rejection", logits_RV, choices, speculations)
+    for speculation, outcome in zip(speculations, outcomes, strict=True):
+        emitted = (*speculation.tokens[: outcome.num_accepted], outcome.bonus_token)
         assert emitted == (NO_TOKEN,) if not fit else all(logits_V[token] > -torch.inf for token in emitted)
-    (proposed,) = propose_tokens(logits_V[None], [Draw(params, 17)], [3], 2, rule)
+    (proposed,) = propose_tokens(logits_V[None], [Choice(params, 17, text=3)], 2, rule)
     assert bool(proposed.tokens) == fit
     assert not fit or logits_V[proposed.draft_token] > -torch.inf
 
@@ -121,20 +122,20 @@ def test_rejection_sampling_chooses_what_is_allowed_or_nothing(params, spoilt, s
 @pytest.mark.parametrize("spoilt", ["a NaN", "an inf", "all excluded", "all NaN"])
 def test_a_row_that_leaves_nothing_spoils_no_row_beside_it(spoilt):
     good = [row("no", 40, 3.0, entropy) for entropy in range(3)]
-    draws = [Draw(SamplingParams(temperature=heat, seed=5), 9) for heat in (0.0, 1.0, 0.0, 1.0, 0.7)]
-    alone = [choose_tokens(logits_V[None], [draw])[0] for logits_V, draw in zip(good, draws[2:], strict=True)]
+    choices = [Choice(SamplingParams(temperature=heat, seed=5), 9) for heat in (0.0, 1.0, 0.0, 1.0, 0.7)]
+    alone = [choose(logits_V[None], [choice])[0] for logits_V, choice in zip(good, choices[2:], strict=True)]
     bad = row(spoilt, 40, 3.0, 1)
-    assert choose_tokens(torch.stack([bad, bad, *good]), draws) == [NO_TOKEN, NO_TOKEN, *alone]
+    assert choose(torch.stack([bad, bad, *good]), choices) == [NO_TOKEN, NO_TOKEN, *alone]
     with plain():
-        assert choose_tokens(torch.stack([bad, bad, *good]), draws) == [NO_TOKEN, NO_TOKEN, *alone]
+        assert choose(torch.stack([bad, bad, *good]), choices) == [NO_TOKEN, NO_TOKEN, *alone]
 
 
 def test_what_was_accepted_before_a_row_that_leaves_nothing_stays_accepted():
     good, bad = torch.tensor([0.0, 9.0, 0.0]), torch.full((3,), torch.nan)
-    claim = Claim(SamplingParams(), 4, Speculation((1, 1, 1)))
-    assert verify_claims("shared-noise", torch.stack([good, good, bad, bad]), [claim]) == [Outcome(2, NO_TOKEN)]
-    rejected = Claim(SamplingParams(), 4, Speculation((1, 2, 1)))
-    assert verify_claims("shared-noise", torch.stack([good, good, bad, bad]), [rejected]) == [Outcome(1, 1)]
+    logits_RV, choice = torch.stack([good, good, bad, bad]), Choice(SamplingParams(), 4, range(4))
+    accepted, rejected = Speculation((1, 1, 1)), Speculation((1, 2, 1))
+    assert verify_by_logits("shared-noise", logits_RV, [choice], [accepted]) == [Outcome(2, NO_TOKEN)]
+    assert verify_by_logits("shared-noise", logits_RV, [choice], [rejected]) == [Outcome(1, 1)]
     sampled = verify_by_rejection(torch.stack([good, bad]) * 100, Speculation((1,)), 0, 0)
     assert sampled == Outcome(1, NO_TOKEN)
 
@@ -146,11 +147,9 @@ def test_a_temperature_near_zero_is_greedy_for_everybody(temperature):
     check_sampling(params)
     (choice,) = decode_choices(encode_choices([Choice(params, 5)]), 40)
     assert choice.params.temperature == 0.0
-    assert Claim(params, 5, Speculation()).is_settled_by_tokens("rejection")
+    assert tokens_decide("rejection", params)
     logits_V = row("no", 40, 3.0, 1)
-    assert choose_tokens(logits_V[None], [Draw(params, 5)]) == choose_tokens(
-        logits_V[None], [Draw(SamplingParams(), 5)]
-    )
+    assert choose(logits_V[None], [Choice(params, 5)]) == choose(logits_V[None], [Choice(SamplingParams(), 5)])
 
 
 def test_a_temperature_above_the_bound_is_kept_and_one_below_zero_is_refused():

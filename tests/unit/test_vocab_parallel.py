@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ssd_runtime.speculation.sampling import ranking as sampling
 from ssd_runtime.speculation.sampling import vocab_parallel as slices
-from ssd_runtime.speculation.sampling.choice import Choice, choose, count_rows
 from ssd_runtime.speculation.sampling.processors import processors_of
+from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows
 from ssd_runtime.speculation.sampling.vocab_parallel import decidable, decide, report
 from ssd_runtime.speculation.types import SamplingParams
 
@@ -40,7 +40,7 @@ PARAMS = st.builds(
 
 @contextlib.contextmanager
 def operators(backend: str):
-    """Both paths of sampling.py; the compiled one where it is built."""
+    """Both paths of ranking.py; the compiled one where it is built."""
     if backend == "compiled":
         yield
         return
@@ -183,11 +183,11 @@ def test_a_plain_row_travels_as_two_numbers():
 
 def test_the_operators_noise_for_a_slice_is_that_of_its_tokens():
     """Equal logits leave nothing but the noise: every rank's best token is the best of its part."""
-    draws = [sampling.Draw(SamplingParams(1.0, seed=seed), 7) for seed in (0, 5, 2**64 - 1)]
-    whole_3V = torch.stack([sampling.gumbel_noise(draw.key, torch.arange(1000)) for draw in draws])
+    choices = [sampling.Choice(SamplingParams(1.0, seed=seed), 7) for seed in (0, 5, 2**64 - 1)]
+    whole_3V = torch.stack([sampling.gumbel_noise(one.key, torch.arange(1000)) for one in choices])
     for start, stop in ((0, 1000), (1, 1000), (640, 907), (999, 1000)):
         for backend in BACKENDS:
             with operators(backend):
-                tokens, scores = sampling.best_of_columns(torch.zeros(3, stop - start), draws, start)
+                tokens, scores = sampling.best_of_columns(torch.zeros(3, stop - start), choices, start)
             assert tokens.tolist() == (whole_3V[:, start:stop].argmax(1) + start).tolist()
             torch.testing.assert_close(scores, whole_3V[:, start:stop].amax(1), rtol=1e-12, atol=0)

@@ -16,10 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cuda_ext.transfer import to_host
 from ssd_runtime.speculation.noise import Stream, gumbel_noise, text_key
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
-from ssd_runtime.speculation.sampling.ranking import Draw, Ranking, process_logits, rank_tokens
-from ssd_runtime.speculation.sampling.readback import to_host
+from ssd_runtime.speculation.sampling.ranking import (
+    Choice,
+    Ranking,
+    process_logits,
+    process_rows,
+    rank_tokens,
+)
 from ssd_runtime.speculation.types import Proposal
 
 
@@ -52,32 +58,30 @@ def propose_oracle(z_V: Tensor, rule: ProposalRule, key: int) -> tuple[int, Prop
     return int(score_V.argmax()), Proposal(tuple(support), tuple(q_V[support].tolist()))
 
 
-def propose_tokens(
-    logits_RV: Tensor, draws: Sequence[Draw], texts: Sequence[int], count: int, rule: ProposalRule
-) -> list[Ranking]:
-    """`sampling.rank_tokens` for coupling "rejection".
+def propose_tokens(logits_RV: Tensor, choices: Sequence[Choice], count: int, rule: ProposalRule) -> list[Ranking]:
+    """`rank_tokens` for coupling "rejection".
 
     Rows at temperature 0 are ranked as ever: their draft token is the best one. The others are ranked by their
     processed logits, without noise, and have a draft token sampled from q.
 
     Args:
-        logits_RV: logits of R rows, any float dtype.
-        draws: the R draws.
-        texts: hash of the R texts up to and including the row's token.
+        logits_RV: of the model, a row a choice, any float dtype.
+        choices: of one row each; `text` is that up to and including the row's token.
         count: how many tokens are ranked, at least 1.
     """
     ranked: dict[int, Ranking] = {}
-    greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
+    greedy = [row for row, choice in enumerate(choices) if choice.params.temperature == 0.0]
     if greedy:
-        rankings = rank_tokens(logits_RV[greedy], [draws[row] for row in greedy], count)
+        rankings = rank_tokens(logits_RV[greedy], [choices[row] for row in greedy], count)
         ranked.update(zip(greedy, rankings, strict=True))
-    rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    rows = [row for row, choice in enumerate(choices) if choice.params.temperature > 0.0]
     if rows:
-        z_SV = torch.stack([process_logits(logits_RV[row], draws[row].params) for row in rows])
-        keys = [text_key(draws[row].params.seed, texts[row], Stream.PROPOSAL) for row in rows]
-        temperatures = [draws[row].params.temperature for row in rows]
+        sampled, processed_RV = [choices[row] for row in rows], process_rows(logits_RV, choices)
+        z_SV = torch.stack([process_logits(processed_RV[row], choices[row].params) for row in rows])
+        keys = [text_key(one.params.seed, one.text, Stream.PROPOSAL) for one in sampled]
+        temperatures = [one.params.temperature for one in sampled]
         ranked.update(zip(rows, _propose(z_SV, keys, temperatures, count, rule), strict=True))
-    return [ranked[row] for row in range(len(draws))]
+    return [ranked[row] for row in range(len(choices))]
 
 
 def _propose(
@@ -92,7 +96,7 @@ def _propose(
     found = to_host(tokens_SM.gather(1, index_S1).squeeze(1), q_SM, best.indices, best.values)
     rankings = []
     for row, (sampled, weights, tokens, scores) in enumerate(zip(*(each.tolist() for each in found), strict=True)):
-        if not math.isfinite(scores[0]):  # nothing to choose, as in sampling.py
+        if not math.isfinite(scores[0]):  # nothing to choose, as in ranking.py
             rankings.append(Ranking((), ()))
             continue
         left = sum(score > -torch.inf for score in scores[:count])  # processors may leave fewer

@@ -1,6 +1,6 @@
 """Logits processors that look at the text so far or at single tokens. Knows no models and no ranks.
 
-In order, on float32 logits z, before everything in sampling.py (temperature, top-k, top-p, min-p):
+In order, on float32 logits z, before everything in ranking.py (temperature, top-k, top-p, min-p):
 
 1. repetition penalty r, for every token of prompt or output: z / r where z > 0, else z * r (Keskar et al., "CTRL",
    arXiv 1909.05858, as in Transformers and vLLM);
@@ -218,19 +218,3 @@ def processors_of(
     if leaves_a_token(params, vocab_size, end_tokens):
         tally.allowed, tally.banned, tally.end_tokens = params.allowed_tokens, params.banned_tokens, tuple(end_tokens)
     return LogitsProcessors(tally.within(0, vocab_size), vocab_size)
-
-
-def process_rows(logits_RV: Tensor, rows: Sequence[tuple[LogitsProcessors | None, Sequence[int]]]) -> Tensor:
-    """Logits after the processors of each row, [R, V]; the same tensor if no row has any.
-
-    Args:
-        logits_RV: of the model.
-        rows: the processors of each row's sequence, and the speculated tokens between its text and the row.
-    """
-    if all(processors is None for processors, _ in rows):
-        return logits_RV
-    z_RV = logits_RV.float().clone()
-    for z_V, logits_V, (processors, speculated) in zip(z_RV, logits_RV, rows, strict=True):
-        if processors is not None:
-            processors.process(logits_V, speculated, z_V)
-    return z_RV

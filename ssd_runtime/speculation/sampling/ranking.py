@@ -1,34 +1,83 @@
-"""From logits to tokens: the logits processors and the noised argmax of shared-noise sampling.
+"""From logits to tokens: how the tokens at the rows of a forward are chosen under shared noise.
 
     y_i = argmax_v [ z_v + g(seed, i, v) ],  z = processed logits / temperature  (temperature 0: g = 0)
 
-Knows no models and no ranks. The target calls `choose_tokens`, the draft `rank_tokens`: the same expression on its own
-logits, so the draft's best token is its best guess of what the target will choose. `rank_tokens_oracle` is the plain
-definition over the whole vocabulary; the fast path evaluates noise only where the bound on it leaves a chance, or is
-the compiled operator.
+The target calls `choose`, the draft `rank_tokens`: the same expression on its own logits, so the draft's best token is
+its best guess of what the target will choose. `rank_tokens_oracle` is the plain definition over the whole vocabulary;
+the fast path evaluates noise only where the bound on it leaves a chance, or is the compiled operator. vocab_parallel.py
+does the same where each process has some of the columns. Knows no models and no ranks.
 
 A row that has a NaN or +inf among its logits, or nothing but -inf, leaves nothing to choose: its ranking is empty.
 
-Processors in order: those of processors.py, which come first and elsewhere, then temperature, top-k, top-p, min-p
-(each on what the one before left).
+Processors in order: those of processors.py, then temperature, top-k, top-p, min-p (each on what the one before left).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cuda_ext import ops
+from cuda_ext.transfer import to_host
 from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
-from ssd_runtime.speculation.sampling.readback import to_host
+from ssd_runtime.speculation.sampling.processors import LogitsProcessors
 from ssd_runtime.speculation.types import NO_TOKEN, Proposal, SamplingParams
 
 _HEAD = 64  # tokens whose noise is evaluated first, for a bound on the winners
 _NUCLEUS = 1024  # most nucleus sets are smaller than this; sorting the whole vocabulary is the slow way out
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the tokens at consecutive rows of one sequence are chosen, one more speculated token before each.
+
+    Attributes:
+        params: of the request.
+        position: absolute position of the token that is chosen with no speculated token before it.
+        rows: how many speculated tokens are before each row.
+        speculated: tokens between the text that the processors have counted and the rows, as many as the last row has
+            before it or more; looked at by the processors alone.
+        processors: of the sequence; None if it has none.
+        text: hash of the tokens before the first row (noise.py); only rejection sampling looks at it.
+    """
+
+    params: SamplingParams
+    position: int
+    rows: range = range(1)
+    speculated: tuple[int, ...] = ()
+    processors: LogitsProcessors | None = None
+    text: int = 0
+
+    @property
+    def key(self) -> int:
+        """Of the noise at the first row."""
+        return noise_key(self.params.seed, self.position + self.rows.start)
+
+    def part(self, rows: slice) -> Choice:
+        """The same for some of the rows, under shared noise."""
+        return replace(self, rows=self.rows[rows])
+
+    def within(self, start: int, stop: int) -> Choice:
+        """The same for a part of the vocabulary, with tokens counted from its start."""
+        if self.processors is None:
+            return self
+        shifted = tuple(token - start for token in self.speculated)
+        return replace(self, speculated=shifted, processors=self.processors.within(start, stop))
+
+
+def count_rows(choices: Sequence[Choice]) -> int:
+    return sum(len(choice.rows) for choice in choices)
+
+
+def row_by_row(choices: Sequence[Choice]) -> list[Choice]:
+    """The same as a choice for each row."""
+    if all(len(choice.rows) == 1 for choice in choices):
+        return list(choices)
+    return [choice.part(slice(row, row + 1)) for choice in choices for row in range(len(choice.rows))]
 
 
 @dataclass(frozen=True)
@@ -54,17 +103,22 @@ class Ranking:
         return self.tokens[0] if self.sampled is None else self.sampled
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One token to be chosen: by which parameters, at which absolute position."""
+def process_rows(logits_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Logits after the processors of processors.py, [R, V]; the same tensor if no row has any.
 
-    params: SamplingParams
-    position: int
-
-    @property
-    def key(self) -> int:
-        """Of its noise."""
-        return noise_key(self.params.seed, self.position)
+    Args:
+        logits_RV: of the model, for the rows of all choices in order.
+    """
+    if all(choice.processors is None for choice in choices):
+        return logits_RV
+    z_RV = logits_RV.float().clone()
+    row = 0
+    for choice in choices:
+        for length in choice.rows:
+            if choice.processors is not None:
+                choice.processors.process(logits_RV[row], choice.speculated[:length], z_RV[row])
+            row += 1
+    return z_RV
 
 
 def process_logits(logits_V: Tensor, params: SamplingParams) -> Tensor:
@@ -99,80 +153,87 @@ def _nucleus_floor(z_V: Tensor, top_p: float) -> float:
     raise AssertionError("the second size is the whole vocabulary")
 
 
-def rank_tokens_oracle(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
+def rank_tokens_oracle(logits_RV: Tensor, choices: Sequence[Choice], count: int) -> list[Ranking]:
     """`rank_tokens` by definition: noise for the whole vocabulary, then a stable sort."""
     ranked = []
     tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    for logits_V, draw in zip(logits_RV, draws, strict=True):
-        score_V = process_logits(logits_V, draw.params).double()
+    for logits_V, one in zip(process_rows(logits_RV, choices), row_by_row(choices), strict=True):
+        score_V = process_logits(logits_V, one.params).double()
         if not math.isfinite(score_V.max()):
             ranked.append(Ranking((), ()))
             continue
-        if draw.params.temperature > 0.0:
-            score_V = score_V + gumbel_noise(draw.key, tokens_V)
+        if one.params.temperature > 0.0:
+            score_V = score_V + gumbel_noise(one.key, tokens_V)
         order = torch.sort(score_V, descending=True, stable=True).indices[:count]
-        ranked.append(_ranking(order, score_V[order], draw))
+        ranked.append(_ranking(order, score_V[order], one.params))
     return ranked
 
 
-def _ranking(tokens: Tensor, scores: Tensor, draw: Draw) -> Ranking:
+def _ranking(tokens: Tensor, scores: Tensor, params: SamplingParams) -> Ranking:
     """Of tokens and their scores, best first; what is excluded is left out."""
     tokens, scores = to_host(tokens, scores)
     left = scores > -torch.inf
     tokens, scores = tokens[left], scores[left]
-    margins = (scores[0] - scores) * (draw.params.temperature or 1.0) if len(scores) else scores
+    margins = (scores[0] - scores) * (params.temperature or 1.0) if len(scores) else scores
     return Ranking(tuple(tokens.tolist()), tuple(margins.tolist()))
 
 
-def rank_tokens(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
+def rank_tokens(logits_RV: Tensor, choices: Sequence[Choice], count: int) -> list[Ranking]:
     """The `count` tokens most likely to be chosen at each row: fewer where processors leave fewer, none of logits that
     are not numbers.
 
     Args:
-        logits_RV: logits of R rows, any float dtype.
-        draws: the R draws.
+        logits_RV: of the model, for the rows of all choices in order; any float dtype.
         count: how many, at least 1.
     """
     count = min(count, logits_RV.shape[1])
-    if ops.compiled_for(logits_RV.device):
-        return _rank_compiled(logits_RV, draws, count)
-    greedy = [row for row, draw in enumerate(draws) if draw.params.temperature == 0.0]
+    z_RV = process_rows(logits_RV, choices).contiguous()
+    if ops.compiled_for(z_RV.device):
+        return _rank_compiled(z_RV, choices, count)
+    rows = row_by_row(choices)
+    greedy = [row for row, one in enumerate(rows) if one.params.temperature == 0.0]
     ranked: dict[int, Ranking] = {}
     if greedy:
-        rows_RV = logits_RV if len(greedy) == len(draws) else logits_RV[greedy]
-        ranked = dict(zip(greedy, _rank_greedy(rows_RV, count), strict=True))
-    for row, draw in enumerate(draws):
-        if draw.params.temperature > 0.0:
-            ranked[row] = _rank_noised(logits_RV[row], draw, count)
-    return [ranked[row] for row in range(len(draws))]
+        greedy_RV = z_RV if len(greedy) == len(rows) else z_RV[greedy]
+        ranked = dict(zip(greedy, _rank_greedy(greedy_RV, count), strict=True))
+    for row, one in enumerate(rows):
+        if one.params.temperature > 0.0:
+            tokens, scores = _best_noised(process_logits(z_RV[row], one.params), one.key, count)
+            ranked[row] = _ranking(tokens, scores, one.params)
+    return [ranked[row] for row in range(len(rows))]
 
 
-def _sample(logits_RV: Tensor, draws: Sequence[Draw], count: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
-    """All rows in one operator: tokens and scores [R, count]."""
-    params = [draw.params for draw in draws]
-    real_3R = [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]]
-    whole_3R = [[one.top_k for one in params], [signed(one.seed) for one in params], [draw.position for draw in draws]]
-    # Two copies to the device, not six.
-    temperature_R, top_p_R, min_p_R = torch.tensor(real_3R, dtype=torch.float64).to(logits_RV.device)
-    top_k_R, seed_R, position_R = torch.tensor(whole_3R, dtype=torch.int64).to(logits_RV.device)
-    return ops.sample_shared_noise(
-        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count, first_token
-    )
+def choose(logits_RV: Tensor, choices: Sequence[Choice]) -> list[int]:
+    """The token chosen at each row: the first of `rank_tokens`, NO_TOKEN where there is none."""
+    if not choices:
+        return []
+    return [ranking.tokens[0] if ranking.tokens else NO_TOKEN for ranking in rank_tokens(logits_RV, choices, 1)]
 
 
-def _rank_compiled(logits_RV: Tensor, draws: Sequence[Draw], count: int) -> list[Ranking]:
-    tokens_RF, scores_RF = to_host(*_sample(logits_RV, draws, count))
+def _rank_compiled(z_RV: Tensor, choices: Sequence[Choice], count: int) -> list[Ranking]:
+    params = [choice.params for choice in choices for _ in choice.rows]
+    tokens_RF, scores_RF = to_host(*_sample(z_RV, params, choices, count))
     rankings = []
-    for tokens, scores, draw in zip(tokens_RF.tolist(), scores_RF.tolist(), draws, strict=True):
+    for tokens, scores, one in zip(tokens_RF.tolist(), scores_RF.tolist(), params, strict=True):
         left = count - tokens.count(-1)  # processors may leave fewer
-        margins = tuple((scores[0] - score) * (draw.params.temperature or 1.0) for score in scores[:left])
+        margins = tuple((scores[0] - score) * (one.temperature or 1.0) for score in scores[:left])
         rankings.append(Ranking(tuple(tokens[:left]), margins))
     return rankings
 
 
-def choose_tokens(logits_RV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The token chosen at each row: the first of `rank_tokens`, NO_TOKEN where there is none."""
-    return [ranking.tokens[0] if ranking.tokens else NO_TOKEN for ranking in rank_tokens(logits_RV, draws, 1)]
+def _sample(
+    z_RV: Tensor, params: Sequence[SamplingParams], choices: Sequence[Choice], count: int, first_token: int = 0
+) -> tuple[Tensor, Tensor]:
+    """All rows in one operator, each by its params: tokens and scores [R, count]."""
+    positions = [choice.position + row for choice in choices for row in choice.rows]
+    real_3R = [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]]
+    whole_3R = [[one.top_k for one in params], [signed(one.seed) for one in params], positions]
+    # Two copies to the device, not six.
+    temperature_R, top_p_R, min_p_R = torch.tensor(real_3R, dtype=torch.float64).to(z_RV.device)
+    top_k_R, seed_R, position_R = torch.tensor(whole_3R, dtype=torch.int64).to(z_RV.device)
+    return ops.sample_shared_noise(
+        z_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count, first_token
+    )
 
 
 def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
@@ -193,11 +254,6 @@ def _rank_greedy(logits_RV: Tensor, count: int) -> list[Ranking]:
         margins = (values[0] - value for _, value in rest)
         rankings.append(Ranking((first, *(token for token, _ in rest)), (0.0, *margins)))
     return rankings
-
-
-def _rank_noised(logits_V: Tensor, draw: Draw, count: int) -> Ranking:
-    tokens, scores = _best_noised(process_logits(logits_V, draw.params), draw.key, count)
-    return _ranking(tokens, scores, draw)
 
 
 def _best_noised(z_V: Tensor, key: int, count: int, first_token: int = 0) -> tuple[Tensor, Tensor]:
@@ -228,11 +284,11 @@ def scaled(logits_V: Tensor, temperature: float) -> Tensor:
     return logits_V.float() / temperature
 
 
-def best_of_columns(logits_RL: Tensor, draws: Sequence[Draw], first_token: int) -> tuple[Tensor, Tensor]:
+def best_of_columns(z_RL: Tensor, choices: Sequence[Choice], first_token: int) -> tuple[Tensor, Tensor]:
     """What would be chosen at each row of some columns of the logits, without top-k, top-p and min-p.
 
     Args:
-        logits_RL: after the processors of processors.py; L may be 0.
+        z_RL: after the processors of processors.py, for the rows of all choices; L may be 0.
         first_token: what the first column stands for.
 
     Returns:
@@ -240,23 +296,24 @@ def best_of_columns(logits_RL: Tensor, draws: Sequence[Draw], first_token: int) 
         nothing to choose from is -1: with -inf where all is excluded, with NaN where a logit is NaN or +inf. On the
         device of the logits.
     """
-    plain = [Draw(SamplingParams(draw.params.temperature, seed=draw.params.seed), draw.position) for draw in draws]
-    if logits_RL.shape[1] and ops.compiled_for(logits_RL.device):
-        tokens_RF, scores_RF = _sample(logits_RL, plain, 1, first_token)
+    rows = row_by_row(choices)
+    if z_RL.shape[1] and ops.compiled_for(z_RL.device):
+        plain = [SamplingParams(one.params.temperature, seed=one.params.seed) for one in rows]
+        tokens_RF, scores_RF = _sample(z_RL, plain, rows, 1, first_token)
         return tokens_RF[:, 0], scores_RF[:, 0]
-    best = [_best_of_row(logits_L, draw, first_token) for logits_L, draw in zip(logits_RL, plain, strict=True)]
+    best = [_best_of_row(z_L, one, first_token) for z_L, one in zip(z_RL, rows, strict=True)]
     tokens_R = torch.tensor([-1 if score == -math.inf else token for token, score in best], dtype=torch.int64)
     scores_R = torch.tensor([score for _, score in best], dtype=torch.float64)
-    return tokens_R.to(logits_RL.device), scores_R.to(logits_RL.device)
+    return tokens_R.to(z_RL.device), scores_R.to(z_RL.device)
 
 
-def _best_of_row(logits_L: Tensor, draw: Draw, first_token: int) -> tuple[int, float]:
-    if len(logits_L) == 0:
+def _best_of_row(z_L: Tensor, choice: Choice, first_token: int) -> tuple[int, float]:
+    if len(z_L) == 0:
         return -1, -math.inf
-    most, column = logits_L.max(dim=0)
+    most, column = z_L.max(dim=0)
     if most == -math.inf:
         return -1, -math.inf
-    if draw.params.temperature == 0.0:
+    if choice.params.temperature == 0.0:
         return (int(column) + first_token, float(most)) if math.isfinite(most) else (-1, math.nan)
-    tokens, scores = _best_noised(process_logits(logits_L, draw.params), draw.key, 1, first_token)
+    tokens, scores = _best_noised(scaled(z_L, choice.params.temperature), choice.key, 1, first_token)
     return (int(tokens[0]), float(scores[0])) if len(tokens) else (-1, math.nan)

@@ -1,12 +1,12 @@
-"""Choosing tokens where each process has a slice of the vocabulary. Pure functions; knows no ranks and no wire.
+"""Choosing tokens where each process has a part of the vocabulary. Pure functions; knows no ranks and no wire.
 
 Every process makes a `report` of its columns, a few numbers a row, and `decide` chooses from the reports of all what
-`choose` (choice.py) chooses on the whole logits: the same token, or None where the reports cannot tell. Such a row has
+`choose` (ranking.py) chooses on the whole logits: the same token, or None where the reports cannot tell. Such a row has
 to be chosen on the whole logits.
 
 - Greedy, or a temperature and nothing more: a row's report is its best token and score. The best of the best, the lower
   token where they are equal, is the best of all.
-- With top-k, top-p or min-p it adds the log of the slice's mass and its head: the tokens with the largest z, at most
+- With top-k, top-p or min-p it adds the log of the part's mass and its head: the tokens with the largest z, at most
   HEAD of them (and no more than top-k asks for). What these filters keep is z >= floor, and the floor can be found as
   long as it is not below the heads. `decide` works with bounds low <= floor <= high, wide enough for every order in
   which a sum of exponentials can be rounded: a token between the bounds may be kept or not, so if its score, or the
@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssd_runtime.speculation.noise import gumbel_noise
-from ssd_runtime.speculation.sampling.choice import Choice, processed
-from ssd_runtime.speculation.sampling.ranking import Draw, best_of_columns, scaled
+from ssd_runtime.speculation.sampling.ranking import Choice, best_of_columns, process_rows, row_by_row, scaled
 from ssd_runtime.speculation.types import SamplingParams
 
 HEAD = 64
@@ -52,36 +51,35 @@ def decidable(choice: Choice, vocab_size: int) -> bool:
 
 
 def report(logits_RL: Tensor, choices: Sequence[Choice], first_token: int, vocab_size: int) -> Tensor:
-    """What one slice has to say, float64 [C]; C is the same for every slice.
+    """What one part has to say, float64 [C]; C is the same for every part.
 
     Args:
         logits_RL: the model's logits of the rows of all choices, L columns of them (0 too).
-        choices: for this slice (`Choice.within`).
+        choices: for this part (`Choice.within`).
         first_token: what the first column stands for.
-        vocab_size: of all slices together.
+        vocab_size: of all parts together.
     """
-    z_RL = processed(logits_RL, choices)
-    draws = [draw for choice in choices for draw in choice.draws]
-    tokens_R, scores_R = best_of_columns(z_RL, draws, first_token)
+    z_RL = process_rows(logits_RL, choices)
+    tokens_R, scores_R = best_of_columns(z_RL, choices, first_token)
     best_R2 = torch.stack((scores_R, tokens_R.double()), 1)
     parts = []
-    for row, draw in enumerate(draws):
+    for row, choice in enumerate(row_by_row(choices)):
         parts.append(best_R2[row])
-        if filters(draw.params, vocab_size):
-            parts.append(_filtered(z_RL[row], draw, int(tokens_R[row]) - first_token, first_token, vocab_size))
+        if filters(choice.params, vocab_size):
+            parts.append(_filtered(z_RL[row], choice, int(tokens_R[row]) - first_token, first_token, vocab_size))
     return torch.cat(parts) if parts else best_R2.flatten()
 
 
-def _filtered(logits_L: Tensor, draw: Draw, best: int, first_token: int, vocab_size: int) -> Tensor:
+def _filtered(logits_L: Tensor, choice: Choice, best: int, first_token: int, vocab_size: int) -> Tensor:
     """The numbers of one row beyond its best score and token; `best` is the column of that token, if there is one."""
-    size = _head_size(draw.params, vocab_size)
-    z_L = scaled(logits_L, draw.params.temperature)
+    size = _head_size(choice.params, vocab_size)
+    z_L = scaled(logits_L, choice.params.temperature)
     values = z_L.topk(min(size, len(z_L))).values
     last = values[-1] if len(values) == size else z_L.new_tensor(-torch.inf)
     above = (z_L > last).nonzero().squeeze(1)
     # Of those that tie with the last, the ones that are best under noise: if one of them can be chosen, so can these.
     tied = (z_L == last).nonzero().squeeze(1) if last > -torch.inf else above[:0]
-    order = gumbel_noise(draw.key, tied + first_token).argsort(descending=True)[: size - len(above)]
+    order = gumbel_noise(choice.key, tied + first_token).argsort(descending=True)[: size - len(above)]
     head = torch.cat((above, tied[order]))
     numbers = torch.full((_FILTERED - _PLAIN + 2 * size,), -torch.inf, dtype=torch.float64, device=z_L.device)
     if best >= 0:
@@ -98,18 +96,18 @@ def _head_size(params: SamplingParams, vocab_size: int) -> int:
 
 
 def decide(reports_GC: Tensor, choices: Sequence[Choice], vocab_size: int) -> list[int | None]:
-    """The token chosen at each row, from the reports of all slices; None where it takes the whole logits to tell."""
+    """The token chosen at each row, from the reports of all parts; None where it takes the whole logits to tell."""
     reports = reports_GC.double().cpu().numpy()
     tokens: list[int | None] = []
     start = 0
-    for draw in (draw for choice in choices for draw in choice.draws):
-        if filters(draw.params, vocab_size):
-            size = _head_size(draw.params, vocab_size)
+    for choice in row_by_row(choices):
+        if filters(choice.params, vocab_size):
+            size = _head_size(choice.params, vocab_size)
             end = start + _FILTERED + 2 * size
-            tokens.append(_decide_filtered(_Row.of(reports[:, start:end], size), draw))
+            tokens.append(_decide_filtered(_Row.of(reports[:, start:end], size), choice))
         else:
             end = start + _PLAIN
-            tokens.append(_decide_plain(reports[:, start:end], draw.params.temperature == 0.0))
+            tokens.append(_decide_plain(reports[:, start:end], choice.params.temperature == 0.0))
         start = end
     assert start == reports.shape[1], "reports and choices are of one forward"
     return tokens
@@ -128,13 +126,13 @@ def _decide_plain(best_G2: Floats, greedy: bool) -> int | None:
 
 @dataclass(frozen=True)
 class _Row:
-    """The reports of G slices on one row.
+    """The reports on G parts of one row.
 
     Attributes:
         score_G, token_G, z_G: the best under noise.
         mass_G: log of the sum of e^z.
         hidden_G: how many tokens tie with the last of the head and are not in it.
-        head_GH, token_GH: z and tokens of the heads; -inf where a slice has no more.
+        head_GH, token_GH: z and tokens of the heads; -inf where a part has no more.
         last_G: z of the last of each head; -inf where the head is all there is.
     """
 
@@ -159,19 +157,19 @@ class _Row:
         return float(self.last_G.max())
 
 
-def _decide_filtered(row: _Row, draw: Draw) -> int | None:
+def _decide_filtered(row: _Row, choice: Choice) -> int | None:
     most = float(row.head_GH.max())
     if not math.isfinite(most) or np.isnan(row.score_G).any() or np.isnan(row.mass_G).any():
         return None
-    low, high = _floor_bounds(row, draw.params, most)
+    low, high = _floor_bounds(row, choice.params, most)
     shown = (row.head_GH >= low) & (row.head_GH > -np.inf)
     tokens, z = row.token_GH[shown].astype(np.int64), row.head_GH[shown]
-    scores = z + gumbel_noise(draw.key, torch.from_numpy(tokens)).numpy()
+    scores = z + gumbel_noise(choice.key, torch.from_numpy(tokens)).numpy()
     tokens, z, scores = (np.concatenate(pair) for pair in ((tokens, row.token_G), (z, row.z_G), (scores, row.score_G)))
     kept = z >= high
     winner = int(np.where(kept, scores, -np.inf).argmax())
     unsure = (z >= low) & ~kept
-    # What a head does not show scores at most as the best of its slice does.
+    # What a head does not show scores at most as the best of its part does.
     unsure[-len(row.z_G) :] |= (row.z_G < high) & (row.last_G > low)
     rivals = scores[(kept | unsure) & (tokens != tokens[winner])]
     return None if (rivals > scores[winner] - TIE).any() else int(tokens[winner])
