@@ -7,14 +7,12 @@ time for which it could have run and was not (`/proc/thread-self/schedstat`, Lin
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import logging
 import os
 import resource
 import time
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from ssd_runtime.bounds import AtMost, Within
 
@@ -126,14 +124,6 @@ class ThreadClock:
             os.close(self._schedstat)
 
 
-class Clock(Protocol):
-    """What a watch reads."""
-
-    def wall(self) -> int: ...
-
-    def read(self) -> Reading: ...
-
-
 class StallWatch:
     """Splits gaps into laps and keeps the longest.
 
@@ -142,16 +132,15 @@ class StallWatch:
         kept: how many gaps.
     """
 
-    def __init__(self, clock: Clock | None = None, kept: int = KEPT) -> None:
-        self._clock: Clock = clock or ThreadClock()
+    def __init__(self, clock: ThreadClock | None = None, kept: int = KEPT) -> None:
+        self._clock = clock or ThreadClock()
         self._kept = kept
         self._began = 0
         self._last: Reading | None = None  # the end of the last lap
         self._laps: list[Lap] = []
         self._open = ""  # a lap too short to be worth a reading, to be counted to the next
         self._awaited_s = 0.0
-        self._longest: list[tuple[float, int, Stall]] = []  # a heap, the shortest first
-        self._count = itertools.count()
+        self._longest: list[Stall] = []  # the longest first
 
     def begin(self) -> None:
         """A gap begins: a verification has ended, or nobody is there who could be held up."""
@@ -174,31 +163,26 @@ class StallWatch:
         if not held_up or self._last is None:
             return
         milliseconds = (self._clock.wall() - self._began) / 1e6
-        if len(self._longest) == self._kept and milliseconds <= self._longest[0][0]:
+        if len(self._longest) == self._kept and milliseconds <= self._longest[-1].milliseconds:
             return
         if self._open:
             self._close()
         stall = Stall(round, self._began / 1e9, tuple(self._laps))
-        if len(self._longest) == self._kept:
-            heapq.heappop(self._longest)
-        heapq.heappush(self._longest, (stall.milliseconds, next(self._count), stall))
+        self._longest = sorted([*self._longest, stall], key=lambda one: -one.milliseconds)[: self._kept]
         if stall.milliseconds > TOLD_MS:
             log.info("%s", stall)
 
     @property
     def longest(self) -> tuple[Stall, ...]:
         """The longest gaps, the longest first."""
-        return tuple(stall for _, _, stall in sorted(self._longest, reverse=True))
+        return tuple(self._longest)
 
     def _close(self) -> None:
         assert self._last is not None
         now, last = self._clock.read(), self._last
         self._last = now
-        wall, cpu, delayed = (
-            (now.wall - last.wall) / 1e6,
-            (now.cpu - last.cpu) / 1e6,
-            (now.delayed - last.delayed) / 1e6,
-        )
+        wall, cpu = (now.wall - last.wall) / 1e6, (now.cpu - last.cpu) / 1e6
+        delayed = (now.delayed - last.delayed) / 1e6
         if now.sleeps == last.sleeps:  # awake all the time: a virtual machine that is halted knows of no delay
             delayed = max(delayed, wall - cpu)
         awaited = min(self._awaited_s * 1e3, max(0.0, wall - cpu - delayed))
