@@ -12,12 +12,13 @@ from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.link.frames import OutcomeCodec, TreeCodec
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, SpeculationConfig
+from ssd_runtime.draft.colocated import ColocatedSpeculator
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.sequence import Delta, Request, Sequence, TextStream
 from ssd_runtime.engine.speculator import NoSpeculation
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.leader.colocated import ColocatedSpeculator
+from ssd_runtime.leader.draft_peer import DraftPeer
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.leader.link_speculator import LinkSpeculator
 from ssd_runtime.model.decoder import Decoder
@@ -27,8 +28,8 @@ from ssd_runtime.speculation.types import OutcomeFrame, SamplingParams, TreeFram
 from ssd_runtime.trace import Tracer
 
 
-class SteppedDraft:
-    """A `DraftConnection` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
+class SteppedDraft(DraftPeer):
+    """A `DraftPeer` whose drafter takes `steps()` steps a verification, and as many as it is waited for.
 
     Messages and frames go through their codecs, so whatever cannot travel fails here.
 
@@ -38,8 +39,8 @@ class SteppedDraft:
     """
 
     def __init__(self, drafter: Drafter, shape: FrameShape, steps: Callable[[], int]) -> None:
+        super().__init__(None, b"", 1, None)  # type: ignore[arg-type]
         self.drafter = drafter
-        self.rank, self.control_seq = 1, 0
         self.dead = False
         self._outcomes, self._trees = OutcomeCodec(shape), TreeCodec(shape)
         self.shape, self.steps = shape, steps
@@ -85,7 +86,7 @@ class SteppedDraft:
             raise PeerLost("draft", 1, -1, "asked to wait for a draft that has nothing left to draft")
         return self.poll_trees()
 
-    def check_pulse(self) -> None:
+    def check_pulse(self, now: float) -> None:
         self._raise_if_dead()
 
     def _grow(self) -> bool:
@@ -106,7 +107,7 @@ class SteppedDraft:
 
 
 class Comings:
-    """An `Entrance` through which the test sends drafts."""
+    """A `DraftAcceptor` through which the test sends drafts."""
 
     def __init__(self) -> None:
         self.waiting: list[SteppedDraft] = []

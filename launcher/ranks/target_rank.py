@@ -20,13 +20,13 @@ from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, Mode
+from ssd_runtime.draft.colocated import ColocatedSpeculator
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.engine import Engine
 from ssd_runtime.engine.speculator import NoSpeculation, Speculator
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
 from ssd_runtime.leader.acceptor import DraftAcceptor, Terms
-from ssd_runtime.leader.colocated import ColocatedSpeculator
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.leader.leader import Leader, Stop
 from ssd_runtime.leader.link_speculator import LinkSpeculator

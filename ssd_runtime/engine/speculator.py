@@ -6,6 +6,8 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ssd_runtime.comm.control.draft_messages import Admit
+from ssd_runtime.config import Mode
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.speculation.types import Outcome, Speculation
 
@@ -35,6 +37,23 @@ def within_vocabulary(proposals: Proposals, vocab_size: int) -> Proposals:
         length = next((k for k, token in enumerate(one.tokens) if token >= vocab_size), len(one.tokens))
         cut.append(replace(one, tokens=one.tokens[:length], proposals=one.proposals[:length]))
     return replace(proposals, speculations=tuple(cut))
+
+
+def admission(sequence: Sequence, mode: Mode) -> Admit:
+    """What a draft is told of a sequence so that it can draft for it, from its beginning or from wherever it is now."""
+    request = sequence.request
+    return Admit(
+        sequence.sequence_id,
+        request.prompt_tokens,
+        request.params,
+        mode,
+        request.lookahead,
+        sequence.max_tokens,
+        end_tokens=request.eos_token_ids,
+        output_tokens=tuple(sequence.tokens[sequence.num_prompt :]),
+        turn=sequence.turn,
+        outcome=sequence.outcome,
+    )
 
 
 class Speculator(Protocol):

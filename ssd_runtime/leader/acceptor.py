@@ -20,7 +20,6 @@ from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.leader.draft_peer import DraftPeer
-from ssd_runtime.leader.draft_state import DraftConnection
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class DraftAcceptor:
         self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
         self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
-        self._ready: list[DraftConnection] = []
+        self._ready: list[DraftPeer] = []
         self._threads: list[threading.Thread] = []
 
     @property
@@ -161,7 +160,7 @@ class DraftAcceptor:
             log.exception("this is a bug")
             self._built.put((visit, PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")))
 
-    def arrived(self) -> list[DraftConnection]:
+    def arrived(self) -> list[DraftPeer]:
         """Drafts whose link was built since the last call."""
         self._settle()
         ready, self._ready = self._ready, []
@@ -182,9 +181,8 @@ class DraftAcceptor:
             else:  # it knocked again, or left, while this link was being built
                 self._in_background(link.close, "link-close")
 
-    def let_go(self, draft: DraftConnection) -> None:
+    def let_go(self, draft: DraftPeer) -> None:
         """Close a draft that is lost, without waiting."""
-        assert isinstance(draft, DraftPeer)
         self._visits = {key: visit for key, visit in self._visits.items() if visit.peer is not draft}
         self._in_background(draft.close_link, "link-close")
 

@@ -10,30 +10,23 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ssd_runtime.comm.control.draft_messages import Finish, Portion
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.engine.sequence import Sequence
+from ssd_runtime.engine.speculator import admission
 from ssd_runtime.errors import PeerLost
-from ssd_runtime.leader.admission import admission
 from ssd_runtime.leader.assignment import assign
-from ssd_runtime.leader.draft_state import DraftConnection, DraftState
+from ssd_runtime.leader.draft_peer import DraftPeer
 from ssd_runtime.speculation.types import OutcomeFrame, OutcomeRow, Plan, Source, TreeFrame
+
+if TYPE_CHECKING:
+    from ssd_runtime.leader.acceptor import DraftAcceptor
 
 log = logging.getLogger(__name__)
 
 TURN_S = 0.0005  # how long each of several drafts is waited for in turn
-
-
-class Entrance(Protocol):
-    """Where drafts come from and go to. Neither call waits."""
-
-    def arrived(self) -> list[DraftConnection]:
-        """Drafts whose link was built since the last call."""
-
-    def let_go(self, draft: DraftConnection) -> None:
-        """Close a draft that is lost."""
 
 
 class Drafts:
@@ -43,16 +36,16 @@ class Drafts:
     before, if they are there.
 
     Args:
-        entrance: where they come in.
+        acceptor: where they come from and go to.
         deadline: seconds after which a draft that was asked and said nothing counts as lost.
     """
 
-    def __init__(self, entrance: Entrance, deadline: float) -> None:
-        self._entrance = entrance
+    def __init__(self, acceptor: DraftAcceptor, deadline: float) -> None:
+        self._acceptor = acceptor
         self.deadline = deadline
-        self._states: list[DraftState] = []
+        self._peers: list[DraftPeer] = []
         self._sequences: dict[int, Sequence] = {}
-        self._assignment: dict[int, tuple[DraftState, ...]] = {}
+        self._assignment: dict[int, tuple[DraftPeer, ...]] = {}
         self._settled = True  # everybody was told what follows from who is there
         self._trees: list[TreeFrame] = []
         self.num_lost = 0
@@ -61,7 +54,7 @@ class Drafts:
     @property
     def count(self) -> int:
         """How many are there."""
-        return len(self._states)
+        return len(self._peers)
 
     @property
     def changes(self) -> int:
@@ -70,11 +63,11 @@ class Drafts:
 
     def draft_for(self, sequence_id: int) -> bool:
         """Whether a draft is at work on the sequence."""
-        return any(one.drafts_for(sequence_id) for one in self._states)
+        return any(one.drafts_for(sequence_id) for one in self._peers)
 
     def answer_for(self, sequence_id: int) -> bool:
         """Whether a draft is at work on the sequence that can be waited for."""
-        return any(one.drafts_for(sequence_id) for one in self._states if not one.suspect)
+        return any(one.drafts_for(sequence_id) for one in self._peers if not one.suspect)
 
     # -- sequences -----------------------------------------------------------------------------------------------
 
@@ -98,29 +91,29 @@ class Drafts:
             self._deal_out()
 
     def _deal_out(self) -> None:
-        self._assignment = assign(tuple(self._sequences), self._states, self._assignment)
+        self._assignment = assign(tuple(self._sequences), self._peers, self._assignment)
         wanted = self._wanted()
         self._each(lambda one: self._inform(one, wanted[one]))
 
-    def _wanted(self) -> dict[DraftState, dict[int, Portion]]:
+    def _wanted(self) -> dict[DraftPeer, dict[int, Portion]]:
         """What each draft should have been told."""
-        wanted: dict[DraftState, dict[int, Portion]] = {one: {} for one in self._states}
+        wanted: dict[DraftPeer, dict[int, Portion]] = {one: {} for one in self._peers}
         for sequence_id, assigned in self._assignment.items():
             ready = [one for one in assigned if self._is_ready(one, sequence_id)]
-            former = [] if ready else [one for one in self._states if one.drafts_for(sequence_id)]
+            former = [] if ready else [one for one in self._peers if one.drafts_for(sequence_id)]
             for sharing in (assigned, former, ready):  # the last word counts: who is ready divides it with nobody else
                 for index, one in enumerate(sharing):
                     wanted[one][sequence_id] = Portion(sequence_id, index, len(sharing))
         return wanted
 
-    def _is_ready(self, one: DraftState, sequence_id: int) -> bool:
+    def _is_ready(self, one: DraftPeer, sequence_id: int) -> bool:
         return one.drafts_for(sequence_id) or (sequence_id not in one.portions and not self._runs(sequence_id))
 
     def _runs(self, sequence_id: int) -> bool:
         """Whether whoever is told of the sequence now has to catch up with it before it drafts."""
         return self._sequences[sequence_id].turn >= 0
 
-    def _inform(self, one: DraftState, wanted: dict[int, Portion]) -> None:
+    def _inform(self, one: DraftPeer, wanted: dict[int, Portion]) -> None:
         """Tell a draft what is new to it."""
         messages: list[Message] = self._forget(one, [known for known in one.portions if known not in wanted])
         taken_over = 0
@@ -136,22 +129,22 @@ class Drafts:
                 messages.append(portion)
             one.portions[sequence_id] = portion
         if taken_over:
-            log.info("draft rank %d takes over %d sequences", one.draft.rank, taken_over)
+            log.info("draft rank %d takes over %d sequences", one.rank, taken_over)
         self._control(one, messages)
 
-    def _forget(self, one: DraftState, sequence_ids: Iterable[int]) -> list[Message]:
+    def _forget(self, one: DraftPeer, sequence_ids: Iterable[int]) -> list[Message]:
         """What tells a draft that these are no longer its sequences."""
         own = [sequence_id for sequence_id in sequence_ids if one.portions.pop(sequence_id, None) is not None]
         for sequence_id in own:
             one.catching_up.pop(sequence_id, None)
         return [Finish(sequence_id) for sequence_id in own]
 
-    def _control(self, one: DraftState, messages: list[Message]) -> None:
+    def _control(self, one: DraftPeer, messages: list[Message]) -> None:
         """Tell a draft, and wake it with an empty frame: it may be waiting on the link."""
         for message in messages:
-            one.draft.send_control(message)
+            one.send_control(message)
         if messages:
-            one.draft.send_outcomes(OutcomeFrame(0, one.draft.control_seq, ()))
+            one.send_outcomes(OutcomeFrame(0, one.control_seq, ()))
 
     # -- coming and going ----------------------------------------------------------------------------------------
 
@@ -161,25 +154,26 @@ class Drafts:
         self._each(self._listen)
 
     def _let_in(self) -> None:
-        for draft in self._entrance.arrived():
+        for one in self._acceptor.arrived():
             self.num_linked += 1
             # What it is told of running sequences has to be computed first, in forwards that are its process's first.
-            self._states.append(DraftState(draft, suspect=bool(self._sequences)))
+            one.suspect = bool(self._sequences)
+            self._peers.append(one)
             self._settled = False
-            log.info("draft rank %d is linked", draft.rank)
+            log.info("draft rank %d is linked", one.rank)
 
-    def _listen(self, one: DraftState) -> None:
+    def _listen(self, one: DraftPeer) -> None:
         now = time.monotonic()
-        trees = one.draft.poll_trees()
+        trees = one.poll_trees()
         if trees:
             if one.suspect and one.asked is not None:  # late: it was given up too early
                 one.reply_timeout.observe_late(now - one.asked)
             self._hear(one, trees)
         elif one.asked is not None and now - one.asked > self.deadline:
-            raise PeerLost("draft", one.draft.rank, -1, f"no answer within {self.deadline:g} s")
-        one.look_after(now)
+            raise PeerLost("draft", one.rank, -1, f"no answer within {self.deadline:g} s")
+        one.check_pulse(now)
 
-    def _hear(self, one: DraftState, trees: list[TreeFrame]) -> None:
+    def _hear(self, one: DraftPeer, trees: list[TreeFrame]) -> None:
         one.heard()
         self._trees += trees
         if not one.catching_up:
@@ -190,20 +184,20 @@ class Drafts:
                 del one.catching_up[branch.sequence_id]
                 self._settled = False
 
-    def _each(self, act: Callable[[DraftState], None]) -> None:
-        for one in list(self._states):
+    def _each(self, act: Callable[[DraftPeer], None]) -> None:
+        for one in list(self._peers):
             self._with(one, act)
 
-    def _with(self, one: DraftState, act: Callable[[DraftState], None]) -> None:
+    def _with(self, one: DraftPeer, act: Callable[[DraftPeer], None]) -> None:
         """Do something that needs a draft; if it is lost, go on without it: no token depends on it."""
         try:
             act(one)
         except PeerLost as lost:
             log.warning("%s; going on without it", lost)
             self.num_lost += 1
-            self._states.remove(one)
+            self._peers.remove(one)
             self._settled = False
-            self._entrance.let_go(one.draft)
+            self._acceptor.let_go(one)
 
     # -- rounds --------------------------------------------------------------------------------------------------
 
@@ -220,16 +214,16 @@ class Drafts:
         """
         told = tuple(rows)
 
-        def send(one: DraftState) -> None:
+        def send(one: DraftPeer) -> None:
             own = tuple(row for row in told if row.sequence_id in one.portions)
             if own:
-                one.draft.send_outcomes(OutcomeFrame(round, one.draft.control_seq, own, self._part(one, plan)))
+                one.send_outcomes(OutcomeFrame(round, one.control_seq, own, self._part(one, plan)))
             if any(row.source is Source.PENDING for row in own):
                 one.ask()
 
         self._each(send)
 
-    def _part(self, one: DraftState, plan: Plan | None) -> Plan | None:
+    def _part(self, one: DraftPeer, plan: Plan | None) -> Plan | None:
         """The plan for one draft: B outcomes of each sequence there is, spent on its own."""
         own, all_there_are = self._predrafted(one.portions), self._predrafted(self._sequences)
         return plan if plan is None or not own else Plan(plan.lookahead, plan.budget * all_there_are // own)
@@ -246,7 +240,7 @@ class Drafts:
         Returns:
             False if it is of no use to wait any longer: who was asked is late or gone.
         """
-        while awaited := [one for one in self._states if not one.suspect and any(map(one.drafts_for, sequence_ids))]:
+        while awaited := [one for one in self._peers if not one.suspect and any(map(one.drafts_for, sequence_ids))]:
             # Of several the first to speak counts, so none is waited for alone for long.
             wait = functools.partial(self._wait_for, slice_s=None if len(awaited) == 1 else TURN_S)
             for one in awaited:
@@ -256,13 +250,13 @@ class Drafts:
                     return True
         return False
 
-    def _wait_for(self, one: DraftState, slice_s: float | None) -> None:
+    def _wait_for(self, one: DraftPeer, slice_s: float | None) -> None:
         left = one.silent_since + one.reply_timeout.bound - time.monotonic()
-        trees = one.draft.wait_trees(max(0.0, left if slice_s is None else min(left, slice_s)))
+        trees = one.wait_trees(max(0.0, left if slice_s is None else min(left, slice_s)))
         silence = time.monotonic() - one.silent_since
         if trees:
             one.reply_timeout.observe(silence)
             self._hear(one, trees)
         elif silence >= one.reply_timeout.bound:
             one.suspect = True
-            log.debug("draft rank %d did not answer within %.3f s", one.draft.rank, silence)
+            log.debug("draft rank %d did not answer within %.3f s", one.rank, silence)

@@ -311,7 +311,7 @@ def test_drafts_that_come_and_go_change_no_token(
 
 def assert_fair(process: InProcess, sequences: list[Sequence]) -> None:
     """Every sequence that runs has a draft that was told of it, if there is one at all."""
-    linked = [one.draft for one in process.link.drafts._states]
+    linked = process.link.drafts._peers
     if linked and process.link.drafts._settled:
         known = set(itertools.chain(*(draft.drafter._sequences for draft in linked)))  # type: ignore[attr-defined]
         assert {one.sequence_id for one in sequences if not one.finish_reason and one.turn > 0} <= known

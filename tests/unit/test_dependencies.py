@@ -22,7 +22,7 @@ import cuda_ext.ops
 import ssd_runtime.comm.link.endpoint, tests.inproc_links, ssd_runtime.comm.link.setup
 import ssd_runtime.draft.drafter, ssd_runtime.draft.loop
 import ssd_runtime.engine.engine, ssd_runtime.engine.numerics
-import ssd_runtime.leader.colocated, ssd_runtime.leader.draft_peer, ssd_runtime.leader.link_speculator
+import ssd_runtime.draft.colocated, ssd_runtime.leader.draft_peer, ssd_runtime.leader.link_speculator
 import ssd_runtime.leader.replay
 from ssd_runtime.model.load import load_decoder
 

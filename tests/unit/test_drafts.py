@@ -11,10 +11,10 @@ from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.engine.sequence import NoText, Request, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
-from ssd_runtime.leader import draft_state
+from ssd_runtime.leader import draft_peer
 from ssd_runtime.leader import drafts as module
+from ssd_runtime.leader.draft_peer import FIRST_S, MOST_S, SLACK_S, DraftPeer, ReplyTimeout
 from ssd_runtime.leader.drafts import Drafts
-from ssd_runtime.leader.reply_timeout import FIRST_S, MOST_S, SLACK_S, ReplyTimeout
 from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, SamplingParams, Source, TreeFrame
 
 MOMENT_S = 1e-9  # passes in any call
@@ -32,11 +32,11 @@ class Clock:
         return self.now
 
 
-class Played:
+class Played(DraftPeer):
     """A draft that says something at set times; after the last of them it is dead, and nobody knows."""
 
     def __init__(self, clock: Clock, rank: int = 1) -> None:
-        self.rank, self.control_seq = rank, 0
+        super().__init__(None, b"", rank, None)  # type: ignore[arg-type]
         self._clock = clock
         self.signs: deque[float] = deque()  # when it speaks
 
@@ -62,12 +62,12 @@ class Played:
         self._clock.now = max(self._clock.now, min(until, self.signs[0] if self.signs else math.inf))
         return self.poll_trees()
 
-    def check_pulse(self) -> None:
+    def check_pulse(self, now: float) -> None:
         pass
 
 
 class DraftAcceptor:
-    """An `Entrance`."""
+    """Through which the test sends drafts."""
 
     def __init__(self) -> None:
         self.coming: list[Played] = []
@@ -83,7 +83,7 @@ class DraftAcceptor:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     played = Clock()
-    for user in (module, draft_state):
+    for user in (module, draft_peer):
         monkeypatch.setattr(user, "time", played)
     return played
 

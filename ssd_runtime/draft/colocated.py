@@ -1,4 +1,4 @@
-"""Speculative decoding on one device: the draft runs in the target's process. Knows no link."""
+"""The draft in the target's process, as a speculator of the engine: it drafts between verifications. Knows no link."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import logging
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
-from typing import Protocol
 
-from ssd_runtime.comm.control.draft_messages import Admit
+from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.engine.sequence import Sequence
-from ssd_runtime.engine.speculator import Proposals
+from ssd_runtime.engine.speculator import Proposals, admission
 from ssd_runtime.errors import DeviceFault
-from ssd_runtime.leader.admission import admission
-from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation, TreeFrame
+from ssd_runtime.speculation.types import Outcome, OutcomeFrame, OutcomeRow, Source, Speculation
 
 log = logging.getLogger(__name__)
 
 
 class ColocatedSpeculator:
-    """Speculative decoding on one device: the draft runs in the target's process, between verifications.
+    """Speculative decoding on one device.
 
     Args:
-        drafter: the draft, loaded (draft/drafter.py).
+        drafter: the model and its trees.
     """
 
-    def __init__(self, drafter: LocalDrafter) -> None:
+    def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
 
     def admit(self, sequences: Sequences[Sequence]) -> None:
@@ -82,38 +80,6 @@ class ColocatedSpeculator:
         ]
         self._drafter.advance(OutcomeFrame(round, 0, tuple(verified)))
         return speculations
-
-
-class LocalDrafter(Protocol):
-    """What a draft in this process offers; shapes and errors in draft/drafter.py."""
-
-    def admit(self, request: Admit) -> None: ...
-
-    def finish(self, sequence_id: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-    @property
-    def num_sequences(self) -> int: ...
-
-    def advance(self, frame: OutcomeFrame) -> bool: ...
-
-    def grow(self) -> LocalStep | None: ...
-
-    def tree(self) -> TreeFrame: ...
-
-
-class LocalStep(Protocol):
-    """One forward of the draft."""
-
-    @property
-    def start_ns(self) -> int: ...
-
-    @property
-    def end_ns(self) -> int: ...
-
-    @property
-    def rows(self) -> int: ...
 
 
 def _outcome_row(sequence: Sequence, source: Source, length: int) -> OutcomeRow:
