@@ -43,7 +43,7 @@ class DraftRank(Rank):
             address,
             hello,
             drafter,
-            lambda at: open_draft_link(at, link_timing(config), **self._frames_travel_by()),
+            lambda at: open_draft_link(at, link_timing(config), self._place.link_gpu),
             JoinTimeouts(first, timeouts.rejoin, timeouts.link),
             self._known_as,
             self._tracer,

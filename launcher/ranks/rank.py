@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from launcher.ranks.announcer import Announcer
 from launcher.ranks.models import Models
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.config import Config
 from ssd_runtime.errors import InputOutputError
 from ssd_runtime.host import topology
@@ -96,10 +95,6 @@ class Rank:
         elif not self._stopped:  # once: a second signal must not break the clean-up that the first began
             self._stopped = True
             raise Stopped(reason)
-
-    def _frames_travel_by(self) -> dict[str, Any]:
-        backend = self._place.link_backend
-        return {"backend": backend, "device": topology.link_device(backend, self._place.device)}
 
 
 def _allow_descriptors() -> None:

@@ -199,5 +199,5 @@ class TargetRank(Rank):
             server,
             host,
             terms,
-            lambda address, timing: host.open(address, timing, **self._frames_travel_by()),
+            lambda address, timing: host.open(address, timing, self._place.link_gpu),
         )

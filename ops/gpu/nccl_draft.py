@@ -19,7 +19,7 @@ import torch
 
 from launcher.ranks import nccl
 from ssd_runtime.comm.control.draft_messages import LinkAddress
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
@@ -70,8 +70,8 @@ class Draft:
         self._process.start()
         theirs.close()
 
-    def come(self, address: LinkAddress, how: dict[str, Any], busy: bool) -> None:
-        self._pipe.send((address, how, busy))
+    def come(self, address: LinkAddress, gpu: torch.device | None, busy: bool) -> None:
+        self._pipe.send((address, gpu, busy))
 
     def told(self) -> Any:
         assert self._pipe.poll(SOON), "the draft's process says nothing"
@@ -97,21 +97,21 @@ def _answer(pipe: Connection, device: torch.device, timing: LinkTiming) -> None:
         stand_in()
     while True:
         try:
-            address, how, is_busy = pipe.recv()
+            address, gpu, is_busy = pipe.recv()
         except EOFError:
             return
         heard = wrong = 0
         with contextlib.ExitStack() as held:
             if is_busy:
                 held.enter_context(busy(device))
-            link = open_draft_link(address, timing, **how)
+            link = open_draft_link(address, timing, gpu)
             held.callback(link.close)
             with contextlib.suppress(PeerLost):
                 while True:
-                    for frame in link.wait_outcomes(SOON):
+                    for frame in link.receive(SOON):
                         wrong += frame != outcomes(heard)
                         heard += 1
-                        link.push_tree(tree(frame.round))
+                        link.send(tree(frame.round))
         pipe.send((heard, wrong))
 
 

@@ -17,7 +17,7 @@ from launcher.ranks import nccl
 from ops.gpu.nccl_draft import SHAPE, SOON, Draft, busy, outcomes, tree
 from ops.gpu.result import Finding, Number, Setting, judged, left_out, run_step
 from ops.gpu.timing import device_of
-from ssd_runtime.comm.link.faces import LinkTiming, TargetLink
+from ssd_runtime.comm.link.endpoint import LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import TreeFrame
@@ -42,10 +42,10 @@ class Bench:
 
     @contextlib.contextmanager
     def link(self, draft: Draft, carrier: str, is_busy: bool = False) -> Iterator[TargetLink]:
-        device = self.device if carrier == "nccl" else torch.device("cpu")
+        gpu = self.device if carrier == "nccl" else None
         address = self.host.next_address(SHAPE)
-        draft.come(address, {"backend": carrier, "device": device}, is_busy)
-        with contextlib.closing(self.host.open(address, self.timing, device=device, backend=carrier)) as link:
+        draft.come(address, gpu, is_busy)
+        with contextlib.closing(self.host.open(address, self.timing, gpu)) as link:
             yield link
 
     def conversation(self, draft: Draft, carrier: str, is_busy: bool) -> Finding:
@@ -55,11 +55,11 @@ class Bench:
             with self.link(draft, carrier, is_busy) as link:
                 for round in range(self.rounds):
                     start = time.perf_counter()
-                    link.send_outcomes(outcomes(round))
+                    link.send(outcomes(round))
                     wrong += newest_tree(link, round) != tree(round)
                     times.append((time.perf_counter() - start) * 1e6)
                 for round in range(self.rounds, 2 * self.rounds):
-                    link.send_outcomes(outcomes(round))
+                    link.send(outcomes(round))
                     if (round + 1) % IN_FLIGHT == 0:
                         wrong += newest_tree(link, round) != tree(round)
             heard, theirs = draft.told()
@@ -81,7 +81,7 @@ class Bench:
             timer.start()
             with contextlib.suppress(PeerLost):
                 for round in range(1_000_000):
-                    link.send_outcomes(outcomes(round))
+                    link.send(outcomes(round))
                     newest_tree(link, round)
             noticed = time.monotonic()
         closed = time.monotonic()
@@ -98,7 +98,7 @@ class Bench:
 def newest_tree(link: TargetLink, round: int) -> TreeFrame:
     """That of the round; older ones that had not been superseded yet are passed over."""
     while True:
-        for frame in link.wait_trees(SOON):
+        for frame in link.receive(SOON):
             if frame.round == round:
                 return frame
 

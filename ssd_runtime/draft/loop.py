@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ssd_runtime.comm.control.draft_messages import Admit, Finish, Portion
 from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
-from ssd_runtime.comm.link.faces import DraftLink
+from ssd_runtime.comm.link.endpoint import DraftLink
 from ssd_runtime.draft.drafter import Drafter
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame
@@ -59,10 +59,10 @@ class DraftLoop:
         try:
             while not self._leaving:
                 # Frames say which control messages they rest on, so between two steps a look at the link is enough.
-                self._advance(self._link.poll_outcomes())
+                self._advance(self._link.receive())
                 if not self._grow():
                     self._handle(self._control.poll(0.0))
-                    self._advance(self._link.wait_outcomes(IDLE_WAIT_S))
+                    self._advance(self._link.receive(IDLE_WAIT_S))
         except PeerLost as lost:
             self._farewell(lost)
         log.info("leaving: %s", self._leaving)
@@ -71,7 +71,7 @@ class DraftLoop:
         step = self._drafter.grow()
         if step is None:
             return False
-        self._link.push_tree(self._drafter.tree())
+        self._link.send(self._drafter.tree())
         self._tracer.complete("draft step", step.start_ns, step.end_ns, arguments={"rows": step.rows})
         return True
 
@@ -80,7 +80,7 @@ class DraftLoop:
             start_ns = time.monotonic_ns()
             self._catch_up_with_control(frame)
             if self._drafter.advance(frame):
-                self._link.push_tree(self._drafter.tree())
+                self._link.send(self._drafter.tree())
             if frame.rows:
                 self._tracer.complete("advance", start_ns, time.monotonic_ns(), arguments={"round": frame.round})
 

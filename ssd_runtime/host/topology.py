@@ -84,6 +84,11 @@ class Placement:
         """Whether this target has drafts, here or from another torchrun."""
         return self.group is not None or self.num_drafts > 0
 
+    @property
+    def link_gpu(self) -> torch.device | None:
+        """Where the frames of the link are, if they travel between GPUs."""
+        return self.device if self.link_backend == "nccl" else None
+
 
 def place(config: Config, environ: Mapping[str, str], group: Group | None = None) -> Placement:
     """The placement of the rank that torchrun's variables in `environ` describe; without them, of a target alone.
@@ -287,13 +292,6 @@ def link_backend(config: Config, environ: Mapping[str, str]) -> Backend:
 def group_backend(target: Device) -> Backend:
     """What carries the tensors between the ranks of one target."""
     return "nccl" if target == "cuda" else "gloo"
-
-
-def link_device(backend: Backend, device: torch.device) -> torch.device:
-    """Where the frames of a rank on `device` live."""
-    import torch
-
-    return device if backend == "nccl" else torch.device("cpu")
 
 
 def describe() -> str:

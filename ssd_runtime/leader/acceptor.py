@@ -15,7 +15,7 @@ from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.control.handshake import check_hello
 from ssd_runtime.comm.control.messages import Refused, Shutdown
 from ssd_runtime.comm.control.sockets import ControlServer
-from ssd_runtime.comm.link.faces import LinkTiming, TargetLink
+from ssd_runtime.comm.link.endpoint import LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ssd_runtime.comm.control.draft_messages import Portion
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.comm.link.faces import TargetLink
+from ssd_runtime.comm.link.endpoint import TargetLink
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 
@@ -116,15 +116,15 @@ class DraftPeer:
         self.control_seq += 1
 
     def send_outcomes(self, frame: OutcomeFrame) -> None:
-        self._link.send_outcomes(frame)
+        self._link.send(frame)
 
     def poll_trees(self) -> list[TreeFrame]:
         if self._replaced:
             raise self._lost("it came back and wants a new link")
-        return self._link.poll_trees()
+        return self._link.receive()
 
     def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
-        return self._link.wait_trees(timeout_s)
+        return self._link.receive(timeout_s)
 
     def check_pulse(self, now: float) -> None:
         """Now and then, look whether its control connection is there, or it left, or missed a few heartbeats."""

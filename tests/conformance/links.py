@@ -13,7 +13,7 @@ import torch
 
 from ssd_runtime.comm.control.codec import decode, encode
 from ssd_runtime.comm.control.draft_messages import LinkAddress, Welcome
-from ssd_runtime.comm.link.faces import DraftLink, LinkTiming, TargetLink
+from ssd_runtime.comm.link.endpoint import DraftLink, LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import PeerLost
@@ -41,7 +41,7 @@ def tree(round: int) -> TreeFrame:
 
 @dataclass
 class Pair:
-    """Both faces of one link, each usable from the test."""
+    """Both ends of one link, each usable from the test."""
 
     target: TargetLink
     draft: DraftLink
@@ -130,15 +130,11 @@ class RemoteDraftLink:
 
     process: RemoteProcess
 
-    def push_tree(self, frame: TreeFrame) -> None:
-        self.process.call("push_tree", frame)
+    def send(self, frame: TreeFrame) -> None:
+        self.process.call("send", frame)
 
-    def poll_outcomes(self) -> list[OutcomeFrame]:
-        found: list[OutcomeFrame] = self.process.call("poll_outcomes")
-        return found
-
-    def wait_outcomes(self, timeout_s: float) -> list[OutcomeFrame]:
-        found: list[OutcomeFrame] = self.process.call("wait_outcomes", timeout_s)
+    def receive(self, timeout_s: float = 0.0) -> list[OutcomeFrame]:
+        found: list[OutcomeFrame] = self.process.call("receive", timeout_s)
         return found
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from ssd_runtime.comm.link import setup as meeting
 from ssd_runtime.comm.link.gpu_queue import Buffers
 from ssd_runtime.comm.link.pipes import GlooPipe, gloo_group
 
-OVER_NCCL: dict[str, Any] = {"backend": "nccl", "device": torch.device("cpu")}
+OVER_NCCL: dict[str, Any] = {"gpu": torch.device("cpu")}
 
 
 def stand_in(replace: Callable[[object, str, object], None] = setattr) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import (
@@ -54,11 +54,11 @@ def victim() -> Iterator[RemoteProcess]:
 
 
 def test_an_idle_link_outlives_its_deadline_by_keepalives(pair: Pair) -> None:
-    assert pair.target.wait_trees(2.5 * BRISK.silence) == []
-    pair.draft.push_tree(tree(1))
-    assert pair.target.wait_trees(SOON) == [tree(1)]
-    pair.target.send_outcomes(outcomes(1))
-    assert pair.draft.wait_outcomes(SOON) == [outcomes(1)]
+    assert pair.target.receive(2.5 * BRISK.silence) == []
+    pair.draft.send(tree(1))
+    assert pair.target.receive(SOON) == [tree(1)]
+    pair.target.send(outcomes(1))
+    assert pair.draft.receive(SOON) == [outcomes(1)]
 
 
 def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,22 +93,22 @@ def test_both_directions_are_built_within_one_deadline(monkeypatch: pytest.Monke
 
 
 def test_garbage_on_the_wire_loses_the_peer(pair: Pair) -> None:
-    endpoint = pair.draft._endpoint  # type: ignore[attr-defined]
+    endpoint = pair.draft
     in_flight = endpoint._sending.post(torch.full((endpoint._encoder.num_words,), 7))
     with pytest.raises(PeerLost, match="not a frame"):
-        pair.target.wait_trees(SOON)
+        pair.target.receive(SOON)
     del in_flight  # Gloo drops a send whose work and words are gone before it left
 
 
 def test_a_frame_damaged_behind_its_header_loses_the_peer(pair: Pair) -> None:
-    endpoint = pair.draft._endpoint  # type: ignore[attr-defined]
+    endpoint = pair.draft
     words = endpoint._encoder.encode(tree(1)).clone()
     words[20] += 1
     in_flight = endpoint._sending.post(words)
     with pytest.raises(PeerLost, match="checksum"):
-        pair.target.wait_trees(SOON)
+        pair.target.receive(SOON)
     with pytest.raises(PeerLost, match="checksum"):
-        pair.target.send_outcomes(outcomes(1))
+        pair.target.send(outcomes(1))
     del in_flight
 
 
@@ -174,13 +174,13 @@ def test_strangers_are_not_met(change: dict[str, object]) -> None:
 def test_two_engines_on_one_host_do_not_meet(how: dict[str, Any]) -> None:
     first, second = make_threads(**how), make_threads(**how)
     one, two = next(first), next(second)
-    one.target.send_outcomes(outcomes(1))
-    two.target.send_outcomes(outcomes(2))
-    assert one.draft.wait_outcomes(SOON) == [outcomes(1)]
-    assert two.draft.wait_outcomes(SOON) == [outcomes(2)]
+    one.target.send(outcomes(1))
+    two.target.send(outcomes(2))
+    assert one.draft.receive(SOON) == [outcomes(1)]
+    assert two.draft.receive(SOON) == [outcomes(2)]
     one.target.close()
-    two.draft.push_tree(tree(5))
-    assert two.target.wait_trees(SOON) == [tree(5)]
+    two.draft.send(tree(5))
+    assert two.target.receive(SOON) == [tree(5)]
     for rest in (first, second):
         assert next(rest, None) is None
 
@@ -196,13 +196,12 @@ def test_a_killed_or_stopped_peer_is_noticed_and_closing_stays_quick(
     victim.start_opening(role, address, BRISK, **how)
     link = (host.open if role == "draft" else open_draft_link)(address, BRISK, **how)
     victim.finish()
-    wait = link.wait_trees if role == "draft" else link.wait_outcomes  # type: ignore[union-attr]
-    assert wait(0) == []
+    assert link.receive() == []
 
     os.kill(victim.pid, signal_number)
     start = time.monotonic()
     with pytest.raises(PeerLost, match=f"{role} rank"):
-        wait(SOON)
+        link.receive(SOON)
     assert time.monotonic() - start < within
     start = time.monotonic()
     link.close()
@@ -222,7 +221,7 @@ def test_closing_is_bounded_beside_a_stopped_peer_that_was_not_missed_yet(
     victim.finish()
     os.kill(victim.pid, signal.SIGSTOP)
     for round in range(100):  # more than the wire takes from a peer that does not read
-        link.send_outcomes(outcomes(round))
+        link.send(outcomes(round))
     start = time.monotonic()
     link.close()
     assert time.monotonic() - start < 3
@@ -238,7 +237,7 @@ def test_after_a_loss_the_next_epoch_is_a_new_link(victim: RemoteProcess) -> Non
     victim.finish()
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(PeerLost):
-        link.wait_trees(SOON)
+        link.receive(SOON)
     link.close()
 
     successor = RemoteProcess()
@@ -247,8 +246,8 @@ def test_after_a_loss_the_next_epoch_is_a_new_link(victim: RemoteProcess) -> Non
         successor.start_opening("draft", address, BRISK)
         link = host.open(address, BRISK)
         successor.finish()
-        link.send_outcomes(outcomes(1))
-        assert successor.call("wait_outcomes", SOON) == [outcomes(1)]
+        link.send(outcomes(1))
+        assert successor.call("receive", SOON) == [outcomes(1)]
         link.close()
     finally:
         successor.end()

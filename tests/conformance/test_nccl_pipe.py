@@ -220,22 +220,22 @@ def test_pushing_trees_never_waits_for_a_busy_gpu_and_only_the_newest_of_those_t
 ) -> None:
     stand_in(monkeypatch.setattr)
     for pair in make_threads(**OVER_NCCL):
-        endpoint: Any = pair.draft._endpoint  # type: ignore[attr-defined]
+        endpoint: Any = pair.draft
         endpoint._sending._gpu.hold()
         took = []
         for tens in range(5):
             start = time.monotonic()
             for round in range(10 * tens, 10 * tens + 10):
-                pair.draft.push_tree(tree(round))
+                pair.draft.send(tree(round))
             took.append(time.monotonic() - start)
         assert min(took) < BRISK.silence / 2  # a busy machine may have paused one of them
         endpoint._sending._gpu.release()
-        found = [pair.target.wait_trees(SOON)[-1].round]
+        found = [pair.target.receive(SOON)[-1].round]
         while found[-1] < 49:
-            found += [one.round for one in pair.target.wait_trees(SOON)]
+            found += [one.round for one in pair.target.receive(SOON)]
         assert len(found) < 20
-        pair.target.send_outcomes(outcomes(3))  # the other direction has a queue of its own
-        assert pair.draft.wait_outcomes(SOON) == [outcomes(3)]
+        pair.target.send(outcomes(3))  # the other direction has a queue of its own
+        assert pair.draft.receive(SOON) == [outcomes(3)]
 
 
 def test_a_link_that_fails_to_be_built_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.comm.link import exchange, gloo_ports
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.pipes import gloo_group
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
@@ -54,10 +54,10 @@ def test_nobody_is_heard_at_the_ports_of_a_link_that_stands(pair: Pair) -> None:
     for host, port in ports():
         assert visit(host, port, 100) == 0
     assert descriptors() == before
-    pair.target.send_outcomes(outcomes(1))
-    pair.draft.push_tree(tree(1))
-    assert pair.draft.wait_outcomes(SOON) == [outcomes(1)]
-    assert pair.target.wait_trees(SOON) == [tree(1)]
+    pair.target.send(outcomes(1))
+    pair.draft.send(tree(1))
+    assert pair.draft.receive(SOON) == [outcomes(1)]
+    assert pair.target.receive(SOON) == [tree(1)]
 
 
 def test_the_place_where_a_link_was_built_is_gone_once_it_stands() -> None:
@@ -88,8 +88,8 @@ def test_strangers_at_the_meeting_place_cost_nothing_and_keep_nobody_away(said: 
         until(lambda: descriptors() <= before + 3 * exchange.GUESTS, "strangers are hung up on")
         draft = open_draft_link(address, LinkTiming(build=SOON))
         thread.join(SOON)
-        built[0].send_outcomes(outcomes(1))
-        assert draft.wait_outcomes(SOON) == [outcomes(1)]
+        built[0].send(outcomes(1))
+        assert draft.receive(SOON) == [outcomes(1)]
         draft.close()
         built[0].close()
 

@@ -11,8 +11,7 @@ import torch
 from ssd_runtime.comm.control.draft_messages import Hello, Welcome
 from ssd_runtime.comm.control.messages import Refused
 from ssd_runtime.comm.control.sockets import ControlPeer
-from ssd_runtime.comm.link.endpoint import GroupDraftLink
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import DraftLink, LinkTiming
 from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.config import load_config
@@ -32,7 +31,7 @@ def hello(config_path: Path, instance: str, digest: str | None = None) -> Hello:
 
 
 @contextlib.contextmanager
-def impostor(address: str, config_path: Path) -> Iterator[GroupDraftLink]:
+def impostor(address: str, config_path: Path) -> Iterator[DraftLink]:
     """A link to the target as a draft has it."""
     with contextlib.closing(ControlPeer(address)) as control:
         welcomes: list[Welcome] = []
@@ -48,6 +47,6 @@ def impostor(address: str, config_path: Path) -> Iterator[GroupDraftLink]:
             yield link
 
 
-def garbage(link: GroupDraftLink) -> None:
+def garbage(link: DraftLink) -> None:
     """Send words that are no frame."""
-    link._endpoint._sending.post(torch.arange(link._endpoint._encoder.num_words, dtype=torch.int64))
+    link._sending.post(torch.arange(link._encoder.num_words, dtype=torch.int64))

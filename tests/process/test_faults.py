@@ -16,7 +16,7 @@ import zmq
 from ssd_runtime.comm.control.client_messages import Failed, Generate
 from ssd_runtime.comm.control.messages import Message, Refused
 from ssd_runtime.comm.control.sockets import ControlPeer
-from ssd_runtime.comm.link.endpoint import GroupDraftLink
+from ssd_runtime.comm.link.endpoint import DraftLink
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError
@@ -88,18 +88,18 @@ def test_a_draft_is_stopped_goes_on_is_killed_and_another_comes(target: Target, 
 
 
 @contextlib.contextmanager
-def joined(target: Target) -> Iterator[GroupDraftLink]:
+def joined(target: Target) -> Iterator[DraftLink]:
     """A link to the target as a draft has it."""
     with impostor(target.address, target.config) as link:
         target.until("the impostor is linked", lambda status: status.draft == "linked")
         yield link
 
 
-def frames(link: GroupDraftLink) -> Iterator[OutcomeFrame]:
+def frames(link: DraftLink) -> Iterator[OutcomeFrame]:
     """What the target asks, until it has had enough."""
     with contextlib.suppress(PeerLost):
         while True:
-            yield from link.wait_outcomes(0.2)
+            yield from link.receive(0.2)
 
 
 def test_a_draft_that_answers_garbage_is_lost_and_nobody_is_hurt(target: Target) -> None:
@@ -125,7 +125,7 @@ def lies(frame: OutcomeFrame) -> TreeFrame:
 def test_a_draft_that_lies_is_not_believed(target: Target) -> None:
     with Streams(target.address, LENGTH) as streams, joined(target) as link:
         for told, frame in enumerate(frames(link)):
-            link.push_tree(lies(frame))
+            link.send(lies(frame))
             if streams.failure or (told > 50 and len(streams.answers) > 1):
                 break
     assert_all_right(streams, target)

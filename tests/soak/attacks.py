@@ -138,8 +138,8 @@ def lie_about_time(engine: Engine, chance: random.Random) -> None:
     with impostor(engine.address, engine.config) as link, contextlib.suppress(PeerLost):
         for _ in range(200):
             microseconds, rows = (chance.choice((0, 1, bound.most)) for bound in (STEP_US, STEP_ROWS))
-            link.push_tree(TreeFrame(0, (), int(microseconds), int(rows)))
-            link.poll_outcomes()
+            link.send(TreeFrame(0, (), int(microseconds), int(rows)))
+            link.receive()
             engine.run_until(time.monotonic() + 0.005)
     engine.new_draft()
 

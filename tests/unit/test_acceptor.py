@@ -13,7 +13,7 @@ import pytest
 
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.control.messages import Message, Refused
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.leader.acceptor import SPARE_BUILDS, DraftAcceptor, Terms

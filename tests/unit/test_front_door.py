@@ -19,7 +19,7 @@ from ssd_runtime.comm.control.codec import encode
 from ssd_runtime.comm.control.draft_messages import Hello
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.control.sockets import ControlServer
-from ssd_runtime.comm.link.faces import LinkTiming
+from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import Config, EngineConfig

@@ -68,7 +68,7 @@ class Leader:
                 self.server.send(identity, Welcome(LinkAddress("127.0.0.1", 1, "s", len(self.links), SHAPE), 1))
                 self.server.send(identity, Admit(0, (1, 2, 3, 4), SamplingParams(), "ssd", 3, 20))
                 with contextlib.suppress(PeerLost):  # it may have failed over the first message already
-                    link.send_outcomes(OutcomeFrame(0, 1, ()))
+                    link.send(OutcomeFrame(0, 1, ()))
                 return
         raise AssertionError("nobody knocked")
 
@@ -100,9 +100,9 @@ def test_a_failing_draft_comes_back_in_growing_pauses_and_then_drafts(
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             leader.welcome()
-        (tree,) = leader.links[-1].wait_trees(SOON)
+        (tree,) = leader.links[-1].receive(SOON)
         while not tree.branches:
-            tree = leader.links[-1].wait_trees(SOON)[-1]
+            tree = leader.links[-1].receive(SOON)[-1]
     assert {branch.sequence_id for branch in tree.branches} == {0}
     pauses = [later - earlier for earlier, later in itertools.pairwise(leader.knocks)]
     assert all(pause > least for pause, least in zip(pauses, (0.1, 0.2, 0.4), strict=True)), pauses

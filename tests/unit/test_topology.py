@@ -12,6 +12,7 @@ from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, Speculatio
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
 from ssd_runtime.host.cores import listed
+from ssd_runtime.host.topology import Placement
 
 CPU = torch.device("cpu")
 
@@ -89,8 +90,8 @@ def test_nccl_between_ranks_on_one_gpu_is_refused_unless_nccl_was_told_that_they
 
 def test_frames_live_on_the_gpu_only_with_nccl() -> None:
     gpu = torch.device("cuda", 0)
-    assert topology.link_device("nccl", gpu) == gpu
-    assert topology.link_device("gloo", gpu) == CPU
+    for backend, where in (("nccl", gpu), ("gloo", None)):
+        assert Placement("draft", 1, 2, gpu, backend, (), 1, range(2)).link_gpu == where  # type: ignore[arg-type]
 
 
 def test_cores_outside_the_allowed_ones_are_a_config_error() -> None:

@@ -1,4 +1,7 @@
-"""One end of a link between two processes: frames over two pipes, one a direction. Knows frames, not what they mean.
+"""One end of a link between target and draft: frames over two pipes, one a direction. Knows frames, not what they mean.
+
+A link is built for one epoch (setup.py) and never repaired: when the peer dies, falls silent or talks nonsense, every
+call raises PeerLost, and the caller builds the next one.
 
 Sending happens at once in the caller's thread unless several frames are in flight; a thread completes those, sends
 what had to queue, and sends keepalives. Another thread owns the receives. What the process groups themselves do is in
@@ -10,11 +13,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from ssd_runtime.comm.link.faces import LinkTiming
 from ssd_runtime.comm.link.frames import FrameCodec, Kind, kind_of
 from ssd_runtime.comm.link.pipes import Pipe, first_line
 from ssd_runtime.comm.protocol import ProtocolError
@@ -31,48 +34,26 @@ Sent = TypeVar("Sent", OutcomeFrame, TreeFrame)
 Got = TypeVar("Got", OutcomeFrame, TreeFrame)
 
 
-class GroupTargetLink:
-    """`TargetLink` over two process groups."""
+@dataclass(frozen=True)
+class LinkTiming:
+    """Seconds. Both sides must use the same heartbeat.
 
-    def __init__(self, endpoint: Endpoint[OutcomeFrame, TreeFrame]) -> None:
-        self._endpoint = endpoint
-        endpoint.start()
+    Attributes:
+        build: longest wait for the other side to come.
+        heartbeat: a side with nothing to send says so this often.
+        silence: longest wait for anything at all, several heartbeats.
+        close: longest wait for the goodbye to leave.
+    """
 
-    def send_outcomes(self, frame: OutcomeFrame) -> None:
-        self._endpoint.send(frame)
-
-    def poll_trees(self) -> list[TreeFrame]:
-        return self._endpoint.take(0)
-
-    def wait_trees(self, timeout_s: float) -> list[TreeFrame]:
-        return self._endpoint.take(timeout_s)
-
-    def close(self) -> None:
-        self._endpoint.close()
-
-
-class GroupDraftLink:
-    """`DraftLink` over two process groups."""
-
-    def __init__(self, endpoint: Endpoint[TreeFrame, OutcomeFrame]) -> None:
-        self._endpoint = endpoint
-        endpoint.start()
-
-    def push_tree(self, frame: TreeFrame) -> None:
-        self._endpoint.send(frame)
-
-    def poll_outcomes(self) -> list[OutcomeFrame]:
-        return self._endpoint.take(0)
-
-    def wait_outcomes(self, timeout_s: float) -> list[OutcomeFrame]:
-        return self._endpoint.take(timeout_s)
-
-    def close(self) -> None:
-        self._endpoint.close()
+    build: float = 20.0
+    heartbeat: float = 5.0
+    silence: float = 15.0
+    close: float = 1.0
 
 
 class Endpoint(Generic[Sent, Got]):
-    """Two pipes, two threads and what they share with the caller.
+    """Two pipes, two threads and what they share with the caller. Calls raise PeerLost once the peer is gone and all it
+    sent has been read. Outcomes are never dropped; of trees that could not be sent yet only the newest is kept.
 
     Args:
         peer_role, peer_rank: who is at the other end, for errors.
@@ -128,7 +109,7 @@ class Endpoint(Generic[Sent, Got]):
             if len(self._unsent) > UNREAD:
                 self._lose(f"{UNREAD} frames could not be sent")
 
-    def take(self, timeout_s: float) -> list[Got]:
+    def receive(self, timeout_s: float = 0.0) -> list[Got]:
         """All frames that arrived, in order; waits at most `timeout_s` for the first."""
         with self._readable:
             if timeout_s > 0:
@@ -240,3 +221,7 @@ class Endpoint(Generic[Sent, Got]):
 
     def _peer_lost(self, reason: str) -> PeerLost:
         return PeerLost(self._peer_role, self._peer_rank, self._round, reason)
+
+
+TargetLink = Endpoint[OutcomeFrame, TreeFrame]
+DraftLink = Endpoint[TreeFrame, OutcomeFrame]

@@ -19,9 +19,8 @@ import torch.distributed as dist
 
 from ssd_runtime.comm.control.draft_messages import LinkAddress
 from ssd_runtime.comm.link import exchange
-from ssd_runtime.comm.link.endpoint import Endpoint, GroupDraftLink, GroupTargetLink
+from ssd_runtime.comm.link.endpoint import DraftLink, Endpoint, LinkTiming, TargetLink
 from ssd_runtime.comm.link.exchange import Exchange
-from ssd_runtime.comm.link.faces import LinkTiming
 from ssd_runtime.comm.link.frames import HEADER, OutcomeCodec, TreeCodec
 from ssd_runtime.comm.link.gpu_queue import GpuQueue
 from ssd_runtime.comm.link.nccl_pipe import NcclPipe
@@ -64,15 +63,18 @@ class LinkHost:
         if port is not None:
             port.close()
 
-    def open(
-        self, address: LinkAddress, timing: LinkTiming, *, device: torch.device | None = None, backend: str = "gloo"
-    ) -> GroupTargetLink:
-        """Meet the draft at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come."""
+    def open(self, address: LinkAddress, timing: LinkTiming, gpu: torch.device | None = None) -> TargetLink:
+        """Meet the draft at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come.
+
+        Args:
+            gpu: of this side, where frames travel between GPUs over NCCL, on both sides or none.
+        """
         with _meeting(address, DRAFT, timing) as give_up, contextlib.closing(self._come(address, give_up)) as store:
-            outcomes, trees = _Builder(store, TARGET, give_up, address.shape, timing, device, backend).pipes()
-        return GroupTargetLink(
-            Endpoint("draft", 1, outcomes, trees, OutcomeCodec(address.shape), TreeCodec(address.shape), timing)
-        )
+            outcomes, trees = _Builder(store, TARGET, give_up, address.shape, timing, gpu).pipes()
+        shape = address.shape
+        link = Endpoint("draft", 1, outcomes, trees, OutcomeCodec(shape), TreeCodec(shape), timing)
+        link.start()
+        return link
 
     def _come(self, address: LinkAddress, give_up: float) -> Exchange:
         port = self._ports.pop(address.epoch, None)
@@ -88,18 +90,17 @@ class LinkHost:
         self._ports.clear()
 
 
-def open_draft_link(
-    address: LinkAddress, timing: LinkTiming, *, device: torch.device | None = None, backend: str = "gloo"
-) -> GroupDraftLink:
-    """Meet the target at `address`; blocks at most `timing.build`. Raises PeerLost if it does not come."""
+def open_draft_link(address: LinkAddress, timing: LinkTiming, gpu: torch.device | None = None) -> DraftLink:
+    """Meet the target at `address`; as `LinkHost.open`."""
     with (
         _meeting(address, TARGET, timing) as give_up,
         contextlib.closing(exchange.knock(address.host, address.port, _secret(address), give_up)) as store,
     ):
-        outcomes, trees = _Builder(store, DRAFT, give_up, address.shape, timing, device, backend).pipes()
-    return GroupDraftLink(
-        Endpoint("target", 0, trees, outcomes, TreeCodec(address.shape), OutcomeCodec(address.shape), timing)
-    )
+        outcomes, trees = _Builder(store, DRAFT, give_up, address.shape, timing, gpu).pipes()
+    shape = address.shape
+    link = Endpoint("target", 0, trees, outcomes, TreeCodec(shape), OutcomeCodec(shape), timing)
+    link.start()
+    return link
 
 
 @contextlib.contextmanager
@@ -125,8 +126,7 @@ class _Builder:
     give_up: float
     shape: FrameShape
     timing: LinkTiming
-    device: torch.device | None
-    backend: str
+    gpu: torch.device | None
 
     def pipes(self) -> tuple[Pipe, Pipe]:
         """Outcomes first."""
@@ -142,13 +142,12 @@ class _Builder:
         prefix = dist.PrefixStore(direction, self.store)
         group = gloo_group(prefix, self.rank, self.store.own_host, timedelta(seconds=self._left()))
         gloo = GlooPipe(group, 1 - self.rank)
-        if self.backend == "gloo":
+        if self.gpu is None:
             return gloo
-        assert self.device is not None, "NCCL needs a device"
         silence, store = self.timing.silence, dist.PrefixStore("nccl", prefix)
-        group = nccl_group(store, self.rank, self.device, timedelta(seconds=silence), small=True)
+        group = nccl_group(store, self.rank, self.gpu, timedelta(seconds=silence), small=True)
         sender, codec = (TARGET, OutcomeCodec) if direction == "outcomes" else (DRAFT, TreeCodec)
-        pipe = NcclPipe(gloo, group, 1 - self.rank, GpuQueue(self.device), codec(self.shape).num_words, HEADER, silence)
+        pipe = NcclPipe(gloo, group, 1 - self.rank, GpuQueue(self.gpu), codec(self.shape).num_words, HEADER, silence)
         built.callback(pipe.close)
         pipe.warm_up(self.rank == sender, self._left())
         return pipe
