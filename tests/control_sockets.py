@@ -16,13 +16,13 @@ SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
 
 @pytest.fixture(name="server")
 def server_fixture() -> Iterator[ControlServer]:
-    with ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as made:
+    with ControlServer.bind("127.0.0.1", 0, heartbeat_s=0.1) as made:
         yield made
 
 
 @pytest.fixture(name="peer")
 def peer_fixture(server: ControlServer) -> Iterator[ControlPeer]:
-    with ControlPeer(server.address, heartbeat_s=0.1) as made:
+    with ControlPeer.connect(server.address, heartbeat_s=0.1) as made:
         yield made
 
 

@@ -68,7 +68,7 @@ class TargetRank(Rank):
     def serve(self) -> None:
         config, has_peers = self._config, self._place.world_size > 1
         known_as = self._own_host() if has_peers or self._place.drafts_may_come else None
-        server = ControlServer(
+        server = ControlServer.bind(
             config.serve.host,
             config.serve.port,
             known_as=known_as,

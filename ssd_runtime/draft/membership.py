@@ -123,7 +123,7 @@ class Membership:
 
     def _draft(self, give_up: float) -> None:
         """Join and draft until the end of the link. Returns when told to leave."""
-        with contextlib.closing(ControlPeer(self._address)) as control:
+        with contextlib.closing(ControlPeer.connect(self._address)) as control:
             welcome = self._ask(control, give_up)
             if welcome is None:
                 return

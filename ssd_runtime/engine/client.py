@@ -27,7 +27,7 @@ class Client:
     """
 
     def __init__(self, address: str, timeout_s: float) -> None:
-        self._peer = ControlPeer(address)
+        self._peer = ControlPeer.connect(address)
         self._timeout_s = timeout_s
 
     def generate(self, request: Generate) -> Iterator[Chunk | Finished]:

@@ -33,7 +33,7 @@ def hello(config_path: Path, instance: str, digest: str | None = None) -> Hello:
 @contextlib.contextmanager
 def impostor(address: str, config_path: Path) -> Iterator[DraftLink]:
     """A link to the target as a draft has it."""
-    with contextlib.closing(ControlPeer(address)) as control:
+    with contextlib.closing(ControlPeer.connect(address)) as control:
         welcomes: list[Welcome] = []
 
         def knock() -> bool:

@@ -196,7 +196,7 @@ def test_whatever_a_client_sends_is_refused_and_the_streams_go_on(target: Target
     ]
     with (
         Streams(target.address, LENGTH) as streams,
-        contextlib.closing(ControlPeer(target.address)) as sender,
+        contextlib.closing(ControlPeer.connect(target.address)) as sender,
     ):
         eventually(lambda: bool(streams.answers), WAIT_S, "an answer")
         for change in odd:
@@ -217,7 +217,7 @@ def test_a_flood_of_requests_is_refused_beyond_the_limit_and_hurts_nobody(target
     over = threading.Event()
 
     def flood() -> None:
-        with contextlib.closing(ControlPeer(target.address)) as control:
+        with contextlib.closing(ControlPeer.connect(target.address)) as control:
             for number in itertools.takewhile(lambda _: not over.is_set(), itertools.count()):
                 with contextlib.suppress(PeerLost):  # its own queue is full
                     control.send(Generate(f"flood-{number}", prompt="x", max_tokens=3000, ignore_eos=True))
@@ -256,7 +256,7 @@ def test_a_mode_that_the_engine_was_not_started_for_is_refused_and_loads_nothing
 
 
 def test_a_draft_that_does_not_fit_is_refused_and_one_too_many_may_come_later(target: Target) -> None:
-    with joined(target), contextlib.closing(ControlPeer(target.address)) as control:
+    with joined(target), contextlib.closing(ControlPeer.connect(target.address)) as control:
         control.send(hello(target.config, "x", "another"))
         refused = control.wait_for(Refused, timeout_s=WAIT_S)
         assert isinstance(refused, Refused)

@@ -147,7 +147,7 @@ DYING = f"""
 import os, sys
 from ssd_runtime.comm.control.sockets import ControlPeer
 from ssd_runtime.comm.control.client_messages import Chunk, Generate
-peer = ControlPeer(sys.argv[1])
+peer = ControlPeer.connect(sys.argv[1])
 for i in range(8):
     peer.send(Generate(f"dying {{i}}", prompt="x", max_tokens={ENDLESS}, mode="ar"))
 peer.wait_for(Chunk, timeout_s=30)

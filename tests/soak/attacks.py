@@ -105,7 +105,7 @@ def never_read(engine: Engine, chance: random.Random) -> None:
 
 def cancel_what_is_others(engine: Engine, chance: random.Random) -> None:
     """Ids of requests that run, or never did."""
-    with contextlib.closing(ControlPeer(engine.address)) as control:
+    with contextlib.closing(ControlPeer.connect(engine.address)) as control:
         for name in engine.running_ids() + [f"never-{i}" for i in range(100)]:
             control.send(Cancel(name))
         control.send(GetStatus())
@@ -115,7 +115,7 @@ def cancel_what_is_others(engine: Engine, chance: random.Random) -> None:
 def knock_without_end(engine: Engine, chance: random.Random) -> None:
     """As one draft or as many, which never come to their links."""
     said = hello(engine.config, "knocking")
-    with contextlib.closing(ControlPeer(engine.address)) as control:
+    with contextlib.closing(ControlPeer.connect(engine.address)) as control:
         for number in range(HELLOS):
             instance = "knocking" if chance.random() < 0.5 else f"knocking-{number}"
             with contextlib.suppress(PeerLost):  # its own queue is full

@@ -73,7 +73,7 @@ def flood_the_front_door(engine: Engine, chance: random.Random) -> None:
 def flood_with_requests(engine: Engine, chance: random.Random) -> None:
     """A second of requests, as fast as it goes: most are refused, and their sender leaves before the rest are done."""
     until = time.monotonic() + 1.0
-    with contextlib.closing(ControlPeer(engine.address)) as control:
+    with contextlib.closing(ControlPeer.connect(engine.address)) as control:
         for number in itertools.count():
             if time.monotonic() > until:
                 return

@@ -34,7 +34,7 @@ class Server:
     def __init__(self, answers: Answers) -> None:
         self.heard: list[Message] = []
         self._answers = answers
-        self._server = ControlServer("127.0.0.1", 0)
+        self._server = ControlServer.bind("127.0.0.1", 0)
         self.address = self._server.address
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -115,7 +115,7 @@ def test_requests_with_one_id_are_refused_before_they_are_sent() -> None:
     ],
 )
 def test_a_request_out_of_bounds_is_refused_before_it_is_sent(changes: dict[str, Any], reason: str) -> None:
-    with ControlServer("127.0.0.1", 0) as server:
+    with ControlServer.bind("127.0.0.1", 0) as server:
         client = Client(server.address, timeout_s=5.0)
         with pytest.raises(RequestError, match=reason) as caught:
             next(

@@ -28,7 +28,7 @@ def test_messages_arrive_in_order_in_both_directions(server: ControlServer, peer
 
 
 def test_each_peer_gets_its_own_answer(server: ControlServer, peer: ControlPeer) -> None:
-    with ControlPeer(server.address) as other:
+    with ControlPeer.connect(server.address) as other:
         first, second = meet(server, peer), meet(server, other)
         server.send(second, Cancel("second"))
         server.send(first, Cancel("first"))
@@ -68,7 +68,7 @@ def test_a_server_that_never_comes_is_named_and_closing_does_not_linger() -> Non
         with socket.socket() as reserved:
             reserved.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
             start = time.monotonic()
-            with ControlPeer(f"127.0.0.1:{reserved.getsockname()[1]}") as peer:
+            with ControlPeer.connect(f"127.0.0.1:{reserved.getsockname()[1]}") as peer:
                 peer.send(Cancel("a"))
                 with pytest.raises(PeerLost, match="never connected"):
                     peer.wait_for(Welcome, timeout_s=0.1)
@@ -80,9 +80,9 @@ def test_a_server_may_come_up_after_its_peer() -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
-    with ControlPeer(f"127.0.0.1:{port}") as peer:
+    with ControlPeer.connect(f"127.0.0.1:{port}") as peer:
         peer.send(Cancel("early"))
-        with ControlServer("127.0.0.1", port) as server:
+        with ControlServer.bind("127.0.0.1", port) as server:
             assert receive(server)[1] == Cancel("early")
 
 
@@ -97,7 +97,7 @@ def test_heartbeats_are_not_shown_to_the_caller(server: ControlServer, peer: Con
 
 
 def test_the_last_words_of_a_server_are_read_before_it_is_lost() -> None:
-    with ControlServer("127.0.0.1", 0) as server, ControlPeer(server.address) as peer:
+    with ControlServer.bind("127.0.0.1", 0) as server, ControlPeer.connect(server.address) as peer:
         identity = meet(server, peer)
         server.send(identity, Shutdown("done"))
         server.close()
@@ -112,29 +112,29 @@ def test_the_last_words_of_a_server_are_read_before_it_is_lost() -> None:
 def test_a_port_in_use_is_a_config_error(server: ControlServer) -> None:
     port = int(server.address.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"):
-        ControlServer("127.0.0.1", port)
+        ControlServer.bind("127.0.0.1", port)
 
 
 def test_a_host_that_is_not_ours_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"is serve\.host an address"):
-        ControlServer("192.0.2.1", 0)
+        ControlServer.bind("192.0.2.1", 0)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1", "bogus://x:1", "127.0.0.1:99999", "127.0.0.1:x"])
 def test_an_address_that_is_none_is_a_config_error(address: str) -> None:
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        ControlPeer(address)
+        ControlPeer.connect(address)
 
 
 def test_a_wildcard_server_tells_an_address_one_can_connect_to() -> None:
-    with ControlServer("0.0.0.0", 0) as server:
+    with ControlServer.bind("0.0.0.0", 0) as server:
         assert "0.0.0.0" not in server.address
-        with ControlPeer(server.address) as peer:
+        with ControlPeer.connect(server.address) as peer:
             meet(server, peer)
 
 
 def test_two_servers_on_one_host_do_not_share_peers(server: ControlServer, peer: ControlPeer) -> None:
-    with ControlServer("127.0.0.1", 0) as other:
+    with ControlServer.bind("127.0.0.1", 0) as other:
         identity = meet(server, peer)
         assert other.poll(0.05) == []
         assert not other.alive(identity)
@@ -142,8 +142,8 @@ def test_two_servers_on_one_host_do_not_share_peers(server: ControlServer, peer:
 
 def test_closing_is_quick_may_be_repeated_and_leaves_no_thread() -> None:
     threads = set(os.listdir("/proc/self/task"))
-    server = ControlServer("127.0.0.1", 0)
-    peer = ControlPeer(server.address)
+    server = ControlServer.bind("127.0.0.1", 0)
+    peer = ControlPeer.connect(server.address)
     meet(server, peer)
     start = time.monotonic()
     for _ in range(2):

@@ -59,7 +59,7 @@ def test_something_that_does_not_speak_zeromq_disturbs_nobody(server: ControlSer
 def test_a_message_beyond_the_limit_ends_its_senders_connection_and_no_others(
     server: ControlServer, peer: ControlPeer
 ) -> None:
-    with ControlPeer(server.address) as sender:
+    with ControlPeer.connect(server.address) as sender:
         meet(server, sender)
         sender._socket.send(bytes(ASKED.bytes + 1))
         deadline = time.monotonic() + SOON
@@ -88,7 +88,7 @@ def test_a_message_that_cannot_be_read_fails_its_request_if_it_names_one(
 def test_a_message_of_very_many_parts_is_refused_without_holding_up_the_server(
     server: ControlServer, peer: ControlPeer
 ) -> None:
-    with ControlPeer(server.address) as sender:
+    with ControlPeer.connect(server.address) as sender:
         meet(server, sender)
         sender._socket.send_multipart([b""] * 200_000)
         refused: list[Message] = []
@@ -130,7 +130,7 @@ def test_memory_is_given_back_once_a_flood_is_over(
 
 
 def test_a_peer_that_left_is_noticed(server: ControlServer) -> None:
-    with ControlPeer(server.address) as peer:
+    with ControlPeer.connect(server.address) as peer:
         identity = meet(server, peer)
         assert server.alive(identity)
     wait_until_gone(server, identity)
@@ -145,7 +145,7 @@ CHILD = """
 import sys
 from ssd_runtime.comm.control.sockets import ControlPeer
 from ssd_runtime.comm.control.client_messages import Cancel
-peer = ControlPeer(sys.argv[1], heartbeat_s=0.1)
+peer = ControlPeer.connect(sys.argv[1], heartbeat_s=0.1)
 peer.send(Cancel("child"))
 while True:
     peer.poll(10)
@@ -173,7 +173,7 @@ def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     try:
-        with ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as server:
+        with ControlServer.bind("127.0.0.1", 0, heartbeat_s=0.1) as server:
             dealer.connect(server.address)
             dealer.send(encode(Cancel("x")))
             identity, _ = receive(server)
@@ -191,7 +191,7 @@ import os, sys, time
 from ssd_runtime.comm.control.sockets import ControlPeer
 from ssd_runtime.comm.control.client_messages import Cancel
 from ssd_runtime.errors import PeerLost
-peer = ControlPeer(sys.argv[1], heartbeat_s=float(sys.argv[2]))
+peer = ControlPeer.connect(sys.argv[1], heartbeat_s=float(sys.argv[2]))
 until = time.monotonic() + float(sys.argv[3])
 while time.monotonic() < until:
     try:
@@ -220,7 +220,7 @@ import subprocess, sys, time
 from ssd_runtime.comm.control import sockets as control
 from ssd_runtime.comm.control.client_messages import Cancel
 control.MOST_UNHEARD, control.BATCH = 16, 1  # so that little fills its queue, and it is read slowly
-with control.ControlServer("127.0.0.1", 0, heartbeat_s=0.1) as server:
+with control.ControlServer.bind("127.0.0.1", 0, heartbeat_s=0.1) as server:
     flood = [sys.executable, "-c", sys.argv[1], server.address, "0.1", "0.4"]
     for _ in range(2):
         children = [subprocess.Popen(flood) for _ in range(3)]
@@ -248,7 +248,7 @@ def test_a_peer_of_this_host_is_told_from_others(server: ControlServer, peer: Co
     assert server.is_local(meet(server, peer))
     assert not server.is_local(b"nobody")
     host = address_of_host()
-    with ControlServer(host, 0) as elsewhere, ControlPeer(elsewhere.address) as other:
+    with ControlServer.bind(host, 0) as elsewhere, ControlPeer.connect(elsewhere.address) as other:
         assert elsewhere.is_local(meet(elsewhere, other)) == host.startswith("127.")
 
 
@@ -276,7 +276,7 @@ def test_a_dropped_peer_is_heard_no_more_and_one_that_comes_anew_is(
     (line,) = [record.message for record in caplog.records]
     assert line.startswith("127.0.0.1:")
     assert line.endswith("is not wanted: dropped")
-    with ControlPeer(server.address) as again:
+    with ControlPeer.connect(server.address) as again:
         meet(server, again)
 
 

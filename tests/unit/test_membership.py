@@ -75,7 +75,7 @@ class Leader:
 
 @pytest.fixture
 def leader() -> Iterator[Leader]:
-    server = ControlServer("127.0.0.1", 0)
+    server = ControlServer.bind("127.0.0.1", 0)
     leader = Leader(server, Drafter(tiny_decoder(0), ENGINE, SPECULATION))
     leader.thread.start()
     yield leader

@@ -152,5 +152,5 @@ def test_the_address_to_announce_is_one_of_the_node(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_of_all_addresses_is_known_by_the_one_it_is_given() -> None:
-    with ControlServer("0.0.0.0", 0, known_as="10.9.8.7") as server:
+    with ControlServer.bind("0.0.0.0", 0, known_as="10.9.8.7") as server:
         assert server.address.startswith("tcp://10.9.8.7:")

@@ -197,7 +197,7 @@ class Backlog:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._size, self._look_at = resident(), 0.0
+        self._size, self._look_at = 0, 0.0
         self._to_see: Iterator[Connection] | None = None
         self._seen: list[tuple[int, Connection]] = []
 

@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from collections import deque
-from types import TracebackType
 from typing import Self
 
 import zmq
@@ -46,95 +45,108 @@ BATCH = 256  # most messages of one poll, so that a flood does not starve the ca
 MOST_PARTS = 3  # of a message: its identity, itself, and one that shows that it is none
 
 
-class _Socket:
-    """What the two ends share: a context, a socket with our options, bounded closing."""
+def _opened(kind: int, host: str, heartbeat_s: float, limits: Limits) -> zmq.Socket[bytes]:
+    """A socket with our options for an address of this host, in a context of its own."""
+    opened = zmq.Context(io_threads=1).socket(kind)
+    beat = max(1, int(heartbeat_s * 1000))
+    for option, value in (
+        (zmq.IPV6, is_ipv6(host)),
+        (zmq.LINGER, LINGER_MS),
+        (zmq.SNDHWM, QUEUE),
+        (zmq.RCVHWM, QUEUE),
+        (zmq.MAXMSGSIZE, limits.bytes),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+        (zmq.CONNECT_TIMEOUT, 3 * beat),  # else a lost SYN is sent again after up to a minute
+        (zmq.HEARTBEAT_IVL, beat),
+        (zmq.HEARTBEAT_TIMEOUT, 3 * beat),
+        (zmq.HEARTBEAT_TTL, 3 * beat),
+    ):
+        opened.setsockopt(option, value)
+    return opened
 
-    def __init__(self, kind: int, heartbeat_s: float, limits: Limits) -> None:
-        self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(kind)
-        beat = max(1, int(heartbeat_s * 1000))
-        for option, value in (
-            (zmq.LINGER, LINGER_MS),
-            (zmq.SNDHWM, QUEUE),
-            (zmq.RCVHWM, QUEUE),
-            (zmq.MAXMSGSIZE, limits.bytes),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.CONNECT_TIMEOUT, 3 * beat),  # else a lost SYN is sent again after up to a minute
-            (zmq.HEARTBEAT_IVL, beat),
-            (zmq.HEARTBEAT_TIMEOUT, 3 * beat),
-            (zmq.HEARTBEAT_TTL, 3 * beat),
-        ):
-            self._socket.setsockopt(option, value)
+
+class _Socket:
+    """What the two ends share: bounded closing."""
+
+    def __init__(self, opened: zmq.Socket[bytes]) -> None:
+        self._socket = opened
 
     def close(self) -> None:
         """Send what is queued (for at most a second) and close. May be repeated."""
         self._socket.close()
-        self._context.term()
+        self._socket.context.term()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *ending: object) -> None:
         self.close()
 
 
 class ControlServer(_Socket):
-    """The leader's (or launcher's) end. Peers are known by the identity their messages come with.
+    """The leader's (or launcher's) end, made by `bind`. Peers are known by the identity their messages come with.
 
-    Args:
-        host: address to bind; "0.0.0.0" for all.
-        port: 0 takes a free one.
-        known_as: the host to tell others, where `host` is a wildcard.
-        heartbeat_s: between pings.
-        limits: of what is read of a message.
-
-    Raises:
-        ConfigError: the address cannot be bound.
+    Attributes:
+        address: where peers connect, as tcp://host:port.
     """
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        *,
-        known_as: str | None = None,
-        heartbeat_s: float = HEARTBEAT_S,
-        limits: Limits = ASKED,
-    ) -> None:
-        super().__init__(zmq.ROUTER, heartbeat_s, limits)
+    def __init__(self, router: zmq.Socket[bytes], address: str, port: int, silence_s: float, limits: Limits) -> None:
+        super().__init__(router)
+        self.address = address
+        self._silence_s = silence_s  # the longest of a peer that pings
         self._limits = limits
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.RCVHWM, MOST_UNHEARD)
-        self._socket.setsockopt(zmq.SNDHWM, MOST_UNREAD)
-        # No pings of the server's own: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when it is about
-        # to ping a peer that left while its queue here was full, as a flood makes it. The peers ping, and `alive` looks
-        # whether one that did still does; those that never did the kernel asks.
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
-        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+        self._connections = Connections(port)
+        self._backlog = Backlog(self._connections)
         self._nonsense = 0
         self._parts: list[zmq.Frame] = []  # of the message that is being received: identity, and what came after it
         self._flooded = False  # more came than is read at once, and not all was read so far
         self._size_read = 0  # on the wire, of that message so far
         self._read_until = 0.0  # all that had come by then is read
         self._give_back_at = 0.0  # not before; what a dropped peer left unread takes a moment to be freed
-        self._patience = 3 * heartbeat_s
-        host = bare(host)
-        self._socket.setsockopt(zmq.IPV6, is_ipv6(host))
-        try:
-            self._socket.bind(f"tcp://{join(host, port)}")
-        except zmq.ZMQError as error:
-            self.close()
-            raise ConfigError(_bind_failure(host, port, error)) from None
-        bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")
-        self._connections = Connections(int(bound[2]))
-        self._backlog = Backlog(self._connections)
-        self._address = f"tcp://{join(known_as or _reachable(host), int(bound[2]))}"
 
-    @property
-    def address(self) -> str:
-        """Where peers connect, as tcp://host:port."""
-        return self._address
+    @classmethod
+    def bind(
+        cls,
+        host: str,
+        port: int,
+        *,
+        known_as: str | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        limits: Limits = ASKED,
+    ) -> Self:
+        """A server at an address.
+
+        Args:
+            host: "0.0.0.0" for all addresses of this machine.
+            port: 0 takes a free one.
+            known_as: the host to tell others, where `host` is a wildcard.
+            heartbeat_s: between the pings of its peers.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        host = bare(host)
+        opened = _opened(zmq.ROUTER, host, heartbeat_s, limits)
+        for option, value in (
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.RCVHWM, MOST_UNHEARD),
+            (zmq.SNDHWM, MOST_UNREAD),
+            # No pings of the server's own: libzmq 4.3 aborts the process ("Assertion failed: !_io_error") when it is
+            # about to ping a peer that left while its queue here was full, as a flood makes it. The peers ping, and
+            # `alive` looks whether one that did still does; those that never did the kernel asks.
+            (zmq.HEARTBEAT_IVL, 0),
+            (zmq.TCP_KEEPALIVE, 1),
+            (zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S),
+        ):
+            opened.setsockopt(option, value)
+        try:
+            opened.bind(f"tcp://{join(host, port)}")
+        except zmq.ZMQError as error:
+            _Socket(opened).close()
+            raise ConfigError(_bind_failure(host, port, error)) from None
+        port = int(opened.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        address = f"tcp://{join(known_as or _reachable(host), port)}"
+        return cls(opened, address, port, 3 * heartbeat_s, limits)
 
     def poll(self, timeout_s: float) -> list[tuple[bytes, Message]]:
         """What has arrived, in order; waits at most `timeout_s` for the first.
@@ -144,7 +156,7 @@ class ControlServer(_Socket):
         arrived: list[tuple[bytes, Message]] = []
         read = 0
         if timeout_s > 0:
-            self._socket.poll(_milliseconds(timeout_s))
+            self._socket.poll(math.ceil(timeout_s * 1000))
         until = time.monotonic() + DRAIN_S
         while len(arrived) < BATCH and time.monotonic() < until:
             try:
@@ -154,22 +166,20 @@ class ControlServer(_Socket):
                 break
             if whole is not None:
                 read += 1
-                identity, parts = whole[0].bytes, whole[1:]
-                if (message := self._read(identity, parts)) is not None:
-                    arrived.append((identity, message))
+                arrived += self._read(whole[0].bytes, whole[1:])
         for one in self._backlog.beyond(MOST_BEHIND):
             self._drop(one, f"has sent {one.unread() >> 20} MiB that could not be read")
         self._tidy_up(read)
         return arrived
 
-    def _read(self, identity: bytes, parts: list[zmq.Frame]) -> Message | None:
-        """What a peer says in these parts, if it is for the caller; what it cannot mean is answered."""
+    def _read(self, identity: bytes, parts: list[zmq.Frame]) -> list[tuple[bytes, Message]]:
+        """What a peer says in these parts, none if it is not for the caller; what it cannot mean is answered."""
         sender = self._connections.heard(identity, parts[-1])
         sender.num_read += self._size_read
         self._flooded |= self._size_read >= MUCH
         self._size_read = 0
         if sender.ended:
-            return None
+            return []
         try:
             message = _decode_parts([part.bytes for part in parts], self._limits)
         except ProtocolError as error:
@@ -178,14 +188,11 @@ class ControlServer(_Socket):
                 log.warning("peer %s sent nonsense (%d so far): %s", identity.hex(), self._nonsense, error)
             about, reason = error.request_id, str(error)
             self.send(identity, Refused(reason) if about is None else Failed(about, "request", reason))
-            return None
-        return None if isinstance(message, Heartbeat) else message
+            return []
+        return [] if isinstance(message, Heartbeat) else [(identity, message)]
 
     def _receive(self) -> list[zmq.Frame] | None:
-        """One more part of what a peer sends. With the last one all of them, the identity first; before, None.
-
-        So millions of parts hold up nobody, and are not kept.
-        """
+        """One more part of what a peer sends; with the last one all, the identity first. Millions hold up nobody."""
         part = self._socket.recv(zmq.NOBLOCK, copy=False)
         if self._parts:  # the identity is not sent
             self._size_read += len(part) + (2 if len(part) < 256 else 9)  # ZMTP 3: flags, and its length in 1 byte or 8
@@ -224,7 +231,7 @@ class ControlServer(_Socket):
     def alive(self, identity: bytes) -> bool:
         """Whether this peer is connected and, if its ZeroMQ pings, still does (a heartbeat is sent to it)."""
         known = self._connections.get(identity)
-        if known is not None and (silence := known.silence(self._read_until)) > self._patience:
+        if known is not None and (silence := known.silence(self._read_until)) > self._silence_s:
             self._drop(known, f"has been silent for {silence:.1f} s")
         return self.send(identity, Heartbeat())
 
@@ -241,35 +248,44 @@ class ControlServer(_Socket):
 
 
 class ControlPeer(_Socket):
-    """A draft's, client's or worker's end. A connection that was lost stays lost: make a new peer.
+    """A draft's, client's or worker's end, made by `connect`. A connection that was lost stays lost: make another."""
 
-    Args:
-        address: of the server, tcp://host:port or host:port. It may come up later.
-        role, rank: who the server is, for error messages.
-        heartbeat_s: between pings.
-
-    Raises:
-        ConfigError: `address` is not an address.
-    """
-
-    def __init__(self, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> None:
-        self.address = _checked(address)
-        super().__init__(zmq.DEALER, heartbeat_s, ANSWERED)
-        self._socket.setsockopt(zmq.IPV6, is_ipv6(split(address)[0]))
+    def __init__(self, dealer: zmq.Socket[bytes], address: str, role: str, rank: int) -> None:
+        super().__init__(dealer)
+        self.address = address
         self._role, self._rank = role, rank
         self._waiting: deque[Message] = deque()  # arrived while wait_for awaited something else
         self._connected, self._lost = False, False
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(dealer, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+
+    @classmethod
+    def connect(cls, address: str, *, role: str = "target", rank: int = 0, heartbeat_s: float = HEARTBEAT_S) -> Self:
+        """A peer of the server at an address, which may come up later.
+
+        Args:
+            address: tcp://host:port or host:port.
+            role, rank: who the server is, for error messages.
+            heartbeat_s: between pings.
+
+        Raises:
+            ConfigError: `address` is not an address.
+        """
         try:
-            self._socket.connect(self.address)
+            host, port = split(address)
+        except ValueError as error:
+            raise ConfigError(f"{address!r} is not an address; {error}") from None
+        opened = _opened(zmq.DEALER, host, heartbeat_s, ANSWERED)
+        peer = cls(opened, f"tcp://{join(host, port)}", role, rank)
+        try:
+            opened.connect(peer.address)
         except zmq.ZMQError as error:
-            self.close()
-            raise ConfigError(
-                f"{address!r} is not an address; expected host:port ({os.strerror(error.errno or 0)})"
-            ) from None
+            peer.close()
+            why = os.strerror(error.errno or 0)
+            raise ConfigError(f"{address!r} is not an address; expected host:port ({why})") from None
+        return peer
 
     def close(self) -> None:
         if not self._monitor.closed:
@@ -299,18 +315,16 @@ class ControlPeer(_Socket):
         self._waiting.clear()
         deadline = time.monotonic() + timeout_s
         while True:
+            alive = self.alive()  # asked first: what came just before the end is read
             arrived += self._receive()
             if arrived:
                 return arrived
-            if not self.alive():
-                arrived = self._receive()  # what came just before the end
-                if arrived:
-                    return arrived
+            if not alive:
                 raise self._gone(f"connection to {self.address} lost")
             left = deadline - time.monotonic()
             if left <= 0:
                 return []
-            self._poller.poll(_milliseconds(left))
+            self._poller.poll(math.ceil(left * 1000))
 
     def wait_for(self, *kinds: type[Message], timeout_s: float) -> Message:
         """The first message of one of these types; others wait for the next poll. Raises PeerLost at the deadline."""
@@ -318,15 +332,15 @@ class ControlPeer(_Socket):
         deadline = time.monotonic() + timeout_s
         others: list[Message] = []
         try:
-            while (left := deadline - time.monotonic()) > 0 or timeout_s <= 0:
-                arrived = self.poll(max(left, 0))
+            left = max(0.0, timeout_s)
+            while left >= 0:
+                arrived = self.poll(left)
                 for i, message in enumerate(arrived):
                     if isinstance(message, kinds):
                         others += arrived[i + 1 :]
                         return message
                     others.append(message)
-                if timeout_s <= 0:
-                    break
+                left = deadline - time.monotonic()
         finally:
             self._waiting.extendleft(reversed(others))
         connected = "connected" if self._connected else "never connected"
@@ -360,22 +374,10 @@ class ControlPeer(_Socket):
         return PeerLost(self._role, self._rank, -1, reason)
 
 
-def _milliseconds(seconds: float) -> int:
-    return math.ceil(seconds * 1000)
-
-
 def _decode_parts(parts: list[bytes], limits: Limits) -> Message:
     if len(parts) != 1:
         raise ProtocolError(f"a message has one part, not {'none' if not parts else 'more'}")
     return decode(parts[0], limits)
-
-
-def _checked(address: str) -> str:
-    """tcp://host:port for host:port; raises ConfigError if it is no such thing."""
-    try:
-        return f"tcp://{join(*split(address))}"
-    except ValueError as error:
-        raise ConfigError(f"{address!r} is not an address; {error}") from None
 
 
 def _bind_failure(host: str, port: int, error: zmq.ZMQError) -> str:
