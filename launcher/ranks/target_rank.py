@@ -149,6 +149,7 @@ class TargetRank(Rank):
             yield speculators, None, None
             return
         with contextlib.closing(LinkHost(self._own_host())) as host:
+            host.check()
             acceptor = self._acceptor(server, host, tokenizer, loaded.engine.pool_blocks)
             try:
                 if awaited := self._place.num_drafts or int(config.deployment.draft_required):

@@ -18,7 +18,7 @@ import torch
 
 from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
-from ssd_runtime.errors import PeerLost
+from ssd_runtime.errors import ConfigError, PeerLost
 from tests.conformance.links import (
     BRISK,
     SHAPE,
@@ -148,6 +148,12 @@ def test_a_meeting_place_that_is_not_there_is_a_lost_target(how: dict[str, Any])
     gc.collect()
     with pytest.raises(PeerLost, match="target rank 0"):
         open_draft_link(address, IMPATIENT, **how)
+
+
+def test_links_at_a_host_that_is_not_ours_are_a_config_error() -> None:
+    LinkHost("127.0.0.1").check()
+    with pytest.raises(ConfigError, match=r"cannot build links at 192\.0\.2\.1"):
+        LinkHost("192.0.2.1").check()
 
 
 @pytest.mark.parametrize("change", [{"session": "of another engine"}, {"epoch": 99}])

@@ -40,8 +40,11 @@ class Exchange(dist.Store):
         super().__init__()
         self._connection, self._give_up = connection, give_up
         self._values: dict[str, bytes] = {}
-        self.own_host = str(connection.getsockname()[0])  # the address of this machine that leads to the other side
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def own_host(self) -> str:
+        """The address of this machine that leads to the other side."""
+        return str(self._connection.getsockname()[0])
 
     def set(self, key: str, value: Any) -> None:
         """Tell the other side."""
@@ -100,6 +103,7 @@ def open_port(host: str) -> socket.socket:
     with opening:
         port = listen(host, 0, BACKLOG)
     port.setblocking(False)
+    port.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
     return port
 
 
@@ -119,6 +123,7 @@ def knock(host: str, port: int, secret: bytes, give_up: float) -> Exchange:
     """Come to a listening socket and say the secret; raises OSError."""
     connection = socket.create_connection((host, port), max(0.001, give_up - time.monotonic()))
     try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.sendall(secret)
         return Exchange(connection, give_up)
     except BaseException:

@@ -37,18 +37,18 @@ class LinkHost:
 
     Args:
         host: address of this machine that the draft can reach; nothing listens at any other.
-
-    Raises:
-        ConfigError: it is no address of this machine.
     """
 
     def __init__(self, host: str) -> None:
-        try:
-            exchange.open_port(host).close()
-        except OSError as error:
-            raise ConfigError(f"cannot build links at {host}: {error.strerror}") from None
         self._host, self._epoch = host, 0
         self._ports: dict[int, socket.socket] = {}  # by epoch
+
+    def check(self) -> None:
+        """Raise ConfigError if the host is no address of this machine."""
+        try:
+            exchange.open_port(self._host).close()
+        except OSError as error:
+            raise ConfigError(f"cannot build links at {self._host}: {error.strerror}") from None
 
     def next_address(self, shape: FrameShape) -> LinkAddress:
         """A new link's name: to be sent to the draft and opened on both sides, or forgotten. Raises OSError."""
