@@ -195,10 +195,6 @@ class TargetRank(Rank):
             ranks,
             self._place.num_drafts,
             num_blocks,
+            self._place.link_gpu,
         )
-        return DraftAcceptor(
-            server,
-            host,
-            terms,
-            lambda address, timing: host.open(address, timing, self._place.link_gpu),
-        )
+        return DraftAcceptor(server, host, terms)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.control.handshake import check_hello
 from ssd_runtime.comm.control.messages import Refused, Shutdown
@@ -28,8 +30,6 @@ PULSE_S = 0.5  # between two looks whether the connection of one draft is there,
 SPARE_BUILDS = 2  # beyond one a place: for drafts that come in place of one that left while its link was built
 CLOSING_S = 3.0  # longest wait for the threads that close links, at the end
 
-OpenLink = Callable[[LinkAddress, LinkTiming], TargetLink]
-
 
 @dataclass(frozen=True)
 class Terms:
@@ -42,6 +42,7 @@ class Terms:
         ranks: numbers of drafts, one for each that may be there at a time.
         residents: how many of these, the first, belong to drafts of the leader's own torchrun.
         num_blocks: of the target's KV pool; a draft's is to be as large.
+        gpu: of this rank, where frames travel between GPUs.
     """
 
     config_digest: str
@@ -51,6 +52,7 @@ class Terms:
     ranks: range = range(1, 2)
     residents: int = 0
     num_blocks: int = 0
+    gpu: torch.device | None = None
 
     def ranks_for(self, hello: Hello) -> range:
         """The numbers that this draft may have."""
@@ -76,14 +78,12 @@ class DraftAcceptor:
         server: the leader's control socket.
         host: where links are made.
         terms: what a draft must fit.
-        open_link: builds the target's end of a link; blocks.
     """
 
-    def __init__(self, server: ControlServer, host: LinkHost, terms: Terms, open_link: OpenLink) -> None:
+    def __init__(self, server: ControlServer, host: LinkHost, terms: Terms) -> None:
         self._server = server
         self._host = host
         self._terms = terms
-        self._open_link = open_link
         self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
         self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
@@ -153,7 +153,7 @@ class DraftAcceptor:
 
     def _build(self, visit: _Visit, address: LinkAddress) -> None:
         try:
-            self._built.put((visit, self._open_link(address, self._terms.timing)))
+            self._built.put((visit, self._host.open(address, self._terms.timing, self._terms.gpu)))
         except PeerLost as lost:
             self._built.put((visit, lost))
         except Exception as error:  # the place is to be free again

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 S = TypeVar("S", bound=Hashable)
 D = TypeVar("D", bound=Hashable)
-Item = TypeVar("Item", bound=Hashable)
-Bin = TypeVar("Bin", bound=Hashable)
 
 
 def assign(sequences: Sequence[S], drafts: Sequence[D], previous: Mapping[S, tuple[D, ...]]) -> dict[S, tuple[D, ...]]:
@@ -45,7 +43,7 @@ def assign(sequences: Sequence[S], drafts: Sequence[D], previous: Mapping[S, tup
     }
 
 
-def _spread(items: Sequence[Item], bins: Sequence[Bin], previous: Mapping[Item, Bin]) -> dict[Item, Bin]:
+def _spread(items: Sequence[S], bins: Sequence[D], previous: Mapping[S, D]) -> dict[S, D]:
     """A bin for each item: numbers differ by at most one, as few items as possible move, and the last ones of a bin."""
     number = dict.fromkeys(bins, 0)
     for bin in previous.values():
@@ -53,7 +51,7 @@ def _spread(items: Sequence[Item], bins: Sequence[Bin], previous: Mapping[Item, 
     least, over = divmod(len(items), len(bins))
     fullest = sorted(bins, key=lambda bin: -number[bin])
     room = {bin: least + (rank < over) for rank, bin in enumerate(fullest)}  # as many places as items
-    spread: dict[Item, Bin] = {}
+    spread: dict[S, D] = {}
     for item in items:
         if item in previous and room[previous[item]]:
             spread[item] = previous[item]

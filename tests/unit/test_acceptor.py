@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,9 +47,11 @@ class Server:
 
 
 class Host:
-    """Gives addresses that nobody meets at."""
+    """Gives addresses that nobody meets at; `open` builds links."""
 
-    epoch = 0
+    def __init__(self, open: Callable[..., Any]) -> None:
+        self.open = open
+        self.epoch = 0
 
     def next_address(self, shape: FrameShape) -> LinkAddress:
         self.epoch += 1
@@ -70,7 +73,7 @@ class Builds:
         self.outcome: Exception | None = None
         self.may_end = threading.Event()
 
-    def __call__(self, address: LinkAddress, timing: LinkTiming) -> Any:
+    def __call__(self, address: LinkAddress, timing: LinkTiming, gpu: None) -> Any:
         self.begun.append(address.epoch)
         assert self.may_end.wait(20.0)
         if self.outcome is not None:
@@ -94,7 +97,8 @@ def acceptor(ranks: range, residents: int = 0, builds: Builds | None = None) -> 
     server = Server()
     link: Any = SimpleNamespace(close=lambda: None)
     terms = Terms("digest", VOCABULARY, SHAPE, LinkTiming(), ranks, residents)
-    return DraftAcceptor(server, Host(), terms, builds or (lambda address, timing: link)), server  # type: ignore[arg-type]
+    host = Host(builds or (lambda address, timing, gpu: link))
+    return DraftAcceptor(server, host, terms), server  # type: ignore[arg-type]
 
 
 def knock(opened: tuple[DraftAcceptor, Server], name: str, rank: int = 0) -> Message:

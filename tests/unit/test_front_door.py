@@ -61,7 +61,7 @@ def served(tokenizer: Tokenizer) -> Iterator[Served]:
     stop = Stop()
     terms = Terms("digest", VOCABULARY, FrameShape.of(4, 6, 8, 0), LinkTiming(build=1.0), range(2, 4))
     with ControlServer.bind("127.0.0.1", 0) as server, contextlib.closing(LinkHost("127.0.0.1")) as host:
-        acceptor = DraftAcceptor(server, host, terms, host.open)
+        acceptor = DraftAcceptor(server, host, terms)
         leader = Leader(Config(), process.engine, tokenizer, server, process.link, acceptor, {}, stop, "key")
         thread = threading.Thread(target=leader.run, daemon=True)
         thread.start()
