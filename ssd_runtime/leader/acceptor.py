@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
-from ssd_runtime.comm.control.handshake import check_hello
 from ssd_runtime.comm.control.messages import Refused, Shutdown
 from ssd_runtime.comm.control.sockets import ControlServer
 from ssd_runtime.comm.link.endpoint import LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost
-from ssd_runtime.comm.protocol import FrameShape, VocabularyDigest
+from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.errors import ConfigError, PeerLost
 from ssd_runtime.leader.draft_peer import DraftPeer
 
@@ -53,6 +52,25 @@ class Terms:
     residents: int = 0
     num_blocks: int = 0
     gpu: torch.device | None = None
+
+    def mismatch(self, hello: Hello) -> str | None:
+        """Why a draft that says this does not fit, written for the user; None if all is well."""
+        if hello.version != PROTOCOL_VERSION:
+            return f"protocol version {hello.version} of the {hello.role}, the target speaks {PROTOCOL_VERSION}"
+        if hello.role != "draft" or hello.rank < 0:
+            return f"rank {hello.rank} says it is a {hello.role}; only a draft (rank 0 or above) may join"
+        if hello.config_digest != self.config_digest:
+            return (
+                f"configuration {hello.config_digest} of the draft, {self.config_digest} of the target: "
+                "start both with the same [engine], [speculation] and [link] sections"
+            )
+        if hello.num_blocks < self.num_blocks:
+            return (
+                f"the draft's KV pool has {hello.num_blocks} blocks and the target's {self.num_blocks}: "
+                f"start both with engine.num_blocks = {hello.num_blocks}"
+            )
+        difference = self.vocabulary.differs_from(hello.vocabulary)
+        return f"target's and draft's {difference}: choose a draft of the target's family" if difference else None
 
     def ranks_for(self, hello: Hello) -> range:
         """The numbers that this draft may have."""
@@ -97,9 +115,7 @@ class DraftAcceptor:
 
     def knock(self, identity: bytes, hello: Hello) -> str | None:
         """Answer a Hello; if it is welcome its link is built from now on. Returns why it does not fit, or None."""
-        terms = self._terms
-        reason = check_hello(hello, terms.config_digest, terms.vocabulary, terms.num_blocks)
-        if reason is not None:
+        if reason := self._terms.mismatch(hello):
             self._server.send(identity, Refused(reason))
             return reason
         self._settle()

@@ -8,12 +8,14 @@ import pytest
 
 from ssd_runtime.comm.control.codec import decode, encode
 from ssd_runtime.comm.control.draft_messages import Hello
-from ssd_runtime.comm.control.handshake import check_hello
-from ssd_runtime.comm.protocol import CHUNK, PROTOCOL_VERSION, VocabularyDigest
+from ssd_runtime.comm.link.endpoint import LinkTiming
+from ssd_runtime.comm.protocol import CHUNK, PROTOCOL_VERSION, FrameShape, VocabularyDigest
+from ssd_runtime.leader.acceptor import Terms
 
 TOKENS = [f"t{i}" for i in range(3 * CHUNK + 100)]
 VOCABULARY = VocabularyDigest.of(TOKENS)
 HELLO = Hello(PROTOCOL_VERSION, "draft", 1, "digest", VOCABULARY, num_blocks=77)
+TERMS = Terms("digest", VOCABULARY, FrameShape.of(1, 1, 1, 0), LinkTiming(), num_blocks=77)
 
 
 def changed(index: int) -> VocabularyDigest:
@@ -56,10 +58,10 @@ def test_text_and_its_bytes_are_the_same_token() -> None:
 
 
 def test_a_draft_that_fits_is_welcome_also_after_the_wire() -> None:
-    assert check_hello(HELLO, "digest", VOCABULARY, 77) is None
+    assert TERMS.mismatch(HELLO) is None
     arrived = decode(encode(HELLO))
     assert isinstance(arrived, Hello)
-    assert check_hello(arrived, "digest", VOCABULARY, 70) is None
+    assert dataclasses.replace(TERMS, num_blocks=70).mismatch(arrived) is None
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,6 @@ def test_a_draft_that_fits_is_welcome_also_after_the_wire() -> None:
     ],
 )
 def test_a_draft_that_does_not_fit_is_told_why(change: dict[str, object], reason: str) -> None:
-    refusal = check_hello(dataclasses.replace(HELLO, **change), "digest", VOCABULARY, 77)  # type: ignore[arg-type]
+    refusal = TERMS.mismatch(dataclasses.replace(HELLO, **change))  # type: ignore[arg-type]
     assert refusal is not None
     assert reason in refusal
