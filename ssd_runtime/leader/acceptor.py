@@ -24,7 +24,7 @@ from ssd_runtime.leader.draft_peer import DraftPeer
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_S = 0.02
 PULSE_S = 0.5  # between two looks whether the connection of one draft is there, however many knock
 SPARE_BUILDS = 2  # beyond one a place: for drafts that come in place of one that left while its link was built
 CLOSING_S = 3.0  # longest wait for the threads that close links, at the end
@@ -217,7 +217,7 @@ class DraftAcceptor:
                     f"{came} came within {deadline_s:g} s: start a draft rank beside the target, or with --role "
                     "draft where it has a torchrun of its own, or choose speculation.mode ar or sd-colocated"
                 )
-            for identity, message in self._server.poll(POLL_S / 10):
+            for identity, message in self._server.poll(POLL_S):
                 if not isinstance(message, Hello):
                     self._server.send(identity, Refused("the engine is still loading", again=True))
                 elif reason := self.knock(identity, message):

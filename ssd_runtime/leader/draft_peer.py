@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ssd_runtime.comm.control.draft_messages import Portion
+from ssd_runtime.comm.control.draft_messages import Finish, Portion
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.comm.link.endpoint import TargetLink
 from ssd_runtime.errors import PeerLost
@@ -115,6 +116,13 @@ class DraftPeer:
             raise self._lost(f"its control connection is gone (sending {type(message).__name__})")
         self.control_seq += 1
 
+    def tell(self, messages: Sequence[Message]) -> None:
+        """Send control messages, and wake it with an empty frame: it may be waiting on the link."""
+        for message in messages:
+            self.send_control(message)
+        if messages:
+            self.send_outcomes(OutcomeFrame(0, self.control_seq, ()))
+
     def send_outcomes(self, frame: OutcomeFrame) -> None:
         self._link.send(frame)
 
@@ -149,6 +157,13 @@ class DraftPeer:
     def drafts_for(self, sequence_id: int) -> bool:
         """Whether it has the sequence and has caught up with it."""
         return sequence_id in self.portions and sequence_id not in self.catching_up
+
+    def forget(self, sequence_ids: Iterable[int]) -> list[Finish]:
+        """These are no longer its sequences; returns what tells it so."""
+        own = [sequence_id for sequence_id in sequence_ids if self.portions.pop(sequence_id, None) is not None]
+        for sequence_id in own:
+            self.catching_up.pop(sequence_id, None)
+        return [Finish(sequence_id) for sequence_id in own]
 
     def ask(self) -> None:
         """It is asked for a branch."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
-from ssd_runtime.comm.control.draft_messages import Finish, Portion
+from ssd_runtime.comm.control.draft_messages import Portion
 from ssd_runtime.comm.control.messages import Message
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import admission
@@ -81,7 +81,7 @@ class Drafts:
         """A sequence is over. What that means for the others waits until `settle`: another may begin in its place."""
         self._sequences.pop(sequence.sequence_id, None)  # absent if it failed while it was admitted
         self._settled = False
-        self._each(lambda one: self._control(one, self._forget(one, [sequence.sequence_id])))
+        self._each(lambda one: one.tell(one.forget([sequence.sequence_id])))
 
     def settle(self) -> None:
         """Before a round: let in who has come, and divide the sequences anew if anybody has come or gone."""
@@ -115,36 +115,22 @@ class Drafts:
 
     def _inform(self, one: DraftPeer, wanted: dict[int, Portion]) -> None:
         """Tell a draft what is new to it."""
-        messages: list[Message] = self._forget(one, [known for known in one.portions if known not in wanted])
+        messages: list[Message] = [*one.forget([known for known in one.portions if known not in wanted])]
         taken_over = 0
         for sequence_id, portion in wanted.items():
-            told = one.portions.get(sequence_id)
+            told, sequence = one.portions.get(sequence_id), self._sequences[sequence_id]
             if told is None:
-                told, sequence = Portion(sequence_id, 0, 1), self._sequences[sequence_id]
+                told = Portion(sequence_id, 0, 1)
                 messages.append(admission(sequence, sequence.request.mode))
-                taken_over += sequence.turn >= 0
                 if self._runs(sequence_id):
+                    taken_over += 1
                     one.catching_up[sequence_id] = sequence.turn
             if portion != told:
                 messages.append(portion)
             one.portions[sequence_id] = portion
         if taken_over:
             log.info("draft rank %d takes over %d sequences", one.rank, taken_over)
-        self._control(one, messages)
-
-    def _forget(self, one: DraftPeer, sequence_ids: Iterable[int]) -> list[Message]:
-        """What tells a draft that these are no longer its sequences."""
-        own = [sequence_id for sequence_id in sequence_ids if one.portions.pop(sequence_id, None) is not None]
-        for sequence_id in own:
-            one.catching_up.pop(sequence_id, None)
-        return [Finish(sequence_id) for sequence_id in own]
-
-    def _control(self, one: DraftPeer, messages: list[Message]) -> None:
-        """Tell a draft, and wake it with an empty frame: it may be waiting on the link."""
-        for message in messages:
-            one.send_control(message)
-        if messages:
-            one.send_outcomes(OutcomeFrame(0, one.control_seq, ()))
+        one.tell(messages)
 
     # -- coming and going ----------------------------------------------------------------------------------------
 
