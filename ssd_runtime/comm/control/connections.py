@@ -49,10 +49,14 @@ class Connection:
         self._begun_at = self._heard_at = time.monotonic()
         self.pings = False
         self._peer: tuple[str, int] | None = None
+
+    def look(self) -> Connection:
+        """Find out who is at its other end while it is there; returns itself."""
         with self._socket() as opened:
             if opened is not None:
                 self._peer = opened.getpeername()[:2]
                 self.host = self._peer[0]
+        return self
 
     @property
     def is_loopback(self) -> bool:
@@ -164,7 +168,7 @@ class Connections:
         for descriptor in map(int, descriptors):
             known = self._by_identity.get(self._identities.get(descriptor, b""))
             if known is None or known.descriptor != descriptor or not known.is_open:
-                known = Connection(descriptor, "", self._port)
+                known = Connection(descriptor, "", self._port).look()
             if known.is_open:
                 yield known
 
@@ -182,7 +186,7 @@ class Connections:
         if former in self._by_identity and self._by_identity[former].descriptor == descriptor:
             del self._by_identity[former]
         self._identities[descriptor] = identity
-        self._by_identity[identity] = Connection(descriptor, host, self._port, identity)
+        self._by_identity[identity] = Connection(descriptor, host, self._port, identity).look()
         return self._by_identity[identity]
 
 
