@@ -137,7 +137,7 @@ def test_ranks_on_the_same_core_are_told_in_one_line(cores: dict[str, tuple[int,
 def test_pinning_keeps_a_process_on_its_cores_and_allowed_cores_as_they_were() -> None:
     core = allowed_cores()[-1]
     script = (
-        "import os, torch; from ssd_runtime import cores; before = cores.allowed_cores();"
+        "import os, torch; from ssd_runtime.host import cores; before = cores.allowed_cores();"
         f"cores.pin(({core},), 4); unchanged = before == cores.allowed_cores();"
         "print(sorted(os.sched_getaffinity(0)), torch.get_num_threads(), unchanged)"
     )
