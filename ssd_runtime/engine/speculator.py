@@ -45,23 +45,6 @@ def admission(sequence: Sequence, mode: Mode) -> Admit:
     )
 
 
-def admission(sequence: Sequence, mode: Mode) -> Admit:
-    """What a draft is told of a sequence so that it can draft for it, from its beginning or from wherever it is now."""
-    request = sequence.request
-    return Admit(
-        sequence.sequence_id,
-        request.prompt_tokens,
-        request.params,
-        mode,
-        request.lookahead,
-        sequence.max_tokens,
-        end_tokens=request.eos_token_ids,
-        output_tokens=tuple(sequence.tokens[sequence.num_prompt :]),
-        turn=sequence.turn,
-        outcome=sequence.outcome,
-    )
-
-
 class Speculator(Protocol):
     """One way to speculate."""
 
