@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from launcher.layout import Seat
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.host.allotment import gpus_of, lacks_gpus, model_of
+from ssd_runtime.host.allotment import cores_of, gpus_of, lacks_gpus, model_of
 from ssd_runtime.host.cores import Role, listed
 from ssd_runtime.host.hardware import Gpu, Hardware, Joint
-from ssd_runtime.host.topology import cores_of_ranks
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.memory import GIB
@@ -89,10 +88,10 @@ def plan(
     for node in sorted({seat.node for seat in seats}):
         here = {seat.rank: seat for seat in seats if seat.node == node}
         gpus = gpus_of(config, [seat.role for seat in here.values()])
-        cores = cores_of_ranks(config, range(min(here), max(here) + 1), allowed, hardware)
-        for seat, gpu in zip(here.values(), gpus, strict=True):
+        cores = cores_of(config, [seat.role for seat in here.values()], allowed, hardware)
+        for seat, gpu, mine in zip(here.values(), gpus, cores, strict=False):
             one = _rank(config, hardware, seat, gpu, models)
-            ranks.append(replace(one, cores=cores[seat.rank]))
+            ranks.append(replace(one, cores=mine))
     ranks = _with_pools(config, hardware, models, ranks)
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]

@@ -11,7 +11,9 @@ from launcher import preflight
 from ssd_runtime.config import Config, DeploymentConfig, ModelConfig, SpeculationConfig, load_config
 from ssd_runtime.errors import ConfigError
 from ssd_runtime.host import topology
+from ssd_runtime.host.allotment import cores_of
 from ssd_runtime.host.cores import listed
+from ssd_runtime.host.hardware import Hardware
 
 CPU = torch.device("cpu")
 
@@ -95,7 +97,7 @@ def test_frames_live_on_the_gpu_only_with_nccl() -> None:
 
 def test_cores_outside_the_allowed_ones_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"draft.cores' names 9, but this process may only use 0-1,3"):
-        topology.cores_of_ranks(config(draft=ModelConfig(cores=(9,))), range(2), (0, 1, 3))
+        cores_of(config(draft=ModelConfig(cores=(9,))), ["target", "draft"], (0, 1, 3), Hardware())
 
 
 def test_a_rank_is_placed_by_torchruns_variables() -> None:
