@@ -110,6 +110,7 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
     here = range(first, first + _number(environ, "LOCAL_WORLD_SIZE", world_size))
     roles = [role] * len(here) if group else roles_of(config, here)
     model = model_of(config, role)
+    device = devices_of(config, roles)[local_rank]
     allowed, found = allowed_cores(), _hardware(config)
     if group is None or group.target is None:
         cores = cores_of(config, roles, allowed, found)[local_rank]
@@ -119,7 +120,7 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
         role=role,
         rank=rank,
         world_size=world_size,
-        device=devices_of(config, roles)[local_rank],
+        device=device,
         link_backend=link_backend(config, environ),
         cores=cores,
         threads=model.threads,
