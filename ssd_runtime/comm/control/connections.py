@@ -199,7 +199,7 @@ class Backlog:
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._size, self._look_at = _resident(), 0.0
+        self._size, self._look_at = resident(), 0.0
         self._to_see: Iterator[Connection] | None = None
         self._seen: list[tuple[int, Connection]] = []
 
@@ -230,7 +230,7 @@ class Backlog:
             return False
         self._look_at = now + LOOK_S
         try:
-            size = _resident()
+            size = resident()
         except OSError:  # no descriptor is left to look with
             return False
         has_grown = size > self._size + GROWN
@@ -250,6 +250,6 @@ def give_back() -> None:
         trim(0)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes of memory that the process takes now. Raises OSError if no descriptor is left to look with."""
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE
