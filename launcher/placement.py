@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from launcher.nodes import Seat
 from ssd_runtime.config import Config
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.host.allotment import gpus_of, model_of
+from ssd_runtime.host.allotment import cores_of, gpus_of, model_of
 from ssd_runtime.host.cores import Role, listed
 from ssd_runtime.host.hardware import Gpu, Hardware, Joint
-from ssd_runtime.host.topology import cores_of_ranks
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.memory import GIB
@@ -89,10 +88,10 @@ def plan(
     ranks = []
     for node in sorted({seat.node for seat in seats}):
         here = [seat for seat in seats if seat.node == node]
-        gpus = gpus_of(config, [seat.role for seat in here])
-        cores = cores_of_ranks(config, range(here[0].rank, here[-1].rank + 1), allowed, hardware)
-        for seat, gpu in zip(here, gpus, strict=True):
-            ranks.append(replace(_rank(config, hardware, seat, gpu, models), cores=cores[seat.rank]))
+        roles = [seat.role for seat in here]
+        gpus, cores = gpus_of(config, roles), cores_of(config, roles, allowed, hardware)
+        for seat, gpu, mine in zip(here, gpus, cores, strict=False):
+            ranks.append(replace(_rank(config, hardware, seat, gpu, models), cores=mine))
     ranks = _with_pools(config, hardware, models, ranks)
     targets = [one for one in ranks if one.role == "target"]
     drafts = [one for one in ranks if one.role == "draft"]

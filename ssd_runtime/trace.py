@@ -7,18 +7,13 @@ Format: "Trace Event Format", complete events (ph X) with ts and dur in microsec
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ssd_runtime.errors import InputOutputError
-
-Event = tuple[str, int, int, str, dict[str, Any] | None]  # name, start_ns, end_ns, thread, arguments
 
 
 class Tracer:
@@ -33,71 +28,51 @@ class Tracer:
     def __init__(self, process: str, *, enabled: bool = True, sort_index: int = 0) -> None:
         self.process, self.enabled, self.sort_index = process, enabled, sort_index
         self.pid = os.getpid()
-        self.events: list[Event] = []
+        self.events: list[dict[str, Any]] = []
 
-    def complete(
-        self, name: str, start_ns: int, end_ns: int, thread: str = "main", arguments: dict[str, Any] | None = None
-    ) -> None:
+    def complete(self, name: str, start_ns: int, end_ns: int, arguments: dict[str, Any] | None = None) -> None:
         """Record that `name` lasted from `start_ns` to `end_ns` (time.monotonic_ns)."""
         if self.enabled:
-            self.events.append((name, start_ns, end_ns, thread, arguments))
+            lasted = {"ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3}
+            self.events.append({"name": name, "ph": "X", "pid": self.pid, "tid": 1, **lasted, "args": arguments or {}})
 
-    @contextlib.contextmanager
-    def span(self, name: str, thread: str = "main", **arguments: Any) -> Iterator[None]:
-        """Record the duration of a `with` block, also when it raises."""
-        start = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self.complete(name, start, time.monotonic_ns(), thread, arguments or None)
-
-    def to_events(self) -> list[dict[str, Any]]:
-        """The events as the trace format has them, led by the names of the process and its threads."""
-        threads: dict[str, int] = {}
-        spans = []
-        for name, start, end, thread, arguments in self.events:
-            tid = threads.setdefault(thread, len(threads) + 1)
-            span = {"name": name, "ph": "X", "pid": self.pid, "tid": tid, "ts": start / 1e3, "dur": (end - start) / 1e3}
-            spans.append({**span, "args": arguments} if arguments else span)
-        names = [_metadata(self.pid, 0, "process_name", name=self.process)]
-        names.append(_metadata(self.pid, 0, "process_sort_index", sort_index=self.sort_index))
-        names += [_metadata(self.pid, tid, "thread_name", name=thread) for thread, tid in threads.items()]
-        return names + spans
-
-    def write(self, path: str | Path) -> None:
-        """Write this process's own trace file."""
-        write_events(path, self.to_events())
+    def write(self, path: Path) -> None:
+        """Write this process's own trace file, led by the names of the process and its thread."""
+        names = {
+            "process_name": {"name": self.process},
+            "process_sort_index": {"sort_index": self.sort_index},
+            "thread_name": {"name": "main"},
+        }
+        led = [{"name": kind, "ph": "M", "pid": self.pid, "tid": 1, "args": args} for kind, args in names.items()]
+        write_events(path, [*led, *self.events])
 
 
-def write_events(path: str | Path, events: Sequence[dict[str, Any]]) -> None:
+def write_events(path: Path, events: Sequence[dict[str, Any]]) -> None:
     """Write a trace file so that nobody ever sees half of it; raises InputOutputError if it cannot be written."""
-    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            part = Path(file.name)
         try:
-            with part.open("w") as file:
+            with part.open("x") as file:
                 json.dump({"traceEvents": list(events), "displayTimeUnit": "ms"}, file)
-            part.chmod(0o644)
             part.replace(path)
         except BaseException:
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise InputOutputError(f"cannot write trace {path}: {error.strerror}") from None
 
 
-def part_path(path: str | Path, rank: int) -> Path:
+def part_path(path: Path, rank: int) -> Path:
     """Where rank `rank` leaves its part of the trace `path`."""
     return Path(f"{path}.rank{rank}")
 
 
-def part_paths(path: str | Path, num_ranks: int) -> list[Path]:
+def part_paths(path: Path, num_ranks: int) -> list[Path]:
     """The parts of all ranks."""
     return [part_path(path, rank) for rank in range(num_ranks)]
 
 
-def merge_parts(path: str | Path, parts: Sequence[str | Path]) -> int:
+def merge_parts(path: Path, parts: Sequence[Path]) -> int:
     """Join the parts of several processes into `path`, the earliest event at 0, and remove them.
 
     Returns:
@@ -106,7 +81,7 @@ def merge_parts(path: str | Path, parts: Sequence[str | Path]) -> int:
     Raises:
         InputOutputError: the whole cannot be written; the parts stay.
     """
-    present = [Path(part) for part in parts if Path(part).exists()]
+    present = [part for part in parts if part.exists()]
     events = [event for part in present for event in json.loads(part.read_text())["traceEvents"]]
     spans = [event for event in events if event["ph"] == "X"]
     origin = min((event["ts"] for event in spans), default=0.0)
@@ -117,7 +92,3 @@ def merge_parts(path: str | Path, parts: Sequence[str | Path]) -> int:
     for part in present:
         part.unlink()
     return len(spans)
-
-
-def _metadata(pid: int, tid: int, kind: str, **arguments: Any) -> dict[str, Any]:
-    return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": arguments}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,12 +55,12 @@ class Hardware:
     """
 
     gpus: tuple[Gpu, ...] = ()
-    joints: Mapping[tuple[int, int], Joint] | None = None
+    joints: Mapping[tuple[int, int], Joint] = field(default_factory=dict)
     why_none: str = ""
 
     def joint(self, a: int, b: int) -> Joint:
         """What joins two GPUs."""
-        return "same" if a == b else (self.joints or {}).get((min(a, b), max(a, b)), "socket")
+        return "same" if a == b else self.joints.get((min(a, b), max(a, b)), "socket")
 
 
 def read(nvml: Any = None, environ: Mapping[str, str] = os.environ) -> Hardware:
@@ -108,30 +108,13 @@ def visible(gpus: Sequence[Gpu], setting: str | None) -> list[Gpu]:
     return chosen
 
 
-def near_cores(hardware: Hardware, index: int, allowed: Sequence[int]) -> tuple[int, ...]:
-    """The allowed cores for the process of one GPU: those near it, divided with the other GPUs they are near to.
-
-    All of them where there are fewer cores than GPUs; none where NVML does not know.
-    """
-    if not 0 <= index < len(hardware.gpus):
-        return ()
-    near = hardware.gpus[index].cores
-    usable = [core for core in allowed if core in set(near)]
-    sharing = [i for i, gpu in enumerate(hardware.gpus) if gpu.cores == near]
-    each = len(usable) // len(sharing)
-    if each == 0:
-        return tuple(usable)
-    place = sharing.index(index)
-    return tuple(usable[place :: len(sharing)][:each])
-
-
 def _gpu(nvml: Any, handle: Any, index: int) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     scope = nvml.NVML_AFFINITY_SCOPE_NODE
     return Gpu(
         index=index,
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=nvml.nvmlDeviceGetName(handle),
+        uuid=nvml.nvmlDeviceGetUUID(handle),
         memory_total=int(memory.total),
         memory_free=int(memory.free),
         nvlinks=_nvlinks(nvml, handle),
@@ -174,7 +157,3 @@ def _mask(nvml: Any, ask: Any) -> tuple[int, ...]:
     except nvml.NVMLError:
         return ()
     return tuple(i * WORD_BITS + bit for i, word in enumerate(words) for bit in range(WORD_BITS) if word >> bit & 1)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

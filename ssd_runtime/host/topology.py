@@ -114,19 +114,24 @@ def place(config: Config, environ: Mapping[str, str], group: Group | None = None
     here = range(first, first + _number(environ, "LOCAL_WORLD_SIZE", world_size))
     roles = [role] * len(here) if group else roles_of(config, here)
     model = model_of(config, role)
-    lone = group is not None and role == "draft"
+    device = devices_of(config, roles)[local_rank]
+    allowed, found = allowed_cores(), _hardware(config)
+    if group is None or group.target is None:
+        cores = cores_of(config, roles, allowed, found)[local_rank]
+    else:  # of its target it knows only whether that is on this host
+        cores = cores_beside(config, num_targets if _is_here(group.target) else 0, allowed, found)
     return Placement(
         role=role,
         rank=rank,
         world_size=world_size,
-        device=devices_of(config, roles)[local_rank],
+        device=device,
         link_backend=link_backend(config, environ),
-        cores=_cores_for_lone_draft(config, group) if lone else cores_of_ranks(config, here)[rank],
+        cores=cores,
         threads=model.threads,
         here=here,
         num_targets=num_targets,
         group=group,
-        claims=lone and model.device == "cpu" and not model.cores,
+        claims=group is not None and role == "draft" and model.device == "cpu" and not model.cores,
     )
 
 
@@ -156,32 +161,6 @@ def devices_of(config: Config, roles: Sequence[Role], device_count: int | None =
         if lack := lacks_gpus(config, roles, device_count):
             raise ConfigError(lack)
     return [torch.device("cpu") if gpu is None else torch.device("cuda", gpu) for gpu in gpus]
-
-
-def cores_of_ranks(
-    config: Config, here: range, allowed: Sequence[int] | None = None, found: Hardware | None = None
-) -> dict[int, tuple[int, ...]]:
-    """The cores of each rank of one host; none for ranks that are not pinned.
-
-    Args:
-        here: the ranks of the host.
-        allowed: its cores; None means this host's.
-        found: its GPUs, and what is near them; None means this host's.
-
-    Raises:
-        ConfigError: a named core is not allowed.
-    """
-    allowed = allowed_cores() if allowed is None else allowed
-    found = _hardware(config) if found is None else found
-    return dict(zip(here, cores_of(config, roles_of(config, here), allowed, found), strict=False))
-
-
-def _cores_for_lone_draft(config: Config, group: Group | None) -> tuple[int, ...]:
-    """Those of a draft of a torchrun of its own, which knows of its target only whether it is on this host."""
-    assert group is not None
-    assert group.target is not None
-    targets_here = config.target.tensor_parallel if _is_here(group.target) else 0
-    return cores_beside(config, targets_here, allowed_cores(), _hardware(config))
 
 
 def _hardware(config: Config) -> Hardware:
@@ -237,14 +216,14 @@ def cores_by_role(config: Config, world_size: int, here: range | None = None) ->
 
     Args:
         here: ranks of this host; None means the whole world.
+
+    Raises:
+        ConfigError: a named core is not allowed.
     """
-    num_targets = config.target.tensor_parallel
-    alone = {"target": num_targets == 1, "draft": world_size - num_targets == 1}
-    named = {}
-    for rank, cores in cores_of_ranks(config, here or range(world_size)).items():
-        role = "target" if rank < num_targets else "draft"
-        named[role if alone[role] else f"{role} {rank}"] = cores
-    return named
+    here = here or range(world_size)
+    of_all, roles = roles_of(config, range(world_size)), roles_of(config, here)
+    names = [role if of_all.count(role) == 1 else f"{role} {rank}" for rank, role in zip(here, roles, strict=True)]
+    return dict(zip(names, cores_of(config, roles, allowed_cores(), _hardware(config)), strict=False))
 
 
 def role_of(rank: int, world_size: int, num_targets: int = 1, most_drafts: int = 1) -> Role:
@@ -297,11 +276,17 @@ def describe() -> str:
     """What there is to run on, a few lines for people. Never fails: what cannot be found out is left out."""
     import torch
 
+    found = hardware.read()
     lines = [
         f"cpu      {_cpu_name()}, cores {listed(allowed_cores())}",
         f"torch    {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
     ]
-    return "\n".join(lines + _gpus())
+    lines += [
+        f"gpu {i}    {gpu.name}, {gpu.memory_free / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB free, "
+        f"{gpu.nvlinks} NVLinks, near cores {listed(gpu.cores) or 'unknown'}"
+        for i, gpu in enumerate(found.gpus)
+    ]
+    return "\n".join(lines if found.gpus else [*lines, f"gpu      none seen ({found.why_none})"])
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -312,23 +297,9 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
         raise ConfigError(f"environment variable {name}={text!r} is not a number; it is torchrun's to set") from None
 
 
-def _gpus() -> list[str]:
-    found = hardware.read()
-    if not found.gpus:
-        return [f"gpu      none seen ({found.why_none})"]
-    return [
-        f"gpu {i}    {gpu.name}, {gpu.memory_free / 2**30:.1f} of {gpu.memory_total / 2**30:.1f} GiB free, "
-        f"{gpu.nvlinks} NVLinks, near cores {listed(gpu.cores) or 'unknown'}"
-        for i, gpu in enumerate(found.gpus)
-    ]
-
-
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -30,7 +30,8 @@ class Prompt:
 
     def __init__(self, tokens: tuple[int, ...], table: BlockTable, unit: int | None = None) -> None:
         self.table = table
-        self.rows = shared_rows(len(tokens), unit or table.block_size)
+        unit = unit or table.block_size
+        self.rows = (len(tokens) - 1) // unit * unit
         self._tokens = tokens
 
     @cached_property
@@ -49,11 +50,6 @@ class Prompt:
         return self._hash
 
 
-def shared_rows(num_prompt: int, unit: int) -> int:
-    """The most multiples of `unit` below the last row of a prompt."""
-    return (num_prompt - 1) // unit * unit
-
-
 def take_over(mine: Prompt, prompts: Iterable[Prompt]) -> bool:
     """Take the shared rows from another sequence that has computed them, if this one has none yet.
 
@@ -66,13 +62,8 @@ def take_over(mine: Prompt, prompts: Iterable[Prompt]) -> bool:
     """
     if mine.table.length or not mine.rows:
         return True
-    others, waits, passed = [], False, False
-    for one in prompts:
-        passed = passed or one is mine
-        if one is not mine and one == mine:
-            others.append(one)
-            waits = waits or not passed
-    donor = next((one for one in others if one.table.length >= mine.rows), None)
+    alike = [one for one in prompts if one == mine]
+    donor = next((one for one in alike if one.table.length >= mine.rows), None)
     if donor is not None:
         mine.table.take_over(donor.table, mine.rows)
-    return donor is not None or not waits
+    return donor is not None or alike[0] is mine

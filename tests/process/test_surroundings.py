@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from ssd_runtime.config import load_config
-from ssd_runtime.host.cores import BINDING, allowed_cores, choose_cores
+from ssd_runtime.host.allotment import choose_cores
+from ssd_runtime.host.cores import BINDING, allowed_cores
 from tests.process.conftest import Start
 from tests.process.runs import PLAIN, ROOT, SSD, TORCHRUN, Run, error_line
 
@@ -19,7 +20,7 @@ BOUND = {**dict.fromkeys(BINDING, "0"), "OMP_PROC_BIND": "true", "KMP_AFFINITY":
 
 def assert_every_thread_keeps_to_the_cores_of_its_rank(run: Run, config: Path) -> None:
     chosen = choose_cores(load_config(config), allowed_cores())
-    for rank, cores in enumerate((chosen.target, chosen.draft)):
+    for rank, cores in enumerate(chosen.values()):
         threads = [int(task.name) for task in Path(f"/proc/{run.rank(rank).pid}/task").iterdir()]
         assert threads
         found = {thread: psutil.Process(thread).cpu_affinity() for thread in threads}

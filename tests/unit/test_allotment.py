@@ -6,9 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
+import pytest
+
 from launcher.nodes import seat_ranks, spread
 from ssd_runtime.config import Config, DeploymentConfig, ModelConfig
-from ssd_runtime.host.allotment import cores_beside, cores_of, gpus_of, lacks_gpus, model_of, roles_in_order
+from ssd_runtime.host.allotment import (
+    choose_cores,
+    cores_beside,
+    cores_of,
+    divide_near,
+    gpus_of,
+    in_blocks,
+    lacks_gpus,
+    model_of,
+)
 from ssd_runtime.host.cores import Role, crowding
 from ssd_runtime.host.hardware import Gpu, Hardware, read
 from tests.recorded_nvml import RecordedNvml
@@ -124,10 +135,99 @@ def test_a_draft_of_a_torchrun_of_its_own_keeps_off_the_cores_of_a_target_that_c
         if apart_by_gpu or len(allowed) < targets * config.target.threads + guests:
             continue
         for in_world in range(guests):
-            cores = cores_of(config, roles_in_order(targets, in_world), allowed, hardware)
+            cores = cores_of(config, [*["target"] * targets, *["draft"] * in_world], allowed, hardware)
             beside = cores_beside(config, targets, allowed, hardware)
             assert apart([*cores[:targets], beside]), (config, in_world, allowed, hardware)
             assert beside or hardware == Hardware()
             assert config.draft.device == "cuda" or len(beside) >= min(
                 config.draft.threads, len(allowed) - targets * config.target.threads - guests
             )
+
+
+# ---- in numbers ------------------------------------------------------------------------------------------------------
+
+
+def config(target: ModelConfig | None = None, draft: ModelConfig | None = None) -> Config:
+    return Config(target=target or ModelConfig(), draft=draft or ModelConfig())
+
+
+def threads(target: int, draft: int) -> Config:
+    return config(ModelConfig(threads=target), ModelConfig(threads=draft))
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed", "target", "draft"),
+    [
+        ((1, 1), (0, 1), (0,), (1,)),
+        ((1, 1), (3, 5, 7), (3,), (5,)),
+        ((2, 1), (0, 1, 2, 3), (0, 1), (2,)),
+        ((4, 4), (0, 1, 2, 3), (0, 1, 2), (3,)),
+        ((2, 2), (0, 1), (0,), (1,)),
+        ((1, 1), (4,), (4,), (4,)),
+    ],
+)
+def test_target_and_draft_get_cores_of_their_own_where_there_are_enough(
+    asked: tuple[int, int], allowed: tuple[int, ...], target: tuple[int, ...], draft: tuple[int, ...]
+) -> None:
+    assert choose_cores(threads(*asked), allowed) == {"target": target, "draft": draft}
+
+
+def test_named_cores_are_taken_and_the_other_role_goes_around_them() -> None:
+    assert choose_cores(config(draft=ModelConfig(cores=(0,))), (0, 1)) == {"target": (1,), "draft": (0,)}
+
+
+def test_beside_a_role_on_a_gpu_the_other_takes_the_last_cores_and_leaves_it_some() -> None:
+    asked = config(ModelConfig(device="cuda"), ModelConfig(threads=2))
+    assert choose_cores(asked, range(4)) == {"target": (), "draft": (2, 3)}
+    assert choose_cores(asked, (0, 1)) == {"target": (), "draft": (1,)}
+    assert choose_cores(asked, (0, 1), num_targets=0) == {"target": (), "draft": (0, 1)}
+
+
+def test_ranks_near_one_gpu_divide_its_cores_and_where_they_are_too_few_all_divide_what_is_free() -> None:
+    assert divide_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 2), (1, 3), (8, 9)]
+    assert divide_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
+    assert divide_near([(0, 1), ()], (0, 1, 6)) == [(0, 6), (1,)]
+    assert divide_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0, 2), (1,)]
+    assert divide_near([(), ()], (3,)) == [(3,), (3,)]
+
+
+def test_a_draft_alone_on_its_host_takes_the_first_cores() -> None:
+    assert choose_cores(config(), (0, 1), num_targets=0) == {"target": (), "draft": (0,)}
+
+
+def test_each_target_rank_gets_its_threads_and_the_draft_goes_around_them() -> None:
+    assert choose_cores(threads(2, 1), range(8), num_targets=2) == {"target": (0, 1, 2, 3), "draft": (4,)}
+    assert choose_cores(threads(2, 1), range(4), num_targets=2) == {"target": (0, 1, 2), "draft": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_targets", "num_drafts", "allowed", "target", "draft"),
+    [
+        ((1, 1), 1, 3, 4, (0,), (1, 2, 3)),
+        ((1, 2), 1, 2, 8, (0,), (1, 2, 3, 4)),
+        ((4, 1), 1, 3, 4, (0,), (1, 2, 3)),  # threads give way
+        ((4, 2), 1, 3, 6, (0, 1, 2), (3, 4, 5)),
+        ((1, 1), 1, 3, 2, (0,), (1,)),  # drafts share
+        ((1, 1), 2, 2, 3, (0, 1), (2,)),  # rather than targets
+        ((1, 1), 2, 2, 2, (0,), (1,)),
+        ((1, 1), 1, 2, 1, (0,), (0,)),
+    ],
+)
+def test_each_rank_gets_a_core_before_any_gets_two_and_drafts_share_first(
+    asked: tuple[int, int], num_targets: int, num_drafts: int, allowed: int, target: tuple, draft: tuple
+) -> None:
+    assert choose_cores(threads(*asked), range(allowed), num_targets, num_drafts) == {"target": target, "draft": draft}
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "shares"),
+    [
+        ((0, 1), 2, [(0,), (1,)]),
+        ((0, 1, 2, 3, 4), 2, [(0, 1), (2, 3, 4)]),
+        ((3,), 3, [(3,), (3,), (3,)]),
+        ((3, 4), 3, [(3,), (4,), (3,)]),
+        ((), 2, [(), ()]),
+    ],
+)
+def test_ranks_of_one_role_share_out_its_cores(cores: tuple, count: int, shares: list) -> None:
+    assert in_blocks(cores, count) == shares

@@ -1,4 +1,4 @@
-"""CPU cores of one host: who gets which, who shares, and drafts that keep apart without knowing each other."""
+"""The CPU cores of this host: their order, who shares one, and drafts that keep apart without knowing each other."""
 
 from __future__ import annotations
 
@@ -11,106 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ssd_runtime.config import Config, ModelConfig
-from ssd_runtime.host.cores import (
-    Claims,
-    Cores,
-    allowed_cores,
-    choose_cores,
-    crowding,
-    divide_cores,
-    divide_near,
-    listed,
-    physical_first,
-)
+from ssd_runtime.host.cores import Claims, allowed_cores, crowding, listed, physical_first
 
 NONE_SUCH = (70001, 70002, 70003)  # cores that no draft of this machine runs on
-
-
-def config(target: ModelConfig | None = None, draft: ModelConfig | None = None) -> Config:
-    return Config(target=target or ModelConfig(), draft=draft or ModelConfig())
-
-
-def threads(target: int, draft: int) -> Config:
-    return config(ModelConfig(threads=target), ModelConfig(threads=draft))
-
-
-@pytest.mark.parametrize(
-    ("asked", "allowed", "target", "draft"),
-    [
-        ((1, 1), (0, 1), (0,), (1,)),
-        ((1, 1), (3, 5, 7), (3,), (5,)),
-        ((2, 1), (0, 1, 2, 3), (0, 1), (2,)),
-        ((4, 4), (0, 1, 2, 3), (0, 1, 2), (3,)),
-        ((2, 2), (0, 1), (0,), (1,)),
-        ((1, 1), (4,), (4,), (4,)),
-    ],
-)
-def test_target_and_draft_get_cores_of_their_own_where_there_are_enough(
-    asked: tuple[int, int], allowed: tuple[int, ...], target: tuple[int, ...], draft: tuple[int, ...]
-) -> None:
-    assert choose_cores(threads(*asked), allowed) == Cores(target, draft)
-
-
-def test_named_cores_are_taken_and_the_other_role_goes_around_them() -> None:
-    assert choose_cores(config(draft=ModelConfig(cores=(0,))), (0, 1)) == Cores((1,), (0,))
-
-
-def test_beside_a_role_on_a_gpu_the_other_takes_the_last_cores_and_leaves_it_some() -> None:
-    asked = config(ModelConfig(device="cuda"), ModelConfig(threads=2))
-    assert choose_cores(asked, range(4)) == Cores((), (2, 3))
-    assert choose_cores(asked, (0, 1)) == Cores((), (1,))
-    assert choose_cores(asked, (0, 1), num_targets=0) == Cores((), (0, 1))
-
-
-def test_ranks_near_one_gpu_divide_its_cores_and_where_they_are_too_few_all_divide_what_is_free() -> None:
-    assert divide_near([(0, 1, 2, 3), (0, 1, 2, 3), (8, 9)], range(12)) == [(0, 2), (1, 3), (8, 9)]
-    assert divide_near([(0,), (0,)], (0, 5)) == [(0,), (5,)]
-    assert divide_near([(0, 1), ()], (0, 1, 6)) == [(0, 6), (1,)]
-    assert divide_near([(0, 1), (1, 2)], (0, 1, 2)) == [(0, 2), (1,)]
-    assert divide_near([(), ()], (3,)) == [(3,), (3,)]
-
-
-def test_a_draft_alone_on_its_host_takes_the_first_cores() -> None:
-    assert choose_cores(config(), (0, 1), num_targets=0) == Cores((), (0,))
-
-
-def test_each_target_rank_gets_its_threads_and_the_draft_goes_around_them() -> None:
-    assert choose_cores(threads(2, 1), range(8), num_targets=2) == Cores((0, 1, 2, 3), (4,))
-    assert choose_cores(threads(2, 1), range(4), num_targets=2) == Cores((0, 1, 2), (3,))
-
-
-@pytest.mark.parametrize(
-    ("asked", "num_targets", "num_drafts", "allowed", "target", "draft"),
-    [
-        ((1, 1), 1, 3, 4, (0,), (1, 2, 3)),
-        ((1, 2), 1, 2, 8, (0,), (1, 2, 3, 4)),
-        ((4, 1), 1, 3, 4, (0,), (1, 2, 3)),  # threads give way
-        ((4, 2), 1, 3, 6, (0, 1, 2), (3, 4, 5)),
-        ((1, 1), 1, 3, 2, (0,), (1,)),  # drafts share
-        ((1, 1), 2, 2, 3, (0, 1), (2,)),  # rather than targets
-        ((1, 1), 2, 2, 2, (0,), (1,)),
-        ((1, 1), 1, 2, 1, (0,), (0,)),
-    ],
-)
-def test_each_rank_gets_a_core_before_any_gets_two_and_drafts_share_first(
-    asked: tuple[int, int], num_targets: int, num_drafts: int, allowed: int, target: tuple, draft: tuple
-) -> None:
-    assert choose_cores(threads(*asked), range(allowed), num_targets, num_drafts) == Cores(target, draft)
-
-
-@pytest.mark.parametrize(
-    ("cores", "count", "shares"),
-    [
-        ((0, 1), 2, [(0,), (1,)]),
-        ((0, 1, 2, 3, 4), 2, [(0, 1), (2, 3, 4)]),
-        ((3,), 3, [(3,), (3,), (3,)]),
-        ((3, 4), 3, [(3,), (4,), (3,)]),
-        ((), 2, [(), ()]),
-    ],
-)
-def test_ranks_of_one_role_share_out_its_cores(cores: tuple, count: int, shares: list) -> None:
-    assert [divide_cores(cores, index, count) for index in range(count)] == shares
 
 
 @pytest.mark.parametrize(

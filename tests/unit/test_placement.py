@@ -14,8 +14,9 @@ from launcher.nodes import seat_ranks
 from launcher.ranks import nccl
 from ssd_runtime.config import Config, load_config
 from ssd_runtime.host import hardware, topology
+from ssd_runtime.host.allotment import near_cores
 from ssd_runtime.host.cores import Role
-from ssd_runtime.host.hardware import Hardware, near_cores, read
+from ssd_runtime.host.hardware import Hardware, read
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
 from tests.recorded_nvml import RecordedNvml

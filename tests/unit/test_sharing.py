@@ -17,7 +17,7 @@ from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.scheduler import Scheduler
 from ssd_runtime.engine.sequence import NoText, Sequence
 from ssd_runtime.kv.pool import BlockAllocator
-from ssd_runtime.kv.sharing import Prompt, shared_rows, take_over
+from ssd_runtime.kv.sharing import Prompt, take_over
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.speculation.types import Outcome, SamplingParams, Speculation
 from tests.engines import in_process, request
@@ -88,7 +88,7 @@ class Pool:
                 assert int(one.table.slots[position]) == one.table.slot(position)
         reserved = 0
         for prompt in {one.request.prompt_tokens for one in running}:
-            whole = shared_rows(len(prompt), BLOCK) // BLOCK
+            whole = (len(prompt) - 1) // BLOCK
             alike = [one for one in running if one.request.prompt_tokens == prompt]
             reserved += whole + sum(-(-(len(prompt) + one.max_tokens) // BLOCK) - whole for one in alike)
         assert self.scheduler._free == CONFIG.pool_blocks - reserved >= 0
@@ -159,7 +159,7 @@ def test_rows_are_taken_over_up_to_the_block_of_the_last_token() -> None:
     allocator = BlockAllocator(9)
     tables = [BlockTable(allocator, BLOCK, 32, torch.device("cpu")) for _ in range(3)]
     for length, rows in ((1, 0), (4, 0), (5, 4), (8, 4), (9, 8)):
-        assert Prompt(tuple(range(length)), tables[0]).rows == shared_rows(length, BLOCK) == rows
+        assert Prompt(tuple(range(length)), tables[0]).rows == rows
     first, second, other = (Prompt((*range(9), last), table) for last, table in zip((1, 1, 2), tables, strict=True))
     together = [first, second, other]
     assert [take_over(one, together) for one in together] == [True, False, True]  # the second waits for the first

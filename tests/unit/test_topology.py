@@ -22,15 +22,26 @@ def config(target: ModelConfig | None = None, draft: ModelConfig | None = None, 
     return Config(target=target or ModelConfig(), draft=draft or ModelConfig(), speculation=speculation)
 
 
-def test_rank_0_is_the_target_and_rank_1_the_draft() -> None:
-    assert [topology.role_of(rank, 2) for rank in (0, 1)] == ["target", "draft"]
-    assert topology.role_of(0, 1) == "target"
+@pytest.mark.parametrize(
+    ("num_targets", "most_drafts", "roles"),
+    [(1, 1, "td"), (1, 1, "t"), (3, 1, "tttd"), (2, 1, "tt"), (2, 2, "ttdd"), (2, 3, "ttd")],
+)
+def test_the_first_ranks_are_targets_and_the_next_draft(num_targets: int, most_drafts: int, roles: str) -> None:
+    world = len(roles)  # drafts that are missing may come as torchruns of their own
+    assert "".join(topology.role_of(rank, world, num_targets, most_drafts)[0] for rank in range(world)) == roles
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 3), (0, 0), (5, 8), (2, 2), (-1, 2)])
-def test_impossible_ranks_are_told_what_is_possible(rank: int, world_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"0 target, rank 1 draft|ranks are 0 to 1"):
-        topology.role_of(rank, world_size)
+@pytest.mark.parametrize(
+    ("num_targets", "rank", "world_size"),
+    [(1, 0, 3), (1, 0, 0), (1, 5, 8), (1, 2, 2), (1, -1, 2), (3, 0, 1), (3, 0, 2), (3, 0, 5), (3, 4, 4)],
+)
+def test_impossible_ranks_are_told_what_is_possible(num_targets: int, rank: int, world_size: int) -> None:
+    says = {
+        1: r"start 2 ranks \(rank 0 target, rank 1 draft\) or 1|ranks are 0 to 1",
+        3: r"start 4 ranks \(ranks 0 to 2 target, rank 3 draft\) or 3|ranks are 0 to 3",
+    }
+    with pytest.raises(ConfigError, match=says[num_targets]):
+        topology.role_of(rank, world_size, num_targets)
 
 
 GPU, GPU_DRAFT = ModelConfig(device="cuda"), ModelConfig(device="cuda", dtype="bf16")
@@ -96,7 +107,7 @@ def test_frames_live_on_the_gpu_only_with_nccl() -> None:
 
 def test_cores_outside_the_allowed_ones_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"draft.cores' names 9, but this process may only use 0-1,3"):
-        topology.cores_of_ranks(config(draft=ModelConfig(cores=(9,))), range(2), (0, 1, 3))
+        topology.cores_of(config(draft=ModelConfig(cores=(9,))), ["target", "draft"], (0, 1, 3), topology.Hardware())
 
 
 def test_a_rank_is_placed_by_torchruns_variables() -> None:
@@ -139,17 +150,6 @@ def placed(asked: Config, rank: int, world_size: int, local_rank: int, here: int
     return topology.place(asked, {name: str(value) for name, value in environ.items()})
 
 
-def test_the_first_ranks_share_the_target_and_the_next_one_drafts() -> None:
-    assert [topology.role_of(rank, 4, 3) for rank in range(4)] == ["target", "target", "target", "draft"]
-    assert [topology.role_of(rank, 2, 2) for rank in range(2)] == ["target", "target"]
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (0, 5), (4, 4)])
-def test_ranks_that_do_not_make_up_a_shared_target_are_told_what_does(rank: int, world_size: int) -> None:
-    with pytest.raises(ConfigError, match=r"start 4 ranks \(ranks 0 to 2 target, rank 3 draft\) or 3|ranks are 0 to 3"):
-        topology.role_of(rank, world_size, 3)
-
-
 def test_a_shared_target_without_its_draft_can_only_decode_plainly() -> None:
     assert topology.place(shared(2, "ar"), {"RANK": "1", "WORLD_SIZE": "2"}).num_drafts == 0
     with pytest.raises(ConfigError, match=r"needs 3 ranks \(ranks 0 to 1 target, rank 2 draft\), not 2"):
@@ -188,9 +188,7 @@ def with_drafts(drafts: int, targets: int = 1, **draft: object) -> Config:
     )
 
 
-def test_the_ranks_behind_the_target_draft_up_to_as_many_as_are_configured() -> None:
-    assert [topology.role_of(rank, 4, 2, 2) for rank in range(4)] == ["target", "target", "draft", "draft"]
-    assert topology.role_of(2, 3, 2, 3) == "draft"  # the others may come as torchruns of their own
+def test_more_or_fewer_drafts_than_are_configured_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"5 ranks .* start 2 to 4 ranks \(rank 0 target, up to 3 drafts from rank 1"):
         topology.role_of(0, 5, 1, 3)
     with pytest.raises(ConfigError, match=r"for 2 drafts set deployment.drafts = 2"):

@@ -1,11 +1,13 @@
 """The connections behind the peers of a ZeroMQ server: where each comes from, whether it is silent, how it is ended.
 
-ZeroMQ tells none of that, but with every message the descriptor that it came by. Knows no messages.
+ZeroMQ tells none of that, but with every message the descriptor that it came by. What they make the process hold, and
+how that goes back, is here too. Knows no messages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
 import itertools
 import os
@@ -13,11 +15,11 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import zmq
 
-from ssd_runtime.heap import resident
-
+PAGE = os.sysconf("SC_PAGE_SIZE")
 LOOK_S = 0.05  # between two looks whether the process has grown
 GROWN = 16 * 2**20  # bytes by which it has, if its connections are looked at
 MOST_SEEN = 256  # of them, in one call: some milliseconds
@@ -238,3 +240,20 @@ class Backlog:
         has_grown = size > self._size + GROWN
         self._size = size if has_grown else min(self._size, size)
         return has_grown
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system.
+
+    What piles up in a burst is freed in the order of its reading, between blocks that stay, and malloc by itself gives
+    back only what is free at the top: after each burst the process may be a little larger. Under a millisecond after a
+    burst of tens of MiB. Without glibc (malloc_trim(3)) nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def resident() -> int:
+    """Bytes of memory that the process takes now. Raises OSError if no descriptor is left to look with."""
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE

@@ -21,12 +21,11 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ssd_runtime.comm.control.client_messages import Failed
 from ssd_runtime.comm.control.codec import ANSWERED, ASKED, Limits, decode, encode
-from ssd_runtime.comm.control.connections import Backlog, Connection, Connections
+from ssd_runtime.comm.control.connections import Backlog, Connection, Connections, give_back
 from ssd_runtime.comm.control.messages import Heartbeat, Message, Refused
 from ssd_runtime.comm.hosts import WILDCARDS, bare, is_ipv6, join, split
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import ConfigError, PeerLost
-from ssd_runtime.heap import give_back
 
 log = logging.getLogger(__name__)
 
