@@ -9,7 +9,8 @@ import pytest
 
 from ssd_runtime.comm.control.client_messages import Cancel
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.comm.control.sockets import ControlPeer, ControlServer
+from ssd_runtime.comm.control.peer import ControlPeer
+from ssd_runtime.comm.control.server import ControlServer
 
 SOON = 10.0  # seconds: a deadline that a healthy machine never reaches
 

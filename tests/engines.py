@@ -110,6 +110,8 @@ class SteppedDraft(DraftPeer):
 class Comings:
     """A `DraftAcceptor` through which the test sends drafts."""
 
+    has_news = True
+
     def __init__(self) -> None:
         self.waiting: list[SteppedDraft] = []
         self.gone: list[SteppedDraft] = []

@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
+from ssd_runtime.model.decoder import Decoder, Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import Shard, ShardPlan
 from ssd_runtime.model.quantize import activation_dtype, make_linear
 from tests.operator_watch import OperatorWatch

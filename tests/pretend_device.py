@@ -35,7 +35,6 @@ PRODUCT = [Path(package.__file__ or "").parent for package in (ssd_runtime, cuda
 # A line there says nothing, its caller does.
 PASSING_ON = [
     "cuda_ext/compiled.py",
-    "cuda_ext/transfer.py",
 ]
 
 # Those of the product's operators that have CUDA kernels where the library was built with nvcc.

@@ -15,7 +15,7 @@ from launcher.ranks import rendezvous
 from launcher.ranks.rank import Rank, forget_loading, link_timing
 from ssd_runtime.comm.control.codec import ASKED
 from ssd_runtime.comm.control.launcher_messages import Ready
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.config import EngineConfig, Mode

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, BroadcastOptions
 
-from ssd_runtime.comm.link.pipes import first_line, gloo_group, nccl_group
+from ssd_runtime.comm.link.groups import first_line, gloo_group, nccl_group
 from ssd_runtime.errors import PeerLost
 
 

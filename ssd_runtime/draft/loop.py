@@ -15,7 +15,7 @@ from ssd_runtime.speculation.types import OutcomeFrame
 from ssd_runtime.trace import Tracer
 
 if TYPE_CHECKING:
-    from ssd_runtime.comm.control.sockets import ControlPeer
+    from ssd_runtime.comm.control.peer import ControlPeer
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.control.messages import Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.link.endpoint import DraftLink
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.draft.drafter import Drafter

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus, Status
 from ssd_runtime.comm.control.codec import decode, encode
 from ssd_runtime.comm.control.messages import Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import Overloaded, PeerLost, RequestError, SsdError
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, Protocol
 
-from ssd_runtime.comm.control.client_messages import RequestStatistics, Series
+from ssd_runtime.comm.control.client_messages import MOST_SAMPLES, RequestStatistics, Series
 from ssd_runtime.engine.request import Request
 from ssd_runtime.engine.stop_strings import StopStrings
 from ssd_runtime.kv.sharing import Prompt
 from ssd_runtime.kv.table import BlockTable
-from ssd_runtime.metrics import Samples, percentiles
+from ssd_runtime.metrics import percentiles, ratio
 from ssd_runtime.speculation.noise import EMPTY_TEXT, extend_text
-from ssd_runtime.speculation.planning.backup import NgramIndex
+from ssd_runtime.speculation.planning.ngrams import NgramIndex
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors, processors_of
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Speculation, TokenLogprob
 
@@ -52,6 +52,52 @@ class Delta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Samples:
+    """A series that may become long, in bounded memory: its size, mean and maximum, and values for percentiles.
+
+    Attributes:
+        count: how many there were.
+        most: the largest; None of nothing.
+        kept: every first, second, fourth... of them, evenly spaced, so that at most `MOST_SAMPLES` are kept.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.most: float | None = None
+        self.kept: list[float] = []
+        self._sum = 0.0
+        self._stride = 1
+
+    def append(self, value: float) -> None:
+        if self.count % self._stride == 0:
+            self.kept.append(value)
+        self.count += 1
+        self._sum += value
+        self.most = value if self.most is None else max(self.most, value)
+        self._thin()
+
+    @property
+    def mean(self) -> float | None:
+        return ratio(self._sum, self.count)
+
+    @classmethod
+    def together(cls, parts: Tokens[Samples]) -> Samples:
+        """All of several series as one; each value kept stands for as many."""
+        found = cls()
+        found._stride = max((part._stride for part in parts), default=1)
+        for part in parts:
+            found.kept += part.kept[:: found._stride // part._stride]
+        found.count = sum(part.count for part in parts)
+        found._sum = sum(part._sum for part in parts)
+        found.most = max((part.most for part in parts if part.most is not None), default=None)
+        found._thin()
+        return found
+
+    def _thin(self) -> None:
+        while len(self.kept) > MOST_SAMPLES:
+            self.kept, self._stride = self.kept[::2], 2 * self._stride
 
 
 class Measurements:
@@ -125,7 +171,7 @@ class Sequence:
         self.measured = Measurements()
         self.ngrams = NgramIndex()
         self._text = text
-        self._stop = StopStrings(request.stop)
+        self._stop = StopStrings(request.stop) if request.stop else None
         self._hashed = (0, EMPTY_TEXT)  # how many tokens, their hash
 
     def begin(self, vocab_size: int) -> None:
@@ -202,7 +248,7 @@ class Sequence:
         self.tokens.append(token)
         if token in self.request.eos_token_ids:
             return self._last_text(), "stop"
-        certain, stopped = self._stop.push(self._text.push(token))
+        certain, stopped = self._certain(self._text.push(token))
         if stopped:
             return certain, "stop"
         if self.num_output >= self.max_tokens:
@@ -211,8 +257,12 @@ class Sequence:
 
     def _last_text(self) -> str:
         """What the detokenizer and the stop strings still hold back, at the end."""
-        certain, stopped = self._stop.push(self._text.flush())
-        return certain if stopped else certain + self._stop.flush()
+        certain, stopped = self._certain(self._text.flush())
+        return certain if stopped or self._stop is None else certain + self._stop.flush()
+
+    def _certain(self, text: str) -> tuple[str, bool]:
+        """What of a text no stop string can take back any more, and whether one has come."""
+        return (text, False) if self._stop is None else self._stop.push(text)
 
     def statistics(self) -> RequestStatistics:
         return statistics_of([self])

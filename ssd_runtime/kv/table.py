@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops
-from cuda_ext.transfer import upload_, uploaded
+from cuda_ext.ops import upload_, uploaded
 from ssd_runtime.errors import DeviceFault
 from ssd_runtime.kv.pool import BlockAllocator
 

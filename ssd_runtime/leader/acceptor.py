@@ -15,7 +15,7 @@ import torch
 
 from ssd_runtime.comm.control.draft_messages import Hello, LinkAddress, Welcome
 from ssd_runtime.comm.control.messages import Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.comm.link.endpoint import LinkTiming, TargetLink
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
@@ -96,6 +96,9 @@ class DraftAcceptor:
         server: the leader's control socket.
         host: where links are made.
         terms: what a draft must fit.
+
+    Attributes:
+        has_news: links were built, or could not be, since `arrived` was asked.
     """
 
     def __init__(self, server: ControlServer, host: LinkHost, terms: Terms) -> None:
@@ -104,6 +107,7 @@ class DraftAcceptor:
         self._terms = terms
         self._visits: dict[str, _Visit] = {}  # by instance; at most one a place
         self._building: list[_Visit] = []  # whose thread has not ended, whether or not it is still expected
+        self.has_news = False
         self._built: queue.SimpleQueue[tuple[_Visit, TargetLink | PeerLost]] = queue.SimpleQueue()
         self._ready: list[DraftPeer] = []
         self._threads: list[threading.Thread] = []
@@ -168,16 +172,20 @@ class DraftAcceptor:
             self._in_background(lambda: self._build(visit, address), f"link-build-{address.epoch}")
 
     def _build(self, visit: _Visit, address: LinkAddress) -> None:
+        link: TargetLink | PeerLost
         try:
-            self._built.put((visit, self._host.open(address, self._terms.timing, self._terms.gpu)))
+            link = self._host.open(address, self._terms.timing, self._terms.gpu)
         except PeerLost as lost:
-            self._built.put((visit, lost))
+            link = lost
         except Exception as error:  # the place is to be free again
             log.exception("this is a bug")
-            self._built.put((visit, PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")))
+            link = PeerLost("draft", visit.rank, -1, f"{type(error).__name__}: {error}")
+        self._built.put((visit, link))
+        self.has_news = True
 
     def arrived(self) -> list[DraftPeer]:
         """Drafts whose link was built since the last call."""
+        self.has_news = False
         self._settle()
         ready, self._ready = self._ready, []
         return ready

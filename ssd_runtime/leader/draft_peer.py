@@ -18,7 +18,7 @@ from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
 
 if TYPE_CHECKING:
-    from ssd_runtime.comm.control.sockets import ControlServer
+    from ssd_runtime.comm.control.server import ControlServer
 
 PULSE_S = 0.5  # between two looks at the control connection of a draft
 

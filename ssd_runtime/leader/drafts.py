@@ -140,6 +140,8 @@ class Drafts:
         self._each(self._listen)
 
     def _let_in(self) -> None:
+        if not self._acceptor.has_news:
+            return
         for one in self._acceptor.arrived():
             self.num_linked += 1
             # What it is told of running sequences has to be computed first, in forwards that are its process's first.

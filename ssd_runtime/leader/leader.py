@@ -21,7 +21,7 @@ from ssd_runtime.comm.control.client_messages import (
 )
 from ssd_runtime.comm.control.draft_messages import Hello
 from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.config import Config
 from ssd_runtime.engine.engine import Engine, Progressed
 from ssd_runtime.engine.sequence import Delta, Sequence, statistics_of

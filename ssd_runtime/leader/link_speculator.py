@@ -14,9 +14,8 @@ from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.engine.speculator import Proposals
 from ssd_runtime.leader.drafts import Drafts
 from ssd_runtime.speculation.cache import SpeculationCache
-from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import LEAST_SECONDS, CostModel, believable
-from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner
+from ssd_runtime.speculation.planning.planner import MeasuredRound, Planner, drafted_enough
 from ssd_runtime.speculation.types import Outcome, OutcomeRow, Plan, Source, Speculation
 
 Backup = Literal["draft", "ngram", "none"]

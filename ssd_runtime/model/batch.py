@@ -11,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cuda_ext.ops import Span
-from cuda_ext.transfer import uploaded
+from cuda_ext.ops import Span, uploaded
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.speculation.sampling.ranking import Choice

@@ -1,23 +1,76 @@
 """The decoder of the Llama family over a paged KV cache. Knows no sequences, no sampling, no files.
 
 Shape legend: N rows, R rows whose logits are wanted, V vocabulary, E hidden features, H query heads, G key-value heads,
-D features of a head, L layers, S slots. In a part of a tensor-parallel model H, G and V count what this rank holds.
+D features of a head, P = D / 2, I/O features in and out of a linear layer, L layers, S slots. In a part of a
+tensor-parallel model H, G and V count what this rank holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cuda_ext import ops
-from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.config import Dtype
+from ssd_runtime.model.architecture import Architecture, RopeScaling
 from ssd_runtime.model.batch import ForwardBatch
-from ssd_runtime.model.layers import Layer, Linear
 from ssd_runtime.model.parallel import Shard
-from ssd_runtime.model.quantize import PackedLinear
 from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows
+
+Linear = Callable[[Tensor], Tensor]  # NI -> NO, in the dtype of its input; made by `quantize.make_linear`
+L = TypeVar("L", bound=Linear, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A linear layer on the CPU: weights packed for `cuda_ext.ops`, of the kind in which they are stored."""
+
+    kind: Dtype
+    packed: Any  # PackedFloat, PackedInt8 or PackedGrouped of cuda_ext/reference/weights.py
+    bias_O: Tensor | None
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        if self.kind == "fp32":
+            return ops.linear_fp32(x_NI, self.packed, self.bias_O)
+        if self.kind == "bf16":
+            return ops.linear_bf16(x_NI, self.packed, self.bias_O)
+        if self.kind == "int8":
+            return ops.linear_int8(x_NI, self.packed, self.bias_O)
+        return ops.linear_grouped(x_NI, self.packed, self.bias_O)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """A linear layer in plain torch, as GPUs have it and as all are read."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        return functional.linear(x_NI, self.weight_OI, self.bias_O)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer(Generic[L]):
+    """One decoder layer, as it computes or, of plain linear layers, as it was read.
+
+    `qkv` and `gate_up` are fused along their outputs.
+    """
+
+    input_norm_I: Tensor
+    qkv: L
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    attention_out: L
+    mlp_norm_I: Tensor
+    gate_up: L
+    down: L
 
 
 class Decoder:
@@ -203,3 +256,25 @@ def _pack(arch: Architecture, layers: Sequence[Layer], norm_E: Tensor) -> ops.De
         down=packed(layer.down for layer in layers),
         down_bias_LE=biases(layer.down for layer in layers),
     )
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, factors_P: Tensor | None = None
+) -> Tensor:
+    """Angle per position of each rotary pair, float32 (P).
+
+    The llama3 rule: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py (apply_scaling).
+    """
+    exponents_P = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies_P = 1.0 / (theta**exponents_P)
+    if scaling is None:
+        return frequencies_P
+    if scaling.kind == "linear":
+        return frequencies_P / scaling.factor
+    if scaling.kind == "factors":
+        assert factors_P is not None
+        return frequencies_P / (factors_P * scaling.factor)
+    wavelengths_P = 2 * math.pi / frequencies_P
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position
+    smooth_P = ((original / wavelengths_P - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth_P) * frequencies_P / scaling.factor + smooth_P * frequencies_P

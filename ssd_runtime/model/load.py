@@ -10,12 +10,11 @@ import torch
 from ssd_runtime import environment
 from ssd_runtime.config import Dtype
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.decoder import Decoder
+from ssd_runtime.model.decoder import Decoder, Layer, Linear, PlainLinear, rope_frequencies
 from ssd_runtime.model.files.header import open_weights
 from ssd_runtime.model.files.source import WeightSource
-from ssd_runtime.model.layers import Layer, Linear, rope_frequencies
 from ssd_runtime.model.parallel import ALONE, Collective, Shard, ShardedWeights, ShardPlan
-from ssd_runtime.model.quantize import PlainLinear, activation_dtype, check_dtype, make_head, make_linear
+from ssd_runtime.model.quantize import activation_dtype, check_dtype, make_head, make_linear
 from ssd_runtime.model.random.models import random_model
 from ssd_runtime.model.random.script import ScriptedDecoder
 from ssd_runtime.model.random.weights import RandomWeights

@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cuda_ext import ops
 from ssd_runtime.config import Dtype, runs_on
 from ssd_runtime.errors import ConfigError
-from ssd_runtime.model.layers import Linear
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A linear layer on the CPU: weights packed for `cuda_ext.ops`, of the kind in which they are stored."""
-
-    kind: Dtype
-    packed: Any  # PackedFloat, PackedInt8 or PackedGrouped of cuda_ext/reference/weights.py
-    bias_O: Tensor | None
-
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        if self.kind == "fp32":
-            return ops.linear_fp32(x_NI, self.packed, self.bias_O)
-        if self.kind == "bf16":
-            return ops.linear_bf16(x_NI, self.packed, self.bias_O)
-        if self.kind == "int8":
-            return ops.linear_int8(x_NI, self.packed, self.bias_O)
-        return ops.linear_grouped(x_NI, self.packed, self.bias_O)
-
-
-@dataclass(frozen=True, slots=True)
-class PlainLinear:
-    """A linear layer in plain torch, as GPUs have it and as all are read."""
-
-    weight_OI: Tensor
-    bias_O: Tensor | None
-
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        return functional.linear(x_NI, self.weight_OI, self.bias_O)
+from ssd_runtime.model.decoder import Linear, PackedLinear, PlainLinear
 
 
 def check_dtype(dtype: Dtype, device: torch.device) -> None:

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssd_runtime.model.architecture import Architecture
-from ssd_runtime.model.layers import Layer
+from ssd_runtime.model.decoder import Layer, PlainLinear
 from ssd_runtime.model.parallel import ALONE, Collective
-from ssd_runtime.model.quantize import PlainLinear
 
 CALIBRATION_TEXT = """The lighthouse stood at the end of the pier, and every evening the keeper climbed its stairs to \
 light the lamp. In 1912 a storm carried away the lower landing.

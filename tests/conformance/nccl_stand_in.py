@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ssd_runtime.comm.link import setup as meeting
+from ssd_runtime.comm.link.endpoint import GlooPipe
 from ssd_runtime.comm.link.gpu_queue import Buffers
-from ssd_runtime.comm.link.pipes import GlooPipe, gloo_group
+from ssd_runtime.comm.link.groups import gloo_group
 
 OVER_NCCL: dict[str, Any] = {"gpu": torch.device("cpu")}
 

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssd_runtime.comm.link import gpu_queue
+from ssd_runtime.comm.link.endpoint import GlooPipe
 from ssd_runtime.comm.link.gpu_queue import GpuQueue
+from ssd_runtime.comm.link.groups import gloo_group
 from ssd_runtime.comm.link.nccl_pipe import READY, NcclPipe
-from ssd_runtime.comm.link.pipes import GlooPipe, gloo_group
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import BRISK, SHAPE, SOON, make_threads, outcomes, tree

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ssd_runtime.comm.collective import TargetGroup, meet_target_ranks
 from ssd_runtime.comm.link import exchange, gloo_ports
 from ssd_runtime.comm.link.endpoint import LinkTiming
-from ssd_runtime.comm.link.pipes import gloo_group
+from ssd_runtime.comm.link.groups import gloo_group
 from ssd_runtime.comm.link.setup import LinkHost, open_draft_link
 from ssd_runtime.errors import PeerLost
 from tests.conformance.links import BRISK, SHAPE, SOON, Pair, make_threads, outcomes, tree

@@ -12,7 +12,7 @@ import pytest
 
 from ssd_runtime.engine.sequence import Sequence
 from ssd_runtime.leader.link_speculator import LinkSpeculator
-from ssd_runtime.speculation.planning.backup import NgramIndex
+from ssd_runtime.speculation.planning.ngrams import NgramIndex
 from ssd_runtime.speculation.planning.planner import MeasuredRound
 from ssd_runtime.speculation.types import Plan, SamplingParams
 from tests.engines import InProcess, request

@@ -10,7 +10,7 @@ import torch
 
 from ssd_runtime.comm.control.draft_messages import Hello, Welcome
 from ssd_runtime.comm.control.messages import Refused
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.link.endpoint import DraftLink, LinkTiming
 from ssd_runtime.comm.link.setup import open_draft_link
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION

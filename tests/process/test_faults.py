@@ -15,7 +15,7 @@ import zmq
 
 from ssd_runtime.comm.control.client_messages import Failed, Generate
 from ssd_runtime.comm.control.messages import Message, Refused
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.link.endpoint import DraftLink
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.engine.client import Client

@@ -144,7 +144,7 @@ def test_leaving_streams_early_cancels_their_requests(engine: Session, client: C
 
 DYING = f"""
 import os, sys
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.control.client_messages import Chunk, Generate
 peer = ControlPeer.connect(sys.argv[1])
 for i in range(8):

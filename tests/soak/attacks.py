@@ -14,7 +14,7 @@ import zmq
 
 from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Finished, Generate, GetStatus
 from ssd_runtime.comm.control.codec import decode, encode
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import MOST_STEP_ROWS, MOST_STEP_US, SamplingParams, TreeFrame

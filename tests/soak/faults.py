@@ -11,7 +11,7 @@ from collections.abc import Callable
 import zmq
 
 from ssd_runtime.comm.control.client_messages import Generate
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import Overloaded, PeerLost
 from tests.process.impostor import garbage, impostor

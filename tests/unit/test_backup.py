@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
-from ssd_runtime.speculation.planning.backup import PATIENCE, drafted_enough, waiting_pays
-from ssd_runtime.speculation.planning.cost_model import CostModel, expected_tokens
+from ssd_runtime.speculation.planning.cost_model import AcceptanceEstimate, CostModel, expected_tokens
+from ssd_runtime.speculation.planning.planner import PATIENCE, drafted_enough, waiting_pays
 from ssd_runtime.speculation.types import Outcome, Speculation
 
 

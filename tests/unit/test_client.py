@@ -14,7 +14,7 @@ import pytest
 
 from ssd_runtime.comm.control.client_messages import Generate, Status
 from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.engine.client import Client
 from ssd_runtime.errors import PeerLost, RequestError, SsdError
 from ssd_runtime.speculation.types import SamplingParams

@@ -11,7 +11,8 @@ import pytest
 from ssd_runtime.comm.control.client_messages import Cancel
 from ssd_runtime.comm.control.draft_messages import Welcome
 from ssd_runtime.comm.control.messages import Heartbeat, Message, Refused, Shutdown
-from ssd_runtime.comm.control.sockets import ControlPeer, ControlServer
+from ssd_runtime.comm.control.peer import ControlPeer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.errors import ConfigError, PeerLost
 from tests.control_sockets import SOON, meet, peer_fixture, receive, server_fixture  # noqa: F401
 from tests.process.runs import eventually

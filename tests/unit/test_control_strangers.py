@@ -16,12 +16,13 @@ import psutil
 import pytest
 import zmq
 
-from ssd_runtime.comm.control import sockets as control
+from ssd_runtime.comm.control import server as control
 from ssd_runtime.comm.control.client_messages import Cancel, Failed, Generate
 from ssd_runtime.comm.control.codec import ASKED, encode
 from ssd_runtime.comm.control.connections import Connection
 from ssd_runtime.comm.control.messages import Message, Refused
-from ssd_runtime.comm.control.sockets import ControlPeer, ControlServer
+from ssd_runtime.comm.control.peer import ControlPeer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.comm.hosts import address_of_host
 from ssd_runtime.speculation.types import SamplingParams
 from tests.control_sockets import SOON, meet, peer_fixture, receive, server_fixture, wait_until_gone  # noqa: F401
@@ -143,7 +144,7 @@ def test_an_unknown_peer_is_not_alive(server: ControlServer) -> None:
 
 CHILD = """
 import sys
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.control.client_messages import Cancel
 peer = ControlPeer.connect(sys.argv[1], heartbeat_s=0.1)
 peer.send(Cancel("child"))
@@ -158,7 +159,7 @@ def test_a_killed_or_stopped_peer_is_noticed_by_the_heartbeat(server: ControlSer
     child = subprocess.Popen([sys.executable, "-c", CHILD, server.address])
     try:
         identity, _ = receive(server)
-        connection = server._connections.get(identity)
+        connection = server._connections.by_identity.get(identity)
         while not connection.pings:
             server.poll(0.05)
             assert server.alive(identity)
@@ -177,7 +178,7 @@ def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
             dealer.connect(server.address)
             dealer.send(encode(Cancel("x")))
             identity, _ = receive(server)
-            connection = server._connections.get(identity)
+            connection = server._connections.by_identity.get(identity)
             while connection._told()[0] < 3 * 300:  # ms of silence, three times what one that pings may have
                 server.poll(0.05)
                 assert server.alive(identity)
@@ -188,7 +189,7 @@ def test_a_peer_whose_zeromq_does_not_ping_is_not_taken_for_lost() -> None:
 
 FLOODS = """
 import os, sys, time
-from ssd_runtime.comm.control.sockets import ControlPeer
+from ssd_runtime.comm.control.peer import ControlPeer
 from ssd_runtime.comm.control.client_messages import Cancel
 from ssd_runtime.errors import PeerLost
 peer = ControlPeer.connect(sys.argv[1], heartbeat_s=float(sys.argv[2]))
@@ -217,7 +218,7 @@ def test_what_waits_to_be_heard_of_a_peer_is_bounded(server: ControlServer) -> N
 
 OVERRUN = """
 import subprocess, sys, time
-from ssd_runtime.comm.control import sockets as control
+from ssd_runtime.comm.control import server as control
 from ssd_runtime.comm.control.client_messages import Cancel
 control.MOST_UNHEARD, control.BATCH = 16, 1  # so that little fills its queue, and it is read slowly
 with control.ControlServer.bind("127.0.0.1", 0, heartbeat_s=0.1) as server:
@@ -267,8 +268,8 @@ def test_a_dropped_peer_is_heard_no_more_and_one_that_comes_anew_is(
     identity = meet(server, peer)
     for _ in range(3):
         peer.send(Cancel("waits"))
-    server._drop(server._connections.get(identity), "is not wanted")
-    server._drop(server._connections.get(identity), "is not wanted")
+    server._drop(server._connections.by_identity.get(identity), "is not wanted")
+    server._drop(server._connections.by_identity.get(identity), "is not wanted")
     assert not server.send(identity, Cancel("x"))
     assert not server.alive(identity)
     eventually(lambda: not peer.alive(), SOON, "its connection is gone")
@@ -324,8 +325,8 @@ def test_a_server_without_a_descriptor_left_goes_on(
 ) -> None:
     """It looks around by opening files, which must not end it when strangers hold all descriptors."""
     identity = meet(server, peer)
-    monkeypatch.setattr("ssd_runtime.comm.control.connections.LOOK_S", 0.0)
-    monkeypatch.setattr("ssd_runtime.comm.control.connections.GROWN", -(2**40))  # so it looks at every turn
+    monkeypatch.setattr("ssd_runtime.comm.control.server.LOOK_S", 0.0)
+    monkeypatch.setattr("ssd_runtime.comm.control.server.GROWN", -(2**40))  # so it looks at every turn
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as opened:
         opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))

@@ -70,6 +70,8 @@ class Played(DraftPeer):
 class DraftAcceptor:
     """Through which the test sends drafts."""
 
+    has_news = True
+
     def __init__(self) -> None:
         self.coming: list[Played] = []
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ssd_runtime.speculation.drafting.confidence import ConfidenceFanOut, least_chance
 from ssd_runtime.speculation.drafting.counts import GeometricFanOut, PowerLawEstimate, uniform_counts
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, FanOut, Fork, Verified, divide_budget
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
+from ssd_runtime.speculation.planning.cost_model import AcceptanceEstimate
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
 SURE = Ranking((10, 11, 12, 13), (0.0, 9.0, 9.5, 9.9))

@@ -7,7 +7,7 @@ import ctypes
 import psutil
 import pytest
 
-from ssd_runtime.comm.control.connections import give_back
+from ssd_runtime.comm.control.server import give_back
 
 COUNT, SIZE = 100_000, 500
 

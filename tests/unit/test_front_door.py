@@ -18,7 +18,7 @@ from ssd_runtime.comm.control.client_messages import Generate, GetStatus
 from ssd_runtime.comm.control.codec import encode
 from ssd_runtime.comm.control.draft_messages import Hello
 from ssd_runtime.comm.control.messages import Message
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.comm.link.endpoint import LinkTiming
 from ssd_runtime.comm.link.setup import LinkHost
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
@@ -152,7 +152,7 @@ def test_a_client_that_never_reads_is_dropped_by_name_with_its_requests(
 def test_a_flood_of_large_messages_is_cut_off_before_it_fills_the_memory(
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssd_runtime.comm.control.sockets.MOST_BEHIND", 16 * 2**20)
+    monkeypatch.setattr("ssd_runtime.comm.control.server.MOST_BEHIND", 16 * 2**20)
     me, highest = psutil.Process(), 0
     large = Generate("large", prompt="x" * 2**20, max_tokens=1)
     with honest(served):
@@ -174,7 +174,7 @@ def test_a_message_whose_parts_never_end_ends_its_connection_before_it_fills_the
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, part: int, connections: int
 ) -> None:
     """Of many connections together too: those that sent most are ended."""
-    monkeypatch.setattr("ssd_runtime.comm.control.sockets.MOST_BEHIND", 16 * 2**20)
+    monkeypatch.setattr("ssd_runtime.comm.control.server.MOST_BEHIND", 16 * 2**20)
     me, highest = psutil.Process(), 0
     with honest(served):
         before, files = me.memory_info().rss, me.num_fds()

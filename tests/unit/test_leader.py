@@ -10,7 +10,7 @@ from ssd_runtime.comm.control.client_messages import Cancel, Chunk, Failed, Fini
 from ssd_runtime.comm.control.codec import encode
 from ssd_runtime.comm.control.messages import Message, Refused, Shutdown
 from ssd_runtime.config import Config, Mode, ServeConfig
-from ssd_runtime.metrics import Samples
+from ssd_runtime.engine.sequence import Samples
 from ssd_runtime.model.text.tokenizer import Tokenizer
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import InProcess

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ssd_runtime.comm.control.draft_messages import Admit, Hello, LinkAddress, Welcome
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.comm.protocol import PROTOCOL_VERSION, FrameShape, VocabularyDigest
 from ssd_runtime.config import EngineConfig, SpeculationConfig
 from ssd_runtime.draft.drafter import Drafter

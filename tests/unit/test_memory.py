@@ -17,10 +17,10 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.host.cores import Role
 from ssd_runtime.model import memory
 from ssd_runtime.model.architecture import Architecture
+from ssd_runtime.model.decoder import PlainLinear
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.model.memory import GIB, blocks_that_fit, demand, demands_of_rank, weight_bytes
 from ssd_runtime.model.parallel import ShardPlan
-from ssd_runtime.model.quantize import PlainLinear
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import RandomWeights, tiny_architecture
 

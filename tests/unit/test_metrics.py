@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.metrics import MOST_SAMPLES, Percentiles, Samples, percentiles, ratio
+from ssd_runtime.comm.control.client_messages import MOST_SAMPLES
+from ssd_runtime.engine.sequence import Samples
+from ssd_runtime.metrics import Percentiles, percentiles, ratio
 
 FINITE = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 

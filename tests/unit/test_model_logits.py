@@ -213,8 +213,8 @@ def convert_to_gguf(path: Path, source: Any, scaling: dict[str, Any] | None = No
     Args:
         scaling: keys that say how rotary frequencies are scaled, in place of a tensor that does.
     """
+    from ssd_runtime.model.decoder import rope_frequencies
     from ssd_runtime.model.files.source import expected_tensors
-    from ssd_runtime.model.layers import rope_frequencies
 
     arch = source.architecture
     names = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_runtime.speculation.planning.backup import NgramIndex
+from ssd_runtime.speculation.planning.ngrams import NgramIndex
 
 
 def oracle(tokens: Sequence[int], count: int, longest: int = 4, shortest: int = 2) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from launcher.cli import main
 from launcher.nodes import Nodes, parse_counts, seat_ranks, spread
 from launcher.ranks import rendezvous
 from ssd_runtime.comm import hosts
-from ssd_runtime.comm.control.sockets import ControlServer
+from ssd_runtime.comm.control.server import ControlServer
 from ssd_runtime.config import load_config
 from ssd_runtime.errors import ConfigError
 

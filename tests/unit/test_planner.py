@@ -10,9 +10,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import CostModel, Line, expected_tokens
-from ssd_runtime.speculation.planning.planner import LONGEST_INTERVAL, AdaptivePlanner, MeasuredRound, Planner
+from ssd_runtime.speculation.planning.planner import (
+    LONGEST_INTERVAL,
+    AdaptivePlanner,
+    MeasuredRound,
+    Planner,
+    drafted_enough,
+)
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation
 
 MOST = Plan(6, 8)

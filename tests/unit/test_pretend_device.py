@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cuda_ext import reference
-from cuda_ext.transfer import to_host
+from cuda_ext.ops import to_host
 from tests.pretend_device import CUDA_KERNELS, DEVICE, Impossible, PretendDevice
 
 

@@ -16,10 +16,8 @@ from ssd_runtime.kv.pool import BlockAllocator
 from ssd_runtime.kv.table import BlockTable
 from ssd_runtime.model.architecture import Architecture
 from ssd_runtime.model.batch import ForwardBatch, RowBuilder
-from ssd_runtime.model.decoder import Decoder
-from ssd_runtime.model.layers import Layer
+from ssd_runtime.model.decoder import Decoder, Layer, PlainLinear
 from ssd_runtime.model.memory import MOST_SCORES, forward_bytes, logit_bytes, logit_copies, table_bytes
-from ssd_runtime.model.quantize import PlainLinear
 from ssd_runtime.speculation.rejection.proposal import ProposalRule, propose_tokens
 from ssd_runtime.speculation.sampling.processors import processors_of
 from ssd_runtime.speculation.sampling.ranking import Choice, choose, rank_tokens

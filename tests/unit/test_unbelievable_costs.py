@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from ssd_runtime.config import EngineConfig, Mode, SpeculationConfig
 from ssd_runtime.leader.link_speculator import IDLE_SIGNS
-from ssd_runtime.speculation.planning.backup import drafted_enough
 from ssd_runtime.speculation.planning.cost_model import MOST_SECONDS, CostModel, Line
-from ssd_runtime.speculation.planning.planner import AdaptivePlanner, MeasuredRound
+from ssd_runtime.speculation.planning.planner import AdaptivePlanner, MeasuredRound, drafted_enough
 from ssd_runtime.speculation.types import Outcome, Plan, Source, Speculation, TreeFrame
 from tests.engines import SteppedDraft, in_process, request
 from tests.tiny_models import tiny_decoder

@@ -9,7 +9,6 @@ from msgspec import Meta
 
 from ssd_runtime.comm.protocol import CoresByRole, Name, Reason
 from ssd_runtime.config import Mode
-from ssd_runtime.metrics import MOST_SAMPLES
 from ssd_runtime.speculation.types import (
     MOST_ALTERNATIVES,
     MOST_LOOKAHEAD,
@@ -23,6 +22,7 @@ from ssd_runtime.speculation.types import (
 from ssd_runtime.stalls import Stall
 
 MOST_OUTPUTS = 128
+MOST_SAMPLES = 1024  # of one series of measurements
 
 RequestId = Annotated[str, Meta(max_length=256)]
 PromptText = Annotated[str, Meta(max_length=5 * MOST_TOKENS)]  # as many bytes as the token ids take on the wire

@@ -1,28 +1,20 @@
 """The connections behind the peers of a ZeroMQ server: where each comes from, whether it is silent, how it is ended.
 
-ZeroMQ tells none of that, but with every message the descriptor that it came by. What they make the process hold, and
-how that goes back, is here too. Knows no messages.
+ZeroMQ tells none of that, but with every message the descriptor that it came by. Knows no messages.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import ipaddress
-import itertools
 import os
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import zmq
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
-LOOK_S = 0.05  # between two looks whether the process has grown
-GROWN = 16 * 2**20  # bytes by which it has, if its connections are looked at
-MOST_SEEN = 256  # of them, in one call: some milliseconds
 GRAIN_S = 0.02  # what the kernel's clock and ours may differ by, and ZeroMQ's thread be late
 PINGS_PER_S = 128  # bytes that may have come of it and were no messages
 TCP_INFO = struct.Struct("=52xI72xQ")  # Linux' struct tcp_info: milliseconds since data came last, bytes that came
@@ -151,16 +143,15 @@ class Connections:
 
     Args:
         port: of the server.
+
+    Attributes:
+        by_identity: that of each peer that has sent anything.
     """
 
     def __init__(self, port: int) -> None:
+        self.by_identity: dict[bytes, Connection] = {}
         self._port = port
-        self._by_identity: dict[bytes, Connection] = {}
         self._identities: dict[int, bytes] = {}  # by descriptor: who was there last
-
-    def get(self, identity: bytes) -> Connection | None:
-        """That of a peer, if it has sent anything."""
-        return self._by_identity.get(identity)
 
     def open_ones(self) -> Iterator[Connection]:
         """All that are open, also those by which no whole message has come yet."""
@@ -168,7 +159,7 @@ class Connections:
         with contextlib.suppress(OSError):  # none is left to look with
             descriptors = os.listdir("/proc/self/fd")
         for descriptor in map(int, descriptors):
-            known = self._by_identity.get(self._identities.get(descriptor, b""))
+            known = self.by_identity.get(self._identities.get(descriptor, b""))
             if known is None or known.descriptor != descriptor or not known.is_open:
                 known = Connection(descriptor, "", self._port).look()
             if known.is_open:
@@ -180,80 +171,13 @@ class Connections:
             descriptor, host = int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address"))
         except zmq.ZMQError:
             descriptor, host = -1, ""
-        known = self._by_identity.get(identity)
+        known = self.by_identity.get(identity)
         if known is not None and (known.descriptor, known.host) == (descriptor, host):
             known.heard()
             return known
         former = self._identities.get(descriptor, b"")
-        if former in self._by_identity and self._by_identity[former].descriptor == descriptor:
-            del self._by_identity[former]
+        if former in self.by_identity and self.by_identity[former].descriptor == descriptor:
+            del self.by_identity[former]
         self._identities[descriptor] = identity
-        self._by_identity[identity] = Connection(descriptor, host, self._port, identity).look()
-        return self._by_identity[identity]
-
-
-class Backlog:
-    """What a server holds that came by its connections and was not read: whole messages, and parts of such.
-
-    ZeroMQ keeps the parts of a message and shows none before the last one has come, which need never be.
-
-    Args:
-        connections: of the server.
-    """
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-        self._size, self._look_at = 0, 0.0
-        self._to_see: Iterator[Connection] | None = None
-        self._seen: list[tuple[int, Connection]] = []
-
-    def beyond(self, most: int) -> list[Connection]:
-        """Of whom most came, as many as have to be ended for no more than `most` bytes to be left; mostly none.
-
-        To be called often: it looks only when the process has grown, and never at many in one call.
-        """
-        if self._to_see is None:
-            if not self._has_grown():
-                return []
-            self._to_see, self._seen = self._connections.open_ones(), []
-        seen = [(one.unread(), one) for one in itertools.islice(self._to_see, MOST_SEEN)]
-        self._seen += seen
-        if len(seen) == MOST_SEEN:
-            return []
-        every, self._to_see, self._seen = self._seen, None, []
-        left, ending = sum(unread for unread, _ in every), []
-        for unread, one in sorted(every, key=lambda item: item[0], reverse=True):
-            if left > most:
-                ending.append(one)
-                left -= unread
-        return ending
-
-    def _has_grown(self) -> bool:
-        now = time.monotonic()
-        if now < self._look_at:
-            return False
-        self._look_at = now + LOOK_S
-        try:
-            size = resident()
-        except OSError:  # no descriptor is left to look with
-            return False
-        has_grown = size > self._size + GROWN
-        self._size = size if has_grown else min(self._size, size)
-        return has_grown
-
-
-def give_back() -> None:
-    """Return memory that was freed to the system.
-
-    What piles up in a burst is freed in the order of its reading, between blocks that stay, and malloc by itself gives
-    back only what is free at the top: after each burst the process may be a little larger. Under a millisecond after a
-    burst of tens of MiB. Without glibc (malloc_trim(3)) nothing happens.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def resident() -> int:
-    """Bytes of memory that the process takes now. Raises OSError if no descriptor is left to look with."""
-    return int(Path("/proc/self/statm").read_bytes().split()[1]) * PAGE
+        self.by_identity[identity] = Connection(descriptor, host, self._port, identity).look()
+        return self.by_identity[identity]

@@ -4,22 +4,29 @@ A link is built for one epoch (setup.py) and never repaired: when the peer dies,
 call raises PeerLost, and the caller builds the next one.
 
 Sending happens at once in the caller's thread unless several frames are in flight; a thread completes those, sends
-what had to queue, and sends keepalives. Another thread owns the receives. What the process groups themselves do is in
-pipes.py.
+what had to queue, and sends keepalives. Another thread owns the receives. A direction is a process group of two: of
+Gloo here, of NCCL between GPUs (nccl_pipe.py).
+
+Facts this rests on (torch 2.13, Gloo): a receive completes only in a wait; a wait that times out closes every
+connection of its group, which also frees whoever else waits there - that is how a deadline ends a link and how close()
+ends a blocked receive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from datetime import timedelta
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ssd_runtime.comm.link.frames import FrameCodec, Kind, kind_of
-from ssd_runtime.comm.link.pipes import Pipe, first_line
+from ssd_runtime.comm.link.groups import first_line
 from ssd_runtime.comm.protocol import ProtocolError
 from ssd_runtime.errors import PeerLost
 from ssd_runtime.speculation.types import OutcomeFrame, TreeFrame
@@ -28,6 +35,7 @@ log = logging.getLogger(__name__)
 
 UNREAD = 1024  # frames a slow reader may leave unread, or a slow wire unsent, before the link counts as lost
 IN_FLIGHT = 4  # frames posted before the sender thread is woken to complete them; at twice as many, frames queue
+WINDOW = 16  # receives posted at once
 UNREAD_TREES = 64  # older trees than these are forgotten: later ones supersede them
 
 Sent = TypeVar("Sent", OutcomeFrame, TreeFrame)
@@ -49,6 +57,53 @@ class LinkTiming:
     heartbeat: float = 5.0
     silence: float = 15.0
     close: float = 1.0
+
+
+class Pipe(Protocol):
+    """All but `receive` and `finish` return at once. Whatever fails or times out is a RuntimeError, and final."""
+
+    def post(self, words: Tensor) -> Any: ...
+    def finish(self, in_flight: Any, timeout_s: float) -> None: ...
+    def receive(self, num_words: int, timeout_s: float) -> Tensor: ...
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class GlooPipe:
+    """Frames between CPUs.
+
+    Args:
+        group: a ProcessGroupGloo of two.
+        peer: the other one's rank in it.
+    """
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+        self._window: deque[tuple[Any, Tensor]] = deque()
+
+    def post(self, words: Tensor) -> Any:
+        return self._group.send([words], self._peer, 0), words  # the words must outlive the work
+
+    def finish(self, in_flight: Any, timeout_s: float) -> None:
+        in_flight[0].wait(timedelta(seconds=timeout_s))
+
+    def receive(self, num_words: int, timeout_s: float) -> Tensor:
+        if not self._window:  # many at once: posting one between two frames would delay whoever awaits the first
+            rows = torch.empty(WINDOW, num_words, dtype=torch.int64)
+            self._window.extend((self._group.recv([words], self._peer, 0), words) for words in rows)
+        work, words = self._window.popleft()
+        work.wait(timedelta(seconds=timeout_s))
+        return words
+
+    def cancel(self) -> None:
+        """Fail whoever waits in this group: a wait that times out closes its connections."""
+        with contextlib.suppress(RuntimeError):
+            nothing = torch.empty(1, dtype=torch.int64)
+            self._group.recv([nothing], self._peer, 1).wait(timedelta(milliseconds=1))
+
+    def close(self) -> None:
+        self._window.clear()
+        self._group = None
 
 
 class Endpoint(Generic[Sent, Got]):

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_runtime.comm.link.endpoint import GlooPipe
 from ssd_runtime.comm.link.gpu_queue import Buffers, GpuQueue
-from ssd_runtime.comm.link.pipes import GlooPipe, first_line
+from ssd_runtime.comm.link.groups import first_line
 
 READY = 8  # frames that memory is kept for, and most receives posted at once
 LANDED = torch.ones(1, dtype=torch.int64)  # what the receiver says of each frame whose words it has

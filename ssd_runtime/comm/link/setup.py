@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from ssd_runtime.comm.control.draft_messages import LinkAddress
 from ssd_runtime.comm.link import exchange
-from ssd_runtime.comm.link.endpoint import DraftLink, Endpoint, LinkTiming, TargetLink
+from ssd_runtime.comm.link.endpoint import DraftLink, Endpoint, GlooPipe, LinkTiming, Pipe, TargetLink
 from ssd_runtime.comm.link.exchange import Exchange
 from ssd_runtime.comm.link.frames import HEADER, OutcomeCodec, TreeCodec
 from ssd_runtime.comm.link.gpu_queue import GpuQueue
+from ssd_runtime.comm.link.groups import first_line, gloo_group, nccl_group
 from ssd_runtime.comm.link.nccl_pipe import NcclPipe
-from ssd_runtime.comm.link.pipes import GlooPipe, Pipe, first_line, gloo_group, nccl_group
 from ssd_runtime.comm.protocol import FrameShape
 from ssd_runtime.errors import ConfigError, PeerLost
 

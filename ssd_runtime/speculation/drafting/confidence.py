@@ -6,9 +6,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, ScaleEstimate
 from ssd_runtime.speculation.drafting.fan_out import Fork, Verified
-from ssd_runtime.speculation.drafting.sampled_confidence import SampledOutcomes
+from ssd_runtime.speculation.drafting.sampled_confidence import SampledOutcomes, ScaleEstimate
+from ssd_runtime.speculation.planning.cost_model import AcceptanceEstimate
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
 

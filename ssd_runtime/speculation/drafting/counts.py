@@ -9,8 +9,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.drafting.fan_out import UNKNOWN, Fork, Verified
+from ssd_runtime.speculation.planning.cost_model import AcceptanceEstimate
 
 TEMPERATURE_CLASSES = (0.0, 0.4, 0.8)  # upper ends: greedy, .3, .7; what is above is the last class
 

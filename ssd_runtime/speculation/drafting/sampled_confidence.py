@@ -18,7 +18,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate, ScaleEstimate
+from ssd_runtime.speculation.planning.cost_model import AcceptanceEstimate
 from ssd_runtime.speculation.sampling.ranking import Ranking
 
 
@@ -108,3 +108,28 @@ def _without(ranking: Ranking, token: int) -> tuple[list[int], list[float]]:
 
 def _weights(margins: Sequence[float], scale: float) -> list[float]:
     return [math.exp((margins[0] - margin) / scale) for margin in margins]
+
+
+class ScaleEstimate:
+    """Which of a few scales makes what was seen the likeliest.
+
+    Args:
+        scales: to choose from.
+        first: the one assumed before anything was seen; the prior of the others falls with their ratio to it.
+
+    Attributes:
+        value: the likeliest scale.
+    """
+
+    KEEP = 0.5 ** (1.0 / 256.0)  # after 256 observations one has lost half its weight
+
+    def __init__(self, scales: Sequence[float], first: float) -> None:
+        self.value = first
+        self._scales = scales
+        self._likelihoods = [-abs(math.log(scale / first)) for scale in scales]  # logarithms
+
+    def observe(self, chances: Sequence[float]) -> None:
+        """Something was seen that had this chance under each scale."""
+        for index, chance in enumerate(chances):
+            self._likelihoods[index] = self._likelihoods[index] * self.KEEP + math.log(max(chance, 1e-6))
+        self.value = self._scales[max(range(len(self._scales)), key=self._likelihoods.__getitem__)]

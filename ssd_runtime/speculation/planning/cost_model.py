@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssd_runtime.speculation.drafting.estimates import AcceptanceEstimate
 from ssd_runtime.speculation.types import Outcome, Source, Speculation
 
 LEAST_SECONDS, MOST_SECONDS = 1e-6, 3600.0  # of a step, a verification, a round
@@ -60,6 +59,34 @@ class Line:
         if spread >= 1e-3 * max(1.0, x):
             slope = min(max(0.0, (xy - x * y) / spread), y / x)
         return max(LEAST_SECONDS, y + slope * (rows - x))
+
+
+class AcceptanceEstimate:
+    """The rate at which draft tokens are accepted, learned from outcomes with exponential forgetting.
+
+    Args:
+        prior: the rate assumed before anything was seen.
+        weight: how many draft tokens the prior counts for.
+        memory: draft tokens after which an observation has lost half its weight.
+    """
+
+    def __init__(self, prior: float = 0.8, weight: float = 8.0, memory: float = 256.0) -> None:
+        self._accepted = prior * weight
+        self._seen = weight
+        self._keep = 0.5 ** (1.0 / memory)
+
+    def observe(self, num_accepted: int, length: int) -> None:
+        """Learn from one verification: `num_accepted` of `length` tokens; tokens after a rejection say nothing."""
+        for accepted in [True] * num_accepted + [False] * (num_accepted < length):
+            self.observe_one(accepted)
+
+    def observe_one(self, accepted: bool) -> None:
+        self._accepted = self._accepted * self._keep + accepted
+        self._seen = self._seen * self._keep + 1.0
+
+    @property
+    def rate(self) -> float:
+        return self._accepted / self._seen
 
 
 class CostModel:

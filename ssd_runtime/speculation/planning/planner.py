@@ -1,4 +1,5 @@
-"""How deep and how wide to draft, online: K and B of the next round, down to no speculation at all. Knows no clock.
+"""How deep and how wide to draft, online: K and B of the next round, down to no speculation at all; and after a miss,
+how long to wait for the draft. Knows no clock.
 
 Two questions, two ways to answer them. *How much* is a model: Theorem 7 of arXiv 2603.03251 with measured costs, so
 that the tree fits inside one verification where that pays. *Whether at all* is measured: the planner keeps the tokens
@@ -9,6 +10,7 @@ less often. What it decides changes when tokens come and never which.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +24,9 @@ COLD_ROUNDS = {False: 1, True: 3}  # of these, the first ones say nothing: a ste
 REPLAN = 16  # rounds between two choices of K and B
 CLEARLY = 0.97  # less than 3 % is no reason to draft less
 MISS_EXPONENT = 0.75  # of the power law of missing over B; Figure 3 of the paper at T = 0
+# A verification that could be spared also spares the draft: on one machine they share the memory's bandwidth. With
+# equal expected speed the longer speculation was measurably the faster one, hence a tenth in favour of waiting.
+PATIENCE = 1.1
 
 
 class Planner(Protocol):
@@ -197,3 +202,34 @@ class AdaptivePlanner:
         seen = (self._misses.above + 0.2) / (self._misses.below + 1.0)
         present = max(1, self._now.budget or self._most.budget)
         return float(min(1.0, seen * (present / budget) ** MISS_EXPONENT))
+
+
+def waiting_pays(added: float, expected: float, token_seconds: float, round_seconds: float) -> bool:
+    """Whether one more just-in-time draft token raises the expected tokens per second of this round.
+
+    A round with the speculations at hand yields `expected` tokens in `round_seconds`; one more token each for those
+    that wait adds `added` for `token_seconds` more (the marginal form of Theorem 7 of arXiv 2603.03251; over a batch,
+    everybody's tokens come later by that time).
+    """
+    return added * round_seconds * PATIENCE > expected * token_seconds
+
+
+def drafted_enough(costs: CostModel, lengths: Sequence[int], most: Sequence[int]) -> bool:
+    """Whether the branches that are waited for do as they are, or have all the tokens they may have.
+
+    Args:
+        lengths: of the branch of each sequence that waits, as it is now.
+        most: the longest speculation of each.
+    """
+    open_lengths = [length for length, limit in zip(lengths, most, strict=True) if length < limit]
+    if not open_lengths:
+        return True
+    step, token, verify = costs.step_seconds.value, costs.token_seconds.value, costs.verify_seconds.value
+    if step is None or token is None or verify is None:
+        return False
+    # Where drafting is the longer half, a round lasts from the outcome until the draft has got this far again.
+    round_seconds = max(verify, step + min(open_lengths) * token)
+    acceptance = costs.acceptance.rate
+    added = sum(acceptance ** (length + 1) for length in open_lengths)
+    expected = sum(expected_tokens(length, acceptance) for length in lengths)
+    return not waiting_pays(added, expected, token, round_seconds)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cuda_ext.transfer import to_host
+from cuda_ext.ops import to_host
 from ssd_runtime.speculation.noise import MAX_NOISE, Stream, extend_text, gumbel_noise, text_key, uniform_noise
 from ssd_runtime.speculation.types import NO_TOKEN, Outcome, Proposal, Speculation
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cuda_ext.transfer import to_host
+from cuda_ext.ops import to_host
 from ssd_runtime.speculation.noise import Stream, gumbel_noise, text_key
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
 from ssd_runtime.speculation.sampling.ranking import (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cuda_ext.transfer import to_host
+from cuda_ext.ops import to_host
 from ssd_runtime.speculation.types import TokenLogprob
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from cuda_ext import ops
-from cuda_ext.transfer import to_host
-from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key, signed
+from cuda_ext.ops import to_host
+from ssd_runtime.speculation.noise import MAX_NOISE, gumbel_noise, noise_key
 from ssd_runtime.speculation.sampling.processors import LogitsProcessors
 from ssd_runtime.speculation.types import NO_TOKEN, Proposal, SamplingParams
 
@@ -227,10 +227,11 @@ def _sample(
     """All rows in one operator, each by its params: tokens and scores [R, count]."""
     positions = [choice.position + row for choice in choices for row in choice.rows]
     real_3R = [[one.temperature for one in params], [one.top_p for one in params], [one.min_p for one in params]]
-    whole_3R = [[one.top_k for one in params], [signed(one.seed) for one in params], positions]
     # Two copies to the device, not six.
     temperature_R, top_p_R, min_p_R = torch.tensor(real_3R, dtype=torch.float64).to(z_RV.device)
-    top_k_R, seed_R, position_R = torch.tensor(whole_3R, dtype=torch.int64).to(z_RV.device)
+    whole_2R = torch.tensor([[one.top_k for one in params], positions], dtype=torch.int64)
+    seed_R = torch.tensor([one.seed for one in params], dtype=torch.uint64).view(torch.int64)
+    top_k_R, position_R, seed_R = torch.cat((whole_2R, seed_R[None])).to(z_RV.device)
     return ops.sample_shared_noise(
         z_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, count, first_token
     )
