@@ -29,7 +29,7 @@ from ssd_runtime.errors import ConfigError
 from ssd_runtime.model.decoder import Decoder
 from ssd_runtime.model.load import decoder_from_weights
 from ssd_runtime.speculation.drafting.policies import fan_out_policy
-from ssd_runtime.speculation.planning import backup
+from ssd_runtime.speculation.planning import planner
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
 from ssd_runtime.speculation.types import SamplingParams
 from tests.engines import in_process, request
@@ -66,7 +66,7 @@ def test_a_walk_over_text_is_what_the_runtime_does(
     pair: tuple[Decoder, Decoder], monkeypatch: pytest.MonkeyPatch, temperature: float, policy: str
 ) -> None:
     # A walk knows no time: after a miss it waits for the whole branch.
-    monkeypatch.setattr(backup, "waiting_pays", lambda *costs: True)
+    monkeypatch.setattr(planner, "waiting_pays", lambda *costs: True)
     text, record = recorded(pair, temperature)
     rounds = list(walk(record, K, fan_out_policy(policy), B))
     speculation = SpeculationConfig(lookahead=K, budget=B, recycle=0, fan_out=policy)
