@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ssd_runtime.comm.control import launcher_messages as messages_launcher
+from ssd_runtime.comm.control import launcher_messages
 from ssd_runtime.host.cores import Role, listed
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def console(*, stderr: bool = False) -> Console:
 
 
 @contextlib.contextmanager
-def loading(ready: str = "engine ready") -> Iterator[Callable[[messages_launcher.Progress], None]]:
+def loading(ready: str = "engine ready") -> Iterator[Callable[[launcher_messages.Progress], None]]:
     """One bar for each rank; without a terminal, a line at the end."""
     begin, out = time.monotonic(), console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     tasks: dict[int, TaskID] = {}
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
 
-        def show(message: messages_launcher.Progress) -> None:
+        def show(message: launcher_messages.Progress) -> None:
             if message.rank not in tasks:
                 tasks[message.rank] = progress.add_task("", total=1.0)
             description = escape(f"{message.role} {message.phase}")
@@ -57,7 +57,7 @@ def loading_here() -> Iterator[Callable[[Role, float], None]]:
     """One bar for each role whose model is loaded in this process; the callback takes the role and 0 to 1."""
     with loading("models loaded") as show:
         yield lambda role, fraction: show(
-            messages_launcher.Progress(role, 0 if role == "target" else 1, "load", fraction)
+            launcher_messages.Progress(role, 0 if role == "target" else 1, "load", fraction)
         )
 
 

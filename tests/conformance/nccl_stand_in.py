@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_runtime.comm.link import setup as meeting
+from ssd_runtime.comm.link import setup
 from ssd_runtime.comm.link.endpoint import GlooPipe
 from ssd_runtime.comm.link.gpu_queue import Buffers
 from ssd_runtime.comm.link.groups import gloo_group
@@ -26,8 +26,8 @@ OVER_NCCL: dict[str, Any] = {"gpu": torch.device("cpu")}
 
 def stand_in(replace: Callable[[object, str, object], None] = setattr) -> None:
     """From now on links over NCCL are built of these."""
-    replace(meeting, "nccl_group", StandInGroup)
-    replace(meeting, "GpuQueue", HostQueue)
+    replace(setup, "nccl_group", StandInGroup)
+    replace(setup, "GpuQueue", HostQueue)
 
 
 class StandInGroup:

@@ -30,8 +30,7 @@ from ssd_runtime.draft import drafter
 from ssd_runtime.leader import link_speculator
 from ssd_runtime.speculation import verify
 from ssd_runtime.speculation.noise import Stream, extend_text, text_key, uniform_noise
-from ssd_runtime.speculation.rejection import acceptance as rejection
-from ssd_runtime.speculation.rejection import proposal
+from ssd_runtime.speculation.rejection import acceptance, proposal
 from ssd_runtime.speculation.rejection.saguaro import saguaro_logits
 from ssd_runtime.speculation.sampling.ranking import process_logits
 from ssd_runtime.speculation.types import Outcome, Proposal
@@ -54,8 +53,8 @@ def _waits_do_not_depend_on_the_clock(monkeypatch: Patch) -> None:
 
 def verify_with(
     accepts: Callable[[Tensor, Tensor, int, int, int], bool],
-    residual: Callable[[Tensor, Tensor, Proposal], Tensor] = lambda p_V, q_V, _: rejection.residual_oracle(p_V, q_V),
-    q_of: Callable[[Proposal, int], Tensor] = rejection.dense,
+    residual: Callable[[Tensor, Tensor, Proposal], Tensor] = lambda p_V, q_V, _: acceptance.residual_oracle(p_V, q_V),
+    q_of: Callable[[Proposal, int], Tensor] = acceptance.dense,
 ) -> Verify:
     """Verification with replaceable parts; with the right ones it is `verify_oracle`."""
 
@@ -63,10 +62,10 @@ def verify_with(
         for k, (token, sent) in enumerate(zip(speculation.tokens, speculation.proposals, strict=True)):
             p_V, q_V = torch.softmax(z_LV[k].double(), dim=0), q_of(sent, len(z_LV[k]))
             if not accepts(p_V, q_V, token, seed, text):
-                return Outcome(k, rejection.draw_oracle(residual(p_V, q_V, sent), choice(seed, text)))
+                return Outcome(k, acceptance.draw_oracle(residual(p_V, q_V, sent), choice(seed, text)))
             text = extend_text(text, (token,))
         p_V = torch.softmax(z_LV[-1].double(), dim=0)
-        return Outcome(len(speculation.tokens), rejection.draw_oracle(p_V, choice(seed, text)))
+        return Outcome(len(speculation.tokens), acceptance.draw_oracle(p_V, choice(seed, text)))
 
     return verify_wrongly
 
@@ -80,13 +79,13 @@ def by_ratio(p_V: Tensor, q_V: Tensor, token: int, seed: int, text: int) -> bool
 
 
 def by_equality(p_V: Tensor, q_V: Tensor, token: int, seed: int, text: int) -> bool:
-    return token == rejection.draw_oracle(p_V, text_key(seed, text, Stream.ACCEPTANCE))
+    return token == acceptance.draw_oracle(p_V, text_key(seed, text, Stream.ACCEPTANCE))
 
 
 def unmodified_residual(p_V: Tensor, q_V: Tensor, sent: Proposal) -> Tensor:
     """The scaled tokens are the first two."""
     weights = tuple(weight / 0.1 if rank < 2 else weight for rank, weight in enumerate(sent.weights))
-    return rejection.residual_oracle(p_V, rejection.dense(Proposal(sent.tokens, weights), len(p_V)))
+    return acceptance.residual_oracle(p_V, acceptance.dense(Proposal(sent.tokens, weights), len(p_V)))
 
 
 def as_sent(sent: Proposal, vocab_size: int) -> Tensor:
@@ -107,7 +106,7 @@ def not_renormalised(logits_RV, choices, count, rule):
 
 
 def patch_keys(monkeypatch: Patch, key: Callable[[int, int, Stream], int]) -> None:
-    for module in (proposal, rejection):
+    for module in (proposal, acceptance):
         monkeypatch.setattr(module, "text_key", key)
 
 

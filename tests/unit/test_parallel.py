@@ -195,7 +195,7 @@ def test_gguf_parts_are_parts_of_the_whole(tmp_path: Path, family: str) -> None:
 
 
 def test_of_quantized_gguf_only_the_blocks_of_a_part_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssd_runtime.model.files import gguf_weights as weights_gguf
+    from ssd_runtime.model.files import gguf_weights
 
     generator = np.random.default_rng(0)
     matrix = generator.standard_normal((24, 256)).astype(np.float32)
@@ -209,8 +209,8 @@ def test_of_quantized_gguf_only_the_blocks_of_a_part_are_read(tmp_path: Path, mo
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    source = object.__new__(weights_gguf.GgufWeights)  # one tensor is no model
-    source.file = weights_gguf.open_gguf(str(tmp_path / "q8.gguf"))
+    source = object.__new__(gguf_weights.GgufWeights)  # one tensor is no model
+    source.file = gguf_weights.open_gguf(str(tmp_path / "q8.gguf"))
     source.architecture = tiny_architecture()
     values = 0
 
@@ -220,7 +220,7 @@ def test_of_quantized_gguf_only_the_blocks_of_a_part_are_read(tmp_path: Path, mo
         values += out.size
         return out
 
-    monkeypatch.setattr(weights_gguf, "dequantize", counting)
+    monkeypatch.setattr(gguf_weights, "dequantize", counting)
     whole = source.read("layers.0.mlp.down_proj.weight")
     for part, most in (
         (Part(columns=(0, 128)), 24 * 128),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssd_runtime.speculation.sampling import ranking as sampling
-from ssd_runtime.speculation.sampling import vocab_parallel as slices
+from ssd_runtime.speculation.sampling import vocab_parallel
 from ssd_runtime.speculation.sampling.processors import processors_of
 from ssd_runtime.speculation.sampling.ranking import Choice, choose, count_rows
 from ssd_runtime.speculation.sampling.vocab_parallel import decidable, decide, report
@@ -95,7 +95,7 @@ def test_slices_give_the_token_of_the_whole_logits_or_none(backend, every, sizes
         found, expected = in_slices(logits_RV, choices, sizes), choose(logits_RV, choices)
     params = [choice.params for choice in choices for _ in choice.rows]
     for one, token, right in zip(params, found, expected, strict=True):
-        assert token == right or (token is None and slices.filters(one, vocab_size)), one
+        assert token == right or (token is None and vocab_parallel.filters(one, vocab_size)), one
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
